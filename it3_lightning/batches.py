@@ -1,0 +1,95 @@
+"""Where a batch keeps its inputs and its target: tuples, lists, mappings, dataclasses and objects."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+INPUT_NAMES = ("input", "inputs", "image", "images", "x", "features", "data", "pixel_values")
+TARGET_NAMES = ("target", "targets", "label", "labels", "y", "mask", "masks", "class")
+
+
+def inputs_of(batch: Any) -> Any:
+    """Return the inputs of a batch: the first entry, or the one with a usual name.
+
+    Raises:
+        ValueError: there is none.
+
+    >>> inputs_of({"image": 1, "label": 2})
+    1
+    """
+    if isinstance(batch, Tensor):
+        return batch
+    return _entry(batch, "inputs", INPUT_NAMES, 0)
+
+
+def target_of(batch: Any) -> Any:
+    """Return the target of a batch: the second entry, or the one with a usual name.
+
+    Raises:
+        ValueError: there is none.
+
+    >>> target_of((1, 2))
+    2
+    """
+    return _entry(batch, "target", TARGET_NAMES, 1)
+
+
+def with_inputs(batch: Any, inputs: Any) -> Any:
+    """Return a copy of the batch with other inputs; the given one is not changed.
+
+    >>> with_inputs([1, 2], 5)
+    [5, 2]
+    """
+    if isinstance(batch, Tensor):
+        return inputs
+    if hasattr(batch, "_replace"):  # a named tuple
+        return batch._replace(**{_name(batch, "inputs", INPUT_NAMES, batch._fields): inputs})
+    if isinstance(batch, tuple | list):
+        return type(batch)([inputs, *batch[1:]])
+    changed = copy.copy(batch)
+    if isinstance(batch, Mapping):
+        changed[_name(batch, "inputs", INPUT_NAMES, batch)] = inputs  # type: ignore[index]
+        return changed
+    name = _name(batch, "inputs", INPUT_NAMES, _fields(batch))
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return dataclasses.replace(batch, **{name: inputs})
+    setattr(changed, name, inputs)
+    return changed
+
+
+def _entry(batch: Any, kind: str, names: tuple[str, ...], position: int) -> Any:
+    if isinstance(batch, Mapping):
+        return batch[_name(batch, kind, names, batch)]
+    if isinstance(batch, tuple | list) and not hasattr(batch, "_fields"):
+        if len(batch) > position:
+            return batch[position]
+        raise ValueError(_missing(batch, kind, f"{len(batch)} entries"))
+    return getattr(batch, _name(batch, kind, names, _fields(batch)))
+
+
+def _name(batch: Any, kind: str, names: tuple[str, ...], present: Any) -> str:
+    for name in names:
+        if name in present:
+            return name
+    raise ValueError(_missing(batch, kind, ", ".join(map(str, present)) or "no fields"))
+
+
+def _fields(batch: Any) -> list[str]:
+    if hasattr(batch, "_fields"):
+        return list(batch._fields)
+    if dataclasses.is_dataclass(batch):
+        return [field.name for field in dataclasses.fields(batch)]
+    return [n for n in (*INPUT_NAMES, *TARGET_NAMES) if getattr(batch, n, None) is not None]
+
+
+def _missing(batch: Any, kind: str, got: str) -> str:
+    return (
+        f"Cannot find the {kind} of a batch of type {type(batch).__name__} with {got}. Expected "
+        f"(inputs, target), or one of the names {', '.join(INPUT_NAMES)} and "
+        f"{', '.join(TARGET_NAMES)}. Override it3_inputs(batch) and it3_target(batch) otherwise."
+    )

@@ -1,0 +1,40 @@
+"""What the settings of a data module may be, and the errors for everything else."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from it3_lightning.data.shifts import Shift
+from it3_lightning.messages import unknown
+
+Stream = Literal["equal", "unequal"]
+Split = Literal["test", "validation"]
+
+
+def check_integer(name: str, value: object, least: int, *, optional: bool = False) -> None:
+    """Refuse what is not an integer of at least ``least`` (or None, where that is allowed)."""
+    if optional and value is None:
+        return
+    if type(value) is not int or value < least:
+        raise ValueError(
+            f"Expected {name} to be an integer of at least {least}{' or None' * optional}, got "
+            f"{value!r}. Set {name}={least} or more."
+        )
+
+
+def check_choices(stream: str, evaluate_on: str) -> None:
+    """Refuse an unknown stream or split."""
+    if stream not in get_args(Stream):
+        raise ValueError(unknown("stream", stream, get_args(Stream)))
+    if evaluate_on not in get_args(Split):
+        raise ValueError(unknown("evaluate_on", evaluate_on, get_args(Split)))
+
+
+def check_shifts(shifts: Sequence[str], severity: int) -> None:
+    """Refuse an unknown or repeated shift, a single string, and a severity outside 1 to 5."""
+    if isinstance(shifts, str) or len(set(shifts)) != len(shifts):
+        raise ValueError(
+            f"Expected shifts to be a list of different names, got {shifts!r}. "
+            'Write for example shifts=["fog", "blur"].'
+        )
+    for name in [*shifts, "fog"]:  # severity is checked though the list be empty
+        Shift(name, severity)

@@ -1,0 +1,41 @@
+"""The adaptation engine, in plain torch: settings in, an :class:`Adaptation` out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from it3_lightning.engine.adaptation import Adaptation
+from it3_lightning.engine.batch import BatchAdapter, Forward, ToLabel, batch_size
+from it3_lightning.engine.settings import Settings
+
+__all__ = ["Adaptation", "BatchAdapter", "Forward", "Settings", "ToLabel", "adapt", "batch_size"]
+
+
+def adapt(
+    module: nn.Module, inputs: Any, *, forward: Forward, to_label: ToLabel, settings: Settings
+) -> Adaptation:
+    r"""Adapt a module to one batch and return what came of it; the module is left as it was.
+
+    :math:`\theta \leftarrow \theta - \eta \nabla_\theta d(y_0, F(x, y_0))`, ``steps`` times, then
+    the prediction :math:`f_\theta(x, 0)` (Durasov et al., IT3, ICML 2025).
+
+    Args:
+        module: whose parameters adapt.
+        inputs: what ``forward`` takes: tensors ``(B, ...)``, possibly nested.
+        forward: ``(inputs, prior) -> outputs (B, ...)``; ``prior=None`` is the neutral one.
+        to_label: brings outputs into label space ``(B, C, ...)``.
+        settings: how to adapt.
+
+    Raises:
+        ValueError: nothing is selected, or one sample came where several are needed.
+    """
+    size = batch_size(inputs)
+    if settings.needs_batch and size < 2:
+        raise ValueError(
+            f"norm_stats='batch' and batch terms need at least two samples, got {size}. Use larger "
+            "batches, or norm_stats='source' without a balance term."
+        )
+    with BatchAdapter(module, forward, to_label, settings).adapted(inputs) as adaptation:
+        return adaptation

@@ -1,0 +1,91 @@
+"""The settings of an adaptation, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from it3_lightning.engine.norm import NormStats
+from it3_lightning.engine.updates import OptimizerFactory, OptimizerName, optimizer_factory
+from it3_lightning.objectives import Idempotence, TestTimeObjective
+from it3_lightning.selection import Selection
+
+Anchor = Literal["frozen", "ema", "live"]
+Reset = Literal["batch", "never"] | int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How weights adapt at test time.
+
+    Args:
+        objective: what is minimised: :class:`~it3_lightning.objectives.Idempotence` or another.
+        steps: optimizer steps per batch; 0 adapts nothing.
+        lr: learning rate of a named optimizer.
+        optimizer: ``"adam"``, ``"adamw"``, ``"sgd"``, ``"rmsprop"``, or a callable that takes the
+            parameters.
+        parameters: which parameters adapt; see :func:`~it3_lightning.selection.select`.
+        reset: when the weights go back to the source: ``"batch"`` (episodic: before every batch),
+            ``"never"`` (online: they are carried along the stream), or before every ``N`` batches.
+        anchor: weights of the second pass: ``"frozen"`` (the source), ``"ema"`` (an exponential
+            moving average of the adapted weights), ``"live"`` (the adapted weights themselves,
+            which train in both passes: widens what the anchor accepts, seldom wanted).
+        ema_decay: share of the old average kept at each step.
+        norm_stats: statistics of BatchNorm layers, in both passes and in the prediction:
+            ``"source"`` or ``"batch"``.
+        grad_clip: largest total gradient norm, or ``None``.
+        measure: also measure the distance of the source and of the adapted weights: two more
+            forward passes a batch, four where weights are carried along.
+
+    Raises:
+        ValueError: a value is out of range or a name unknown.
+
+    >>> Settings(steps=-1)
+    Traceback (most recent call last):
+    ValueError: Expected steps >= 0, got -1.
+    """
+
+    objective: TestTimeObjective = field(default_factory=Idempotence)
+    steps: int = 1
+    lr: float = 1e-4
+    optimizer: OptimizerName | OptimizerFactory = "adam"
+    parameters: Selection = "all"
+    reset: Reset = "batch"
+    anchor: Anchor = "frozen"
+    ema_decay: float = 0.99
+    norm_stats: NormStats = "source"
+    grad_clip: float | None = None
+    measure: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"Expected steps >= 0, got {self.steps}.")
+        if self.lr < 0:
+            raise ValueError(f"Expected lr >= 0, got {self.lr}.")
+        optimizer_factory(self.optimizer, self.lr)
+        if self.reset not in ("batch", "never") and not _positive(self.reset):
+            raise ValueError(f"Expected reset 'batch', 'never' or N >= 1, got {self.reset!r}.")
+        for name, value, choices in (
+            ("anchor", self.anchor, get_args(Anchor)),
+            ("norm_stats", self.norm_stats, get_args(NormStats)),
+        ):
+            if value not in choices:
+                raise ValueError(f"Expected {name} in {', '.join(choices)}, got {value!r}.")
+        if not 0 <= self.ema_decay <= 1:
+            raise ValueError(f"Expected ema_decay in [0, 1], got {self.ema_decay}.")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ValueError(f"Expected grad_clip > 0 or None, got {self.grad_clip}.")
+
+    @property
+    def episodic(self) -> bool:
+        """Whether every batch starts from the source."""
+        return self.reset in ("batch", 1)
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether one sample alone makes no sense: batch statistics or a batch term."""
+        return self.norm_stats == "batch" or self.objective.needs_batch
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,94 @@
+"""What the callback must know of its host, the Trainer: what to refuse, and how tensors come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from it3_lightning.engine import Settings
+from it3_lightning.engine.norm import batch_norms
+from it3_lightning.protocols import IT3Module
+
+_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+_NEEDS_MIXIN = """IT3TestTimeCallback needs a module that predicts with a prior; {name} does not.
+    wrong:  model = {name}(...)
+    right:  class IT3Net(IT3Mixin, {name}): pass
+            model = IT3Net(..., prior=ClassPrior(10), conditioning=FeatureInjection("layer"))"""
+
+
+def checked_module(module: LightningModule) -> IT3Module:
+    """Return the module as one that predicts with a prior.
+
+    Raises:
+        MisconfigurationException: it cannot, or its prior does not know the targets yet.
+    """
+    if not isinstance(module, IT3Module):
+        raise MisconfigurationException(_NEEDS_MIXIN.format(name=type(module).__name__))
+    missing = [n for n in ("prior", "conditioning") if getattr(module, f"it3_{n}", 0) is None]
+    if missing:
+        raise MisconfigurationException(
+            f"{type(module).__name__} has no {' and no '.join(missing)}. Give both, for example "
+            "IT3Net(..., prior=ClassPrior(10), conditioning=FeatureInjection('layer'))."
+        )
+    if not module.it3_prior.fitted:
+        raise MisconfigurationException(
+            f"{type(module.it3_prior).__name__} does not know the mean and spread of the targets. "
+            "Give both to its constructor, train once, or load a checkpoint of a trained model."
+        )
+    return module
+
+
+def check_trainer(
+    trainer: Trainer, module: LightningModule, settings: Settings, independent_ranks: bool
+) -> None:
+    """Refuse what cannot be adapted, before any batch.
+
+    Raises:
+        MisconfigurationException: sharded weights, carried weights on several processes, or single
+            samples where several are needed.
+    """
+    if isinstance(trainer.strategy, _SHARDED):
+        raise MisconfigurationException(
+            f"{type(trainer.strategy).__name__} shards the weights, which cannot be swapped. Use "
+            "one device or DDP for testing."
+        )
+    if trainer.world_size > 1 and not settings.episodic and not independent_ranks:
+        raise MisconfigurationException(
+            f"reset={settings.reset!r} carries weights along the stream, and {trainer.world_size} "
+            "processes would each carry their own. Use reset='batch', one process, or "
+            "independent_ranks=True if that is what you want."
+        )
+    if settings.needs_batch and any(size == 1 for size in _batch_sizes(trainer)):
+        raise MisconfigurationException(
+            "norm_stats='batch' and balance terms need several samples, and a dataloader has "
+            "batch_size=1. Use larger batches, or norm_stats='source' without a balance term."
+        )
+    if settings.norm_stats == "batch" and not batch_norms(module):
+        rank_zero_warn("norm_stats='batch' has no effect: the module has no BatchNorm layer.")
+
+
+def _batch_sizes(trainer: Trainer) -> list[Any]:
+    loaders = {
+        "validate": trainer.val_dataloaders,
+        "test": trainer.test_dataloaders,
+        "predict": trainer.predict_dataloaders,
+    }.get(str(trainer.state.fn.value) if trainer.state.fn else "", [])
+    return [getattr(loader, "batch_size", None) for loader in tree_leaves(loaders)]
+
+
+def normal(inputs: Any) -> Any:
+    """Return inputs that can take part in a backward pass: inference tensors are cloned."""
+    with torch.inference_mode(False):
+        return tree_map(_normal, inputs)
+
+
+def _normal(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf

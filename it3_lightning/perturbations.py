@@ -1,0 +1,44 @@
+"""Perturbations of the inputs in the label pass, which make the second prediction a better one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+
+class RandomNoise(nn.Module):
+    """Adds Gaussian noise whose size is drawn per sample from ``U(0, size)``.
+
+    Args:
+        size: largest standard deviation of the noise, in units of the inputs.
+        low: values are clamped to at least this, where given.
+        high: values are clamped to at most this, where given.
+
+    Shapes:
+        floating tensors ``(B, ...)``, possibly nested; others pass unchanged.
+
+    Raises:
+        ValueError: ``size`` is negative.
+    """
+
+    def __init__(self, size: float = 0.5, *, low: float | None = None, high: float | None = None):
+        super().__init__()
+        if size < 0:
+            raise ValueError(f"Expected size >= 0, got {size}.")
+        self.size, self.low, self.high = size, low, high
+
+    def forward(self, inputs: Any) -> Any:
+        """Return noisy copies."""
+        return tree_map(self._noisy, inputs)
+
+    def _noisy(self, values: Any) -> Any:
+        if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim == 0:
+            return values
+        shape = (values.shape[0], *[1] * (values.ndim - 1))
+        sizes = self.size * torch.rand(shape, device=values.device, dtype=values.dtype)
+        noisy = values + sizes * torch.randn_like(values)
+        clamped = self.low is not None or self.high is not None
+        return noisy.clamp(self.low, self.high) if clamped else noisy

@@ -1,0 +1,79 @@
+"""What adaptation did over a run: samples, skips and why, distances, time. Kept by the callback."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from it3_lightning.engine import Adaptation
+
+
+@dataclass
+class Summary:
+    """Running totals over the batches of a run.
+
+    Attributes:
+        samples: samples seen.
+        skipped: of them, those that got the source prediction.
+        reasons: how many samples were skipped for which reason.
+        reliable: samples that moved the weights.
+        milliseconds: time spent adapting.
+        distance_source: mean distance of the source weights, over the samples measured.
+        distance_adapted: the same of the adapted weights.
+    """
+
+    samples: int = 0
+    skipped: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    reliable: int = 0
+    milliseconds: float = 0.0
+    _source: tuple[float, int] = (0.0, 0)
+    _adapted: tuple[float, int] = (0.0, 0)
+
+    def add(self, adaptation: Adaptation) -> None:
+        """Take one batch into account."""
+        size = adaptation.skipped.numel()
+        self.samples += size
+        self.milliseconds += 1000 * adaptation.seconds
+        if adaptation.reason is not None:
+            self.skipped += size
+            self.reasons[adaptation.reason] += size
+        if adaptation.reliable is not None:
+            self.reliable += int(adaptation.reliable.sum())
+        self._source = _added(self._source, adaptation.distance_source)
+        self._adapted = _added(self._adapted, adaptation.distance_adapted)
+
+    @property
+    def distance_source(self) -> float:
+        """Mean distance of the source weights; NaN where none was measured."""
+        return _mean(self._source)
+
+    @property
+    def distance_adapted(self) -> float:
+        """Mean distance of the adapted weights; NaN where none was measured."""
+        return _mean(self._adapted)
+
+    @property
+    def ms_per_sample(self) -> float:
+        """Milliseconds of adaptation per sample."""
+        return self.milliseconds / max(self.samples, 1)
+
+    def __str__(self) -> str:
+        reasons = "".join(f", {count} for {reason}" for reason, count in self.reasons.items())
+        return (
+            f"{self.samples} samples, {self.reliable} moved the weights, {self.skipped} skipped"
+            f"{reasons}; distance {self.distance_source:.4g} -> {self.distance_adapted:.4g}; "
+            f"{self.ms_per_sample:.3g} ms a sample"
+        )
+
+
+def _added(total: tuple[float, int], values: Tensor | None) -> tuple[float, int]:
+    if values is None:
+        return total
+    return total[0] + float(values.double().sum()), total[1] + values.numel()
+
+
+def _mean(total: tuple[float, int]) -> float:
+    return total[0] / total[1] if total[1] else float("nan")
