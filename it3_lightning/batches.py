@@ -1,10 +1,10 @@
-"""Where a batch keeps its inputs and its target: tuples, lists, mappings, dataclasses and objects."""
+"""Where a batch keeps its inputs and its target: in tuples, mappings, dataclasses and objects."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -42,20 +42,24 @@ def target_of(batch: Any) -> Any:
 def with_inputs(batch: Any, inputs: Any) -> Any:
     """Return a copy of the batch with other inputs; the given one is not changed.
 
+    Raises:
+        ValueError: the batch has no inputs.
+
     >>> with_inputs([1, 2], 5)
     [5, 2]
     """
     if isinstance(batch, Tensor):
         return inputs
     if hasattr(batch, "_replace"):  # a named tuple
-        return batch._replace(**{_name(batch, "inputs", INPUT_NAMES, batch._fields): inputs})
+        return batch._replace(**{_field(batch, "inputs", INPUT_NAMES, 0): inputs})
     if isinstance(batch, tuple | list):
+        _at(batch, "inputs", 0)
         return type(batch)([inputs, *batch[1:]])
-    changed = copy.copy(batch)
+    changed: Any = copy.copy(batch)
     if isinstance(batch, Mapping):
-        changed[_name(batch, "inputs", INPUT_NAMES, batch)] = inputs  # type: ignore[index]
+        changed[_name(batch, "inputs", INPUT_NAMES, list(batch))] = inputs
         return changed
-    name = _name(batch, "inputs", INPUT_NAMES, _fields(batch))
+    name = _field(batch, "inputs", INPUT_NAMES, 0)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return dataclasses.replace(batch, **{name: inputs})
     setattr(changed, name, inputs)
@@ -64,27 +68,36 @@ def with_inputs(batch: Any, inputs: Any) -> Any:
 
 def _entry(batch: Any, kind: str, names: tuple[str, ...], position: int) -> Any:
     if isinstance(batch, Mapping):
-        return batch[_name(batch, kind, names, batch)]
+        return batch[_name(batch, kind, names, list(batch))]
     if isinstance(batch, tuple | list) and not hasattr(batch, "_fields"):
-        if len(batch) > position:
-            return batch[position]
-        raise ValueError(_missing(batch, kind, f"{len(batch)} entries"))
-    return getattr(batch, _name(batch, kind, names, _fields(batch)))
+        return _at(batch, kind, position)
+    return getattr(batch, _field(batch, kind, names, position))
 
 
-def _name(batch: Any, kind: str, names: tuple[str, ...], present: Any) -> str:
+def _at(batch: Sequence[Any], kind: str, position: int) -> Any:
+    if len(batch) > position:
+        return batch[position]
+    raise ValueError(_missing(batch, kind, f"{len(batch)} entries"))
+
+
+def _field(batch: Any, kind: str, names: tuple[str, ...], position: int) -> str:
+    """Return the name of an attribute; a named tuple without a usual name goes by position."""
+    if hasattr(batch, "_fields"):
+        fields = list(batch._fields)
+        usual = any(name in (*INPUT_NAMES, *TARGET_NAMES) for name in fields)
+        return _name(batch, kind, names, fields) if usual else str(_at(fields, kind, position))
+    if dataclasses.is_dataclass(batch):
+        return _name(batch, kind, names, [field.name for field in dataclasses.fields(batch)])
+    usual_names = (*INPUT_NAMES, *TARGET_NAMES)
+    present = [name for name in usual_names if getattr(batch, name, None) is not None]
+    return _name(batch, kind, names, present)
+
+
+def _name(batch: Any, kind: str, names: tuple[str, ...], present: list[Any]) -> str:
     for name in names:
         if name in present:
             return name
     raise ValueError(_missing(batch, kind, ", ".join(map(str, present)) or "no fields"))
-
-
-def _fields(batch: Any) -> list[str]:
-    if hasattr(batch, "_fields"):
-        return list(batch._fields)
-    if dataclasses.is_dataclass(batch):
-        return [field.name for field in dataclasses.fields(batch)]
-    return [n for n in (*INPUT_NAMES, *TARGET_NAMES) if getattr(batch, n, None) is not None]
 
 
 def _missing(batch: Any, kind: str, got: str) -> str:

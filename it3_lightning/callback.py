@@ -1,35 +1,32 @@
 """`IT3TestTimeCallback`: adapts a module to every test batch, runs its own step, puts it back.
 
-A guest on the Trainer: it translates between Lightning's hooks and the engine, and computes nothing.
+A guest on the Trainer: it translates between Lightning's hooks and the engine and computes nothing.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
 
-from it3_lightning.engine import Adaptation, BatchAdapter, Settings
+from it3_lightning.engine import Settings
 from it3_lightning.engine.norm import NormStats
 from it3_lightning.engine.settings import Anchor, Reset
 from it3_lightning.engine.updates import OptimizerName
-from it3_lightning.host import check_trainer, checked_module, normal
-from it3_lightning.muting import silent
+from it3_lightning.host import check_trainer, checked_module
 from it3_lightning.objectives import Idempotence, TestTimeObjective
 from it3_lightning.protocols import IT3Module
+from it3_lightning.records import Recorder
 from it3_lightning.selection import Selection
 from it3_lightning.summary import Summary
+from it3_lightning.takeover import adapter_of, adapting, replace_step, second_prior
 
 Stage = Literal["validate", "test", "predict"]
-_Step = Callable[..., Any]
 _STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
@@ -113,6 +110,11 @@ class IT3TestTimeCallback(Callback):
 
     # Hooks: take over late, give back early
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse before fitting what its validation could not adapt."""
+        if stage == "fit" and "validate" in self.stages:
+            checked_module(pl_module, fitted=False)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over ``validation_step``, where asked to."""
         if not trainer.sanity_checking:
@@ -153,104 +155,33 @@ class IT3TestTimeCallback(Callback):
     # How it works
 
     def _take_over(self, trainer: Trainer, module: LightningModule, stage: Stage) -> None:
+        """Put a step in the place of the module's own that runs it with adapted weights."""
         if stage not in self.stages:
             return
         self._give_back()
-        adapter = self._adapter(trainer, module)
-        self.summary = Summary()
-        name = _STEPS[stage]
-        step = self._adapting(adapter, module, getattr(module, name), logs=stage != "predict")
-        self._undo = _replaced(module, name, step)
-
-    def _adapting(
-        self, adapter: BatchAdapter, module: LightningModule, step: _Step, *, logs: bool
-    ) -> _Step:
-        """Return the step, run with weights adapted to its batch."""
         host = checked_module(module)
-        current = [0]
-
-        @functools.wraps(step)
-        def adapting(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            loader = _loader_index(args, kwargs)
-            if loader != current[0]:
-                adapter.restart()
-                current[0] = loader
-            inputs = normal(host.it3_inputs(batch))
-            with adapter.adapted(inputs) as adaptation, self._second_prior(host, inputs):
-                output = step(batch, *args, **kwargs)
-            self._record(module, adaptation, logs=logs)
-            return output
-
-        return adapting
-
-    def _second_prior(self, host: IT3Module, inputs: Any) -> AbstractContextManager[None]:
-        """Let the step see the first prediction as prior, where the second one is wanted."""
-        if self.prediction == "first":
-            return nullcontext()
-        with torch.no_grad():
-            outputs = host.predict_with(inputs, None)
-        return host.it3_given(host.it3_prior.from_output(outputs))
+        check_trainer(trainer, module, self.settings, self.independent_ranks)
+        self.summary = Summary()
+        step = adapting(
+            getattr(module, _STEPS[stage]),
+            host,
+            adapter_of(module, host, self.settings),
+            around=self._around(module, host),
+            record=Recorder(
+                module, self.summary, logs=stage != "predict", measured=self.settings.measure
+            ),
+        )
+        self._undo = replace_step(module, _STEPS[stage], step)
 
     def _give_back(self) -> None:
         undo, self._undo = self._undo, None
         if undo is not None:
             undo()
 
-    def _adapter(self, trainer: Trainer, module: LightningModule) -> BatchAdapter:
-        """Refuse what cannot be adapted; else return the engine for this module."""
-        host = checked_module(module)
-        check_trainer(trainer, module, self.settings, self.independent_ranks)
-
-        def forward(inputs: Any, prior: Tensor | None) -> Tensor:
-            with silent(module):
-                return host.predict_with(inputs, prior)
-
-        try:
-            adapter = BatchAdapter(module, forward, host.it3_prior.from_output, self.settings)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
-        weights = sum(p.numel() for p in adapter.selected.values())
-        rank_zero_info(
-            f"IT3 adapts {weights:,} weights in {len(adapter.selected)} parameters: "
-            f"{', '.join(adapter.selected)}"
-        )
-        return adapter
-
-    def _record(self, module: LightningModule, adaptation: Adaptation, *, logs: bool) -> None:
-        if adaptation.reason is not None and adaptation.reason not in self.summary.reasons:
-            rank_zero_warn(f"IT3 keeps the source prediction of a batch: {adaptation.reason}.")
-        self.summary.add(adaptation)
-        if not logs:
-            return
-        size = adaptation.skipped.numel()
-        log = functools.partial(
-            module.log, on_step=False, on_epoch=True, sync_dist=module.trainer.world_size > 1
-        )
-        if self.settings.measure:
-            for name in ("distance_source", "distance_adapted"):
-                values: Tensor | None = getattr(adaptation, name)
-                mean = 0.0 if values is None else values.mean()
-                log(f"it3/{name}", mean, batch_size=0 if values is None else size)
-        moved = 0.0 if adaptation.reliable is None else adaptation.reliable.float().mean()
-        log("it3/reliable", moved, batch_size=size)
-        log("it3/skipped", float(adaptation.skipped.sum()), reduce_fx="sum", batch_size=size)
-        log("it3/ms_per_sample", 1000 * adaptation.seconds / size, batch_size=size)
-
-
-def _replaced(module: LightningModule, name: str, step: _Step) -> Callable[[], None]:
-    """Put a step on the instance; return what puts the former state of the instance back."""
-    attributes = vars(module)
-    before = {name: attributes[name]} if name in attributes else {}
-    attributes[name] = step
-
-    def undo() -> None:
-        attributes.pop(name, None)
-        attributes.update(before)
-
-    return undo
-
-
-def _loader_index(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return which dataloader a batch comes from: ``dataloader_idx``, after ``batch_idx``."""
-    index = kwargs.get("dataloader_idx", args[1] if len(args) > 1 else 0)
-    return index if isinstance(index, int) else 0
+    def _around(
+        self, module: LightningModule, host: IT3Module
+    ) -> Callable[[Any], AbstractContextManager[None]]:
+        """Return what surrounds a step, given its inputs."""
+        if self.prediction == "second":
+            return partial(second_prior, module, host)
+        return lambda _: nullcontext()

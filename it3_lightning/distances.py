@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from it3_lightning.messages import unknown
@@ -64,7 +65,7 @@ def js(p: Tensor, q: Tensor) -> Tensor:
 
 
 def cross_entropy(p: Tensor, q: Tensor) -> Tensor:
-    r"""Return :math:`-\sum_k q_k \log p_k` in nats, the second prediction as target, shape ``(B,)``.
+    r"""Return :math:`-\sum_k q_k \log p_k` in nats, the target being ``q``, shape ``(B,)``.
 
     >>> import torch
     >>> cross_entropy(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]]))
@@ -91,7 +92,7 @@ def get_distance(distance: DistanceName | Distance) -> Distance:
 
 
 def _log(p: Tensor) -> Tensor:
-    return p.clamp_min(_TINY).log()
+    return p.clamp_min(max(_TINY, torch.finfo(p.dtype).tiny)).log()  # float16 ends before _TINY
 
 
 def _per_sample(values: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from it3_lightning.priors import Prior
+from it3_lightning.specs import Described, built, spec
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class DualPass:
         third_pass: add a pass in which every prior is the network's own prediction.
         perturb_prior: blur the label's prior by a random amount; with exact labels the network
             learns to copy its prior, which is worthless at test time.
-        perturb_inputs: a transform of the inputs in the passes that see a prior.
+        perturb_inputs: a transform of the inputs in the label pass.
 
     Raises:
         ValueError: a weight is negative or a share outside [0, 1].
@@ -48,10 +49,6 @@ class DualPass:
         if self.passes not in ("dual", "single"):
             raise ValueError(f"Expected passes 'dual' or 'single', got {self.passes!r}.")
 
-    def inputs(self, inputs: Any) -> Any:
-        """Return the inputs of the label pass."""
-        return inputs if self.perturb_inputs is None else self.perturb_inputs(inputs)
-
     def prior(self, prior: Prior, target: Any, own: Callable[[], Tensor]) -> Tensor:
         """Return the priors of the label pass, ``(B, C, ...)``.
 
@@ -69,8 +66,24 @@ class DualPass:
         chosen = torch.rand(given.shape[0], device=given.device) < self.own_share
         return torch.where(chosen.reshape(-1, *[1] * (given.ndim - 1)), theirs.to(given), given)
 
-    def present(self, batch_size: int, device: torch.device) -> Tensor | None:
-        """Return which samples see their prior in a single pass, ``(B,)``; ``None``: all."""
-        if self.passes == "dual":
-            return None
+    def present(self, batch_size: int, device: torch.device) -> Tensor:
+        """Return which samples see their prior in a single pass, ``(B,)`` booleans."""
         return torch.rand(batch_size, device=device) >= self.neutral_share
+
+    def init_args(self) -> dict[str, Any]:
+        """Return the settings as plain data, less a perturbation that is not from this library.
+
+        >>> DualPass(label_weight=0.5).init_args()["label_weight"]
+        0.5
+        """
+        args = {field.name: getattr(self, field.name) for field in fields(self)}
+        known = isinstance(self.perturb_inputs, Described)
+        return {**args, "perturb_inputs": spec(self.perturb_inputs) if known else None}
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any]) -> DualPass:
+        """Return the settings that :meth:`init_args` describes."""
+        perturbation: Any = args.get("perturb_inputs")
+        if isinstance(perturbation, Mapping):
+            perturbation = built(perturbation, nn.Module)
+        return cls(**{**args, "perturb_inputs": perturbation})

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from it3_lightning.engine import Settings
 from it3_lightning.engine.norm import batch_norms
-from it3_lightning.protocols import IT3Module
+from it3_lightning.protocols import IT3Module, check_parts
 
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
@@ -24,21 +24,20 @@ _NEEDS_MIXIN = """IT3TestTimeCallback needs a module that predicts with a prior;
             model = IT3Net(..., prior=ClassPrior(10), conditioning=FeatureInjection("layer"))"""
 
 
-def checked_module(module: LightningModule) -> IT3Module:
+def checked_module(module: LightningModule, *, fitted: bool = True) -> IT3Module:
     """Return the module as one that predicts with a prior.
+
+    Args:
+        module: of the Trainer.
+        fitted: whether its prior must know the targets already.
 
     Raises:
         MisconfigurationException: it cannot, or its prior does not know the targets yet.
     """
     if not isinstance(module, IT3Module):
         raise MisconfigurationException(_NEEDS_MIXIN.format(name=type(module).__name__))
-    missing = [n for n in ("prior", "conditioning") if getattr(module, f"it3_{n}", 0) is None]
-    if missing:
-        raise MisconfigurationException(
-            f"{type(module).__name__} has no {' and no '.join(missing)}. Give both, for example "
-            "IT3Net(..., prior=ClassPrior(10), conditioning=FeatureInjection('layer'))."
-        )
-    if not module.it3_prior.fitted:
+    check_parts(module)
+    if fitted and not module.it3_prior.fitted:
         raise MisconfigurationException(
             f"{type(module.it3_prior).__name__} does not know the mean and spread of the targets. "
             "Give both to its constructor, train once, or load a checkpoint of a trained model."
@@ -76,19 +75,19 @@ def check_trainer(
 
 
 def _batch_sizes(trainer: Trainer) -> list[Any]:
+    """Return the batch sizes of the dataloaders about to run, where they are told."""
     loaders = {
-        "validate": trainer.val_dataloaders,
         "test": trainer.test_dataloaders,
         "predict": trainer.predict_dataloaders,
-    }.get(str(trainer.state.fn.value) if trainer.state.fn else "", [])
-    return [getattr(loader, "batch_size", None) for loader in tree_leaves(loaders)]
+    }.get(str(trainer.state.fn and trainer.state.fn.value), trainer.val_dataloaders)
+    samplers = [getattr(loader, "batch_sampler", None) for loader in tree_leaves(loaders)]
+    return [getattr(sampler, "batch_size", None) for sampler in samplers]
 
 
 def normal(inputs: Any) -> Any:
-    """Return inputs that can take part in a backward pass: inference tensors are cloned."""
-    with torch.inference_mode(False):
-        return tree_map(_normal, inputs)
+    """Return copies of inputs that can take part in a backward pass, as inference tensors cannot.
 
-
-def _normal(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+    Always copies, so that a network that writes into its inputs spoils no batch.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from it3_lightning import batches
+from it3_lightning.conditioned import Conditioned
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.dual_pass import DualPass
-from it3_lightning.passes import called, run_passes, with_loss
+from it3_lightning.fitting import Fitting, check_step
+from it3_lightning.hyperparameters import plain
+from it3_lightning.passes import run_passes
 from it3_lightning.perturbations import RandomNoise
-from it3_lightning.posthoc import Fitting, Frozen, load_source
+from it3_lightning.posthoc import Frozen
 from it3_lightning.priors import Prior
 from it3_lightning.selection import OWN
-from it3_lightning.specs import built, spec
+from it3_lightning.steps import called, with_loss
 
 Train = Literal["joint", "conditioning", "off"]
 LossFn = Callable[[Tensor, Any], Tensor]
@@ -30,29 +32,36 @@ def _adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
-class IT3Mixin(LightningModule):
+class IT3Mixin(Conditioned):
     r"""Trains a LightningModule to predict with a prior of the label and without one.
 
-    ``class IT3Net(IT3Mixin, LitNet): pass`` trains ``LitNet`` by its own ``training_step``, run once
-    with the label as prior (silently) and once with the neutral prior:
+    ``class IT3Net(IT3Mixin, LitNet): pass`` trains ``LitNet`` by its own ``training_step``, run
+    once with the label as prior (silently: nothing it logs, counts or collects on the module is
+    kept) and once with the neutral prior:
     :math:`L = \ell(f(x, 0), y) + w\,\ell(f(x, p(y)), y)` (Durasov et al., IT3, ICML 2025).
-    All other arguments go to ``LitNet``.
+    All other arguments go to ``LitNet``. Both passes of joint training move the running statistics
+    of BatchNorm layers, as published; post-hoc none does.
 
     Args:
         prior: how labels and outputs become priors.
         conditioning: how a prior enters the network.
         train: ``"joint"``: all weights learn both passes, as published; ``"conditioning"``: the
             network is frozen, in evaluation mode, and only the conditioning learns (post-hoc);
-            ``"off"``: the plain module. Default: ``"conditioning"`` where a ``source_checkpoint`` is
-            given, else ``"joint"``.
-        source_checkpoint: an ordinary checkpoint of the network, loaded when fitting starts.
-        dual_pass: settings of the label pass. Post-hoc default: half of the priors the network's own
-            prediction, inputs perturbed by :class:`~it3_lightning.perturbations.RandomNoise`.
-        conditioning_optimizer: makes the optimizer of post-hoc training; default Adam, 1e-3.
+            ``"off"``: the plain module. Default: ``"conditioning"`` where a ``source_checkpoint``
+            is given, else ``"joint"``.
+        source_checkpoint: an ordinary checkpoint of the network, loaded when fitting starts for the
+            first time; not where a checkpoint of the module itself was loaded before.
+        dual_pass: settings of the label pass. Post-hoc default: half of the priors the network's
+            own prediction, inputs perturbed by :class:`~it3_lightning.perturbations.RandomNoise`.
+        conditioning_optimizer: makes the optimizer of post-hoc training; default Adam, 1e-3. It
+            cannot be kept in a checkpoint.
 
     Raises:
         TypeError: ``prior`` or ``conditioning`` is something else.
-        ValueError: the conditioning names a layer that does not exist.
+        ValueError: ``train`` is unknown, the conditioning names a layer that does not exist, or a
+            single pass is asked for where the network does not learn.
+        MisconfigurationException: when fitting starts, before any batch: prior or conditioning are
+            missing, or the module's ``training_step`` cannot be run twice.
     """
 
     def __init__(
@@ -66,53 +75,20 @@ class IT3Mixin(LightningModule):
         conditioning_optimizer: OptimizerCallable | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        parts, settings, optimizer = (prior, conditioning), dual_pass, conditioning_optimizer
+        # What save_hyperparameters() of the base finds here is data; a function has none.
+        prior, conditioning, dual_pass = map(plain, (*parts, settings))
+        conditioning_optimizer = None
+        super().__init__(*args, prior=parts[0], conditioning=parts[1], **kwargs)
         mode = train or ("conditioning" if source_checkpoint else "joint")
         if mode not in ("joint", "conditioning", "off"):
             raise ValueError(f"Expected train 'joint', 'conditioning' or 'off', got {train!r}.")
         self.it3_train: Train = mode
         self.it3_source_checkpoint = source_checkpoint
-        self.it3_dual_pass = dual_pass or _default_dual_pass(mode)
-        self.it3_optimizer: OptimizerCallable = conditioning_optimizer or _adam
-        self.it3_prior = built(prior, Prior)  # type: ignore[type-abstract]
-        self.it3_conditioning = built(conditioning, Conditioning)  # type: ignore[type-abstract]
-        self._it3_frozen: Frozen | None = None
-        for hparams in (getattr(self, "_hparams", None), getattr(self, "_hparams_initial", None)):
-            _plain(hparams)
-        self._it3_attach(lazy=True)
-
-    # What a user calls or overrides
-
-    def it3_inputs(self, batch: Any) -> Any:
-        """Return the inputs of a batch; override for a batch of another shape."""
-        return batches.inputs_of(batch)
-
-    def it3_target(self, batch: Any) -> Any:
-        """Return the target of a batch; override for a batch of another shape."""
-        return batches.target_of(batch)
-
-    def it3_with_inputs(self, batch: Any, inputs: Any) -> Any:
-        """Return a copy of the batch with other inputs; override for a batch of another shape."""
-        return batches.with_inputs(batch, inputs)
-
-    def it3_forward(self, inputs: Any) -> Tensor:
-        """Return the network's outputs ``(B, ...)``; override where that is not ``self(inputs)``."""
-        outputs: Tensor = self(*inputs) if isinstance(inputs, tuple | list) else self(inputs)
-        return outputs
-
-    def predict_with(self, inputs: Any, prior: Tensor | None) -> Tensor:
-        """Run one forward pass on a prior.
-
-        Args:
-            inputs: of the network.
-            prior: ``(B, C, ...)`` in label space, as ``self.it3_prior`` makes it; ``None``: neutral.
-        """
-        with self.it3_given(prior):
-            return self.it3_forward(inputs)
-
-    def it3_given(self, prior: Tensor | None) -> AbstractContextManager[None]:
-        """Condition every forward pass within on this prior, or on the neutral one."""
-        return self.it3_parts()[1].given(prior)
+        self.it3_source_due = source_checkpoint is not None
+        self.it3_dual_pass = _dual_pass(settings, mode)
+        self.it3_optimizer: OptimizerCallable = optimizer or _adam
+        self.it3_frozen: Frozen | None = None
 
     def it3_loss(self, batch: Any, loss_fn: LossFn) -> Tensor:
         """Return the dual-pass loss of a batch, for a ``training_step`` of one's own.
@@ -133,25 +109,31 @@ class IT3Mixin(LightningModule):
 
     # What Lightning calls
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own step on both priors and return it with the loss of both."""
         step = super().training_step
         if self.it3_train == "off":
-            return called(step, *args, **kwargs)
-        output, loss = run_passes(self, args[0], lambda b: called(step, b, *args[1:], **kwargs))
+            return called(step, batch, *args, **kwargs)
+        output, loss = run_passes(self, batch, lambda b: called(step, b, *args, **kwargs))
         return with_loss(output, loss)
 
     def configure_model(self) -> None:
-        """Attach the conditioning to what the module builds here; freeze the network post-hoc."""
+        """Attach the conditioning; check the training and freeze the network post-hoc."""
+        if self.it3_train != "off":
+            self.it3_parts()
         super().configure_model()
-        self._it3_attach(lazy=False)
-        trainer = self._trainer
-        if trainer is None or trainer.state.fn != "fit" or self.it3_train == "off":
+        if not self._it3_fitting:
             return
-        if self.it3_source_checkpoint is not None:
-            load_source(self, self.it3_source_checkpoint)
-        if self.it3_train == "conditioning" and self._it3_frozen is None:
-            self._it3_frozen = Frozen(self, self.it3_parts()[1])
+        if type(self).training_step is IT3Mixin.training_step:
+            check_step(self, super().training_step)
+        if self.it3_train == "conditioning" and self.it3_frozen is None:
+            self.it3_frozen = Frozen(self, self.it3_parts()[1])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take a checkpoint with priors for what it is: the network need not be loaded again."""
+        super().on_load_checkpoint(checkpoint)
+        if any(name.startswith(OWN) for name in checkpoint.get("state_dict", ())):
+            self.it3_source_due = False
 
     def configure_optimizers(self) -> Any:
         """Return the module's own optimizers; post-hoc, one of the conditioning alone."""
@@ -160,87 +142,58 @@ class IT3Mixin(LightningModule):
         return super().configure_optimizers()
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """Add the checks before training and the clean-up after it."""
+        """Add what prepares fitting with priors and cleans up after it, once for each Trainer."""
         own = super().configure_callbacks()
-        if self.it3_train == "off":
+        if not self._it3_fitting:
+            return own
+        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, Fitting) for callback in present):
             return own
         return [*([own] if isinstance(own, Callback) else own), Fitting()]
 
     def train(self, mode: bool = True) -> IT3Mixin:
         """Set training mode; a frozen network stays in evaluation mode."""
         super().train(mode)
-        if getattr(self, "_it3_frozen", None) is not None:
-            self._it3_frozen.stay_in_eval()  # type: ignore[union-attr]
+        frozen = getattr(self, "it3_frozen", None)
+        if frozen is not None:
+            frozen.stay_in_eval()
         return self
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load weights; a plain checkpoint of the network may lack all ``it3_*`` keys, no others."""
-        if strict and not any(key.startswith(OWN) for key in state_dict):
-            own = {k: v for k, v in self.state_dict().items() if k.startswith(OWN)}
-            state_dict = {**state_dict, **own}
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the checkpoint plain data: priors and conditionings as ``class_path`` dicts."""
-        super().on_save_checkpoint(checkpoint)
-        _plain(checkpoint.get("hyper_parameters"))
 
     # How it works
 
-    def it3_parts(self) -> tuple[Prior, Conditioning]:
-        """Return prior and conditioning.
-
-        Raises:
-            ValueError: one of them was not given.
-        """
-        if self.it3_prior is None or self.it3_conditioning is None:
-            missing = "prior" if self.it3_prior is None else "conditioning"
-            raise ValueError(
-                f"{type(self).__name__} has no {missing}. Give both, for example "
-                "IT3Net(..., prior=ClassPrior(10), conditioning=FeatureInjection('layer'))."
-            )
-        return self.it3_prior, self.it3_conditioning
+    @contextmanager
+    def it3_trainable(self) -> Iterator[None]:
+        """Let a frozen network's parameters need gradients within, as they do after fitting."""
+        if self.it3_frozen is None:
+            yield
+            return
+        self.it3_frozen.require_grad(True)
+        try:
+            yield
+        finally:
+            self.it3_frozen.require_grad(False)
 
     def it3_thaw(self) -> None:
         """Undo the freezing of post-hoc training."""
-        if self._it3_frozen is not None:
-            self._it3_frozen.thaw()
-            self._it3_frozen = None
+        if self.it3_frozen is not None:
+            self.it3_frozen.thaw()
+            self.it3_frozen = None
 
-    def _it3_attach(self, *, lazy: bool) -> None:
-        """Attach the conditioning; ``lazy``: unless it or its layers may still come."""
-        incomplete = self.it3_prior is None or self.it3_conditioning is None
-        if incomplete and (lazy or self.it3_train == "off"):
-            return
-        prior, conditioning = self.it3_parts()
-        names = {name for name, _ in self.named_modules()}
-        if lazy and not names.issuperset(conditioning.layers) and _builds_later(self):
-            return
-        conditioning.attach(self, prior)
+    @property
+    def _it3_fitting(self) -> bool:
+        """Whether a Trainer is about to fit the module on priors."""
+        trainer = self._trainer
+        return trainer is not None and trainer.state.fn == "fit" and self.it3_train != "off"
 
 
-def _default_dual_pass(mode: str) -> DualPass:
-    if mode == "conditioning":
+def _dual_pass(given: DualPass | Mapping[str, Any] | None, mode: Train) -> DualPass:
+    """Return the settings of the label pass: those given, as object or data, or the default."""
+    if given is None and mode == "conditioning":
         return DualPass(own_share=0.5, perturb_inputs=RandomNoise())
-    return DualPass()
-
-
-def _builds_later(module: LightningModule) -> bool:
-    """Whether the module builds layers in a hook: ``configure_model`` or ``setup``."""
-    own = [c for c in type(module).__mro__ if c.__module__.partition(".")[0] != "lightning"]
-    hooks = {name for c in own if c is not IT3Mixin for name in vars(c)}
-    return bool(hooks & {"configure_model", "setup"})
-
-
-def _plain(hparams: Any) -> None:
-    """Replace objects among hyperparameters by their specs, in place; drop what has none."""
-    if not isinstance(hparams, MutableMapping):
-        return
-    for name in ("prior", "conditioning"):
-        if name in hparams:
-            hparams[name] = spec(hparams[name])
-    for name in ("dual_pass", "conditioning_optimizer"):
-        if name in hparams and not isinstance(hparams[name], Mapping | None):
-            del hparams[name]
+    settings = given if isinstance(given, DualPass) else DualPass.from_args(given or {})
+    if mode == "conditioning" and settings.passes == "single":
+        raise ValueError(
+            "Expected passes='dual' with train='conditioning', got 'single': a frozen network "
+            "learns nothing on the neutral prior, so no sample need be spent on it."
+        )
+    return settings

@@ -1,64 +1,75 @@
-"""A pass that leaves no trace: nothing is logged, and no metric of the module moves."""
+"""A pass that leaves no trace: nothing logged, counted by a metric, or collected on the module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+_LOGGING = ("log", "log_dict")
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, submodules, hooks
 
 
 @contextmanager
 def muted(module: LightningModule) -> Iterator[None]:
-    """Silence ``log`` and ``log_dict`` within, and put every torchmetrics state back afterwards.
+    """Silence ``log`` and ``log_dict`` within, and put what a step counts on back afterwards.
 
-    A user's step that runs twice must count once.
+    A step that runs twice must count once: the states of torchmetrics, and the module's own
+    attributes with the lists, dicts and sets in them.
     """
-    metrics = [
-        (metric, _state(metric)) for metric in module.modules() if isinstance(metric, Metric)
-    ]
-    with silent(module):
-        try:
-            yield
-        finally:
-            for metric, state in metrics:
-                metric.__dict__.update(_copied(state, {}))
+    counting = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
+    with silent(module), ExitStack() as stack:
+        clones: dict[int, Tensor] = {}
+        for owner in (module, *counting):
+            stack.enter_context(_kept(owner, clones))
+        yield
 
 
 @contextmanager
 def silent(module: LightningModule) -> Iterator[None]:
     """Let ``self.log`` and ``self.log_dict`` do nothing within."""
-    own = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
-    for name in ("log", "log_dict"):
-        vars(module)[name] = _nothing
+    attributes: MutableMapping[str, Any] = vars(module)
+    own = {name: attributes[name] for name in _LOGGING if name in attributes}
+    attributes.update(dict.fromkeys(_LOGGING, _nothing))
     try:
         yield
     finally:
-        for name in ("log", "log_dict"):
-            vars(module).pop(name, None)
-        vars(module).update(own)
+        for name in _LOGGING:
+            attributes.pop(name, None)
+        attributes.update(own)
 
 
-_BOOKKEEPING = ("_update_count", "_computed", "_forward_cache", "_is_synced", "_cache")
+@contextmanager
+def _kept(owner: nn.Module, clones: dict[int, Tensor]) -> Iterator[None]:
+    """Put the attributes of an object back, and what is in its lists, dicts and sets.
+
+    Args:
+        owner: whose attributes.
+        clones: of tensors seen already: metrics of one group share theirs.
+    """
+    attributes: MutableMapping[str, Any] = vars(owner)
+    saved = {k: v for k, v in attributes.items() if k not in _OF_ANY_MODULE and k not in _LOGGING}
+    contents = {k: v.copy() for k, v in saved.items() if type(v) in (list, dict, set)}
+    tensors = isinstance(owner, Metric)
+    for name, value in saved.items() if tensors else ():
+        if isinstance(value, Tensor):
+            saved[name] = clones.setdefault(id(value), value.detach().clone())
+    try:
+        yield
+    finally:
+        attributes.update(saved)
+        for name, content in contents.items():
+            _refill(saved[name], content)
 
 
-def _state(metric: Metric) -> dict[str, Any]:
-    names = [*metric._defaults, *(name for name in _BOOKKEEPING if hasattr(metric, name))]
-    return _copied({name: getattr(metric, name) for name in names}, {})
-
-
-def _copied(values: Any, memo: dict[int, Tensor]) -> Any:
-    """Copy nested state: tensors are cloned (shared ones once), lists are new lists."""
-    if isinstance(values, Tensor):
-        return memo.setdefault(id(values), values.detach().clone())
-    if isinstance(values, dict):
-        return {name: _copied(value, memo) for name, value in values.items()}
-    if isinstance(values, list):
-        return [_copied(value, memo) for value in values]
-    return values
+def _refill(container: Any, content: Any) -> None:
+    """Give a container its former content, in place: others may hold it too."""
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -14,6 +14,7 @@ Predicate = Callable[[str, nn.Parameter], bool]
 Selection = Literal["all", "norm", "bias"] | Sequence[str] | Predicate
 
 OWN = "it3_"  # prefix of what this library adds to a module; never adapted
+_MOST = 10  # parameters named in an error
 
 _NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,  # BatchNorm and InstanceNorm of every dimension
@@ -27,10 +28,10 @@ def select(module: nn.Module, selection: Selection) -> dict[str, nn.Parameter]:
     """Return the selected parameters by name, in the module's order.
 
     Args:
-        module: whose parameters. Those named ``it3_*`` are never selected.
+        module: whose parameters. Those of modules named ``it3_*`` are never selected.
         selection: ``"all"``, ``"norm"`` (scale and shift of norm layers) or ``"bias"``, each among
             the parameters with ``requires_grad``; names or patterns as ``"encoder.*"``; or a
-            callable ``(name, parameter) -> bool``. A name given outright also takes a frozen one.
+            callable ``(name, parameter) -> bool``. The last two also take frozen parameters.
 
     Raises:
         ValueError: nothing is selected, or one of the patterns matches nothing.
@@ -41,12 +42,16 @@ def select(module: nn.Module, selection: Selection) -> dict[str, nn.Parameter]:
     candidates = {
         name: parameter
         for name, parameter in module.named_parameters()
-        if parameter.is_floating_point() and not name.startswith(OWN)
+        if parameter.is_floating_point() and not _own(name)
     }
     chosen = _choose(module, candidates, selection)
     if not chosen:
         raise ValueError(_nothing(candidates, selection))
     return chosen
+
+
+def _own(name: str) -> bool:
+    return any(part.startswith(OWN) for part in name.split("."))
 
 
 def _choose(
@@ -77,9 +82,10 @@ def _named(module: nn.Module, selection: str) -> Predicate:
 def _nothing(candidates: dict[str, nn.Parameter], selection: object) -> str:
     trainable = sum(p.requires_grad for p in candidates.values())
     hint = closest(selection, candidates) if isinstance(selection, str) else ""
-    some = ", ".join(list(candidates)[:10])
+    some = ", ".join(list(candidates)[:_MOST])
+    more = ", ..." if len(candidates) > _MOST else ""
     return (
         f"The selection {selection!r} matches no trainable parameter.{hint} The module has "
-        f"{len(candidates)} parameters, {trainable} of them trainable: {some}{', ...' * (len(candidates) > 10)}. "
+        f"{len(candidates)} parameters, {trainable} of them trainable: {some}{more}. "
         "Choose 'all', 'norm', 'bias', patterns such as 'layer1.*', or a function."
     )

@@ -29,23 +29,22 @@ def _log(p: Tensor) -> Tensor:
 def distance(name: Distance, p: Tensor, q: Tensor) -> Tensor:
     """Measure d(p, q) of two `(B, C, ...)` tensors, in nats where they are distributions: `(B,)`.
 
-    "l2" and "l1" sum over all but the batch; the others sum over dim 1, mean over positions.
+    All sum over dim 1 and average over what remains.
     """
-    batch = p.shape[0]
-    if name == "l2":
-        return ((p - q) ** 2).reshape(batch, -1).sum(1)
-    if name == "l1":
-        return (p - q).abs().reshape(batch, -1).sum(1)
     if name == "js":
         m = (p + q) / 2
         return 0.5 * distance("kl", p, m) + 0.5 * distance("kl", q, m)
-    if name == "kl":
+    if name == "l2":
+        terms = (p - q) ** 2
+    elif name == "l1":
+        terms = (p - q).abs()
+    elif name == "kl":
         terms = p * (_log(p) - _log(q))
     elif name == "cross_entropy":
         terms = -q * _log(p)
     else:
         raise ValueError(f"expected the name of a distance, got {name!r}")
-    return terms.sum(1).reshape(batch, -1).mean(1)
+    return terms.sum(1).reshape(p.shape[0], -1).mean(1)
 
 
 measure = distance  # for `adapt_stream`, whose own `distance` is a name
@@ -95,6 +94,7 @@ class Record:
 
     y0: Tensor  # (B, ...) outputs of the source model
     outputs: Tensor  # (B, ...) outputs after the last step
+    distance_source: Tensor  # (B,) with the source in both passes
     distance_before: Tensor  # (B,) with the weights the batch starts from
     distance_after: Tensor  # (B,) with the final weights and the then-current anchor
     weights: Weights  # every parameter of the model after the last step
@@ -174,7 +174,8 @@ def adapt_stream(
                 _follow(second, net, ema_decay)
         after = measure(distance, *pair(net, second, x)).detach()
         y0, outputs = predict(source, x, None).detach(), predict(net, x, None).detach()
-        records.append(Record(y0, outputs, before, after, _weights(net), _weights(second)))
+        zero = measure(distance, *pair(source, source, x)).detach()
+        records.append(Record(y0, outputs, zero, before, after, _weights(net), _weights(second)))
     return records
 
 

@@ -69,11 +69,11 @@ def test_js_of_disjoint_distributions_is_ln_2() -> None:
     close(distance("js", tensor([1.0, 0.0]), tensor([0.0, 1.0])), math.log(2))
 
 
-def test_values_sum_over_positions_and_distributions_average_over_them() -> None:
+def test_distances_sum_over_channels_and_average_over_positions() -> None:
     p = tensor([[0.5, 1.0], [0.5, 0.0]])  # (1, 2 classes, 2 positions)
     q = tensor([[1.0, 1.0], [0.0, 0.0]])
-    close(distance("l2", p, q), 0.5)
-    close(distance("l1", p, q), 1.0)
+    close(distance("l2", p, q), 0.25)
+    close(distance("l1", p, q), 0.5)
     close(distance("cross_entropy", p, q), math.log(2) / 2)
 
 
@@ -159,6 +159,7 @@ def test_reset_says_where_the_source_weights_return() -> None:
     close(second.weights["w"], twice)
     close(second.y0, 2, 6)  # of the source, not of the weights the batch starts from
     close(second.distance_before, *first.distance_after.tolist())
+    close(second.distance_source, 1, 9)
 
 
 def test_adam_state_is_carried_on_or_reset_with_the_weights() -> None:

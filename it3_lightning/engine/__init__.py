@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from it3_lightning.engine.adaptation import Adaptation
-from it3_lightning.engine.batch import BatchAdapter, Forward, ToLabel, batch_size
+from it3_lightning.engine.batch import BatchAdapter
+from it3_lightning.engine.evaluation import Forward, ToLabel, batch_size
 from it3_lightning.engine.settings import Settings
 
 __all__ = ["Adaptation", "BatchAdapter", "Forward", "Settings", "ToLabel", "adapt", "batch_size"]

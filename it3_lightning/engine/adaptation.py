@@ -20,7 +20,10 @@ class Adaptation:
         reliable: ``(B,)`` booleans, the samples that moved the weights in the first step.
         skipped: ``(B,)`` booleans, the samples that got the source prediction.
         reason: why they were skipped.
-        weights: the adapted weights by parameter name.
+        weights: the adapted weights by parameter name; empty where the batch was skipped. These are
+            the engine's own tensors, not copies: where weights are carried along (``reset`` other
+            than ``"batch"``) the next batch moves them in place. Clone what is to be kept, change
+            nothing.
         forwards: forward passes run, those for measuring included.
         backwards: backward passes run.
         seconds: time the steps took, measuring not included.

@@ -18,7 +18,7 @@ def undisturbed_rng() -> Iterator[None]:
     >>> torch.equal(before, torch.get_rng_state())
     True
     """
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = [torch.cuda.current_device()] if cuda else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -1,18 +1,27 @@
-"""What adaptation carries from step to step, and online from batch to batch: weights, optimizer, anchor."""
+"""What is carried from step to step, and from batch to batch: weights, optimizer, anchor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from it3_lightning.engine.settings import Settings
-from it3_lightning.engine.updates import Updater, optimizer_factory
+from it3_lightning.engine.updates import Updater, full_precision, optimizer_factory
 
 Weights = dict[str, Tensor]
-Backup = tuple[Weights, Weights | None, dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Backup:
+    """A copy of everything in a :class:`State`."""
+
+    weights: Weights
+    average: Weights
+    updater: tuple[dict[str, Any], list[Tensor]] | None
 
 
 class State:
@@ -26,16 +35,22 @@ class State:
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Settings) -> None:
         self._parameters = parameters
         self._settings = settings
-        self.source: Weights = {name: p.detach() for name, p in parameters.items()}
-        self.weights: Weights = {name: p.detach().clone() for name, p in parameters.items()}
-        self.anchor = self._first_anchor()
+        source = {name: p.detach() for name, p in parameters.items()}
+        self.weights: Weights = _cloned(source)
+        self._average: Weights = {}  # of the EMA anchor, in full precision
+        if settings.anchor == "ema":
+            self._average = {name: full_precision(w).clone() for name, w in source.items()}
+        self._source = source
         self._updater: Updater | None = None
 
-    def _first_anchor(self) -> Weights | None:
-        """Return the anchor's weights; ``None`` where it is the adapted weights themselves."""
+    @property
+    def anchor(self) -> Weights | None:
+        """The weights of the second pass; ``None`` where the adapted weights serve themselves."""
         if self._settings.anchor == "live":
             return None
-        return _cloned(self.source) if self._settings.anchor == "ema" else self.source
+        if self._settings.anchor == "frozen":
+            return self._source
+        return {name: a.to(self._source[name].dtype) for name, a in self._average.items()}
 
     def enter(self) -> None:
         """Put the adapted weights behind the parameters, ready to collect gradients."""
@@ -43,6 +58,7 @@ class State:
             parameter.data = self.weights[name]
             parameter.requires_grad_(True)
             parameter.grad = None
+        torch.clear_autocast_cache()
 
     def step(self, gradients: Sequence[Tensor | None]) -> bool:
         """Move the weights and let the anchor follow; ``False`` where a gradient is not finite."""
@@ -52,32 +68,31 @@ class State:
             self._updater = Updater(parameters, factory, self._settings.grad_clip)
         if not self._updater.step(gradients):
             return False
-        if self._settings.anchor == "ema" and self.anchor is not None:
-            anchor, weights = list(self.anchor.values()), list(self.weights.values())
-            torch._foreach_lerp_(anchor, weights, 1 - self._settings.ema_decay)
+        if self._average:
+            share = 1 - self._settings.ema_decay
+            torch._foreach_lerp_([*self._average.values()], self._updater.values, share)
+        torch.clear_autocast_cache()
         return True
 
     def finite(self) -> bool:
         """Whether all adapted weights are finite."""
-        return bool(torch.nn.utils.get_total_norm(list(self.weights.values())).isfinite())
+        largest = torch.nn.utils.get_total_norm([*self.weights.values()], norm_type=float("inf"))
+        return bool(largest.isfinite())
 
     def backup(self) -> Backup:
         """Return a copy of everything, for :meth:`rollback`."""
-        anchor = _cloned(self.anchor) if self._settings.anchor == "ema" and self.anchor else None
-        optimizer = None if self._updater is None else self._updater.state()
-        return _cloned(self.weights), anchor, optimizer
+        updater = None if self._updater is None else self._updater.state()
+        return Backup(_cloned(self.weights), _cloned(self._average), updater)
 
     def rollback(self, backup: Backup) -> None:
         """Go back to a backup, as if nothing had happened since."""
-        weights, anchor, optimizer = backup
         with torch.no_grad():
-            _copy(self.weights, weights)
-            if anchor is not None and self.anchor is not None:
-                _copy(self.anchor, anchor)
-        if self._updater is None or optimizer is None:
-            self._updater = None
-        else:
-            self._updater.load(optimizer)
+            _copy(self.weights, backup.weights)
+            _copy(self._average, backup.average)
+            if self._updater is None or backup.updater is None:
+                self._updater = None
+            else:
+                self._updater.load(backup.updater)
 
 
 def _cloned(weights: Weights) -> Weights:

@@ -1,4 +1,4 @@
-"""One optimizer step on given gradients: clipping, and float32 masters of half-precision weights."""
+"""One optimizer step on given gradients: clipping, and masters of half-precision weights."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _BY_NAME: dict[str, Callable[..., Optimizer]] = {
     "sgd": torch.optim.SGD,
     "rmsprop": torch.optim.RMSprop,
 }
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def optimizer_factory(optimizer: OptimizerName | OptimizerFactory, lr: float) -> OptimizerFactory:
@@ -32,6 +33,9 @@ def optimizer_factory(optimizer: OptimizerName | OptimizerFactory, lr: float) ->
 
     Raises:
         ValueError: the name is unknown or ``lr`` is negative.
+
+    >>> optimizer_factory("sgd", 0.1)([nn.Parameter(torch.ones(1))]).param_groups[0]["lr"]
+    0.1
     """
     if callable(optimizer):
         return optimizer
@@ -42,11 +46,21 @@ def optimizer_factory(optimizer: OptimizerName | OptimizerFactory, lr: float) ->
     return lambda parameters: _BY_NAME[optimizer](parameters, lr=lr)
 
 
+def full_precision(tensor: Tensor) -> Tensor:
+    """Return a float32 copy of a half-precision tensor, any other tensor itself."""
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
 class Updater:
     """Moves parameters by an optimizer of its own.
 
     Half-precision parameters are moved through float32 masters: a step of 5e-6 would otherwise be
     lost in their rounding.
+
+    Args:
+        parameters: to move.
+        factory: makes the optimizer.
+        clip: largest total gradient norm, or ``None``.
     """
 
     def __init__(
@@ -57,16 +71,22 @@ class Updater:
         self._optimizer = factory(self._masters)
         self._clip = clip
 
+    @property
+    def values(self) -> list[Tensor]:
+        """The present values in full precision."""
+        return [master.detach() for master in self._masters]
+
     def step(self, gradients: Sequence[Tensor | None]) -> bool:
         """Apply one step; do nothing and return ``False`` where a gradient is not finite."""
-        found = [g for g in gradients if g is not None]
-        norm = torch.nn.utils.get_total_norm(found)
+        full = [None if g is None else full_precision(g) for g in gradients]
+        norm = torch.nn.utils.get_total_norm([g for g in full if g is not None])
         if not bool(norm.isfinite()):
             return False
-        if self._clip is not None:
-            torch._foreach_mul_(found, (self._clip / (norm + 1e-6)).clamp(max=1.0))
-        for master, gradient in zip(self._masters, gradients, strict=True):
-            master.grad = None if gradient is None else gradient.to(master.dtype)
+        if self._clip is not None:  # not in place: gradients may share memory
+            scale = (self._clip / (norm + 1e-6)).clamp(max=1.0)
+            full = [None if g is None else g * scale.to(g.device) for g in full]
+        for master, gradient in zip(self._masters, full, strict=True):
+            master.grad = gradient
         self._optimizer.step()
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             master.grad = None
@@ -74,21 +94,26 @@ class Updater:
                 parameter.data.copy_(master.data)
         return True
 
-    def state(self) -> dict[str, Any]:
-        """Return a copy of the optimizer's state, for :meth:`load`."""
-        return _cloned(self._optimizer.state_dict())
+    def state(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """Return a copy of the optimizer's state and of the masters, for :meth:`load`."""
+        optimizer: dict[str, Any] = _cloned(self._optimizer.state_dict())
+        return optimizer, [value.clone() for value in self._own()]
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go back to a state; masters take the parameters' present values."""
-        self._optimizer.load_state_dict(state)
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
-            if master is not parameter:
-                master.data.copy_(parameter.data)
+    def load(self, state: tuple[dict[str, Any], list[Tensor]]) -> None:
+        """Go back to a state; parameters that have no master are put back by their owner."""
+        optimizer, masters = state
+        self._optimizer.load_state_dict(optimizer)
+        for master, value in zip(self._own(), masters, strict=True):
+            master.copy_(value)
+
+    def _own(self) -> list[Tensor]:
+        """Return the masters that are not the parameters themselves."""
+        pairs = zip(self._parameters, self._masters, strict=True)
+        return [master.data for parameter, master in pairs if master is not parameter]
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    half = parameter.dtype in (torch.float16, torch.bfloat16)
-    return nn.Parameter(parameter.detach().float()) if half else parameter
+    return nn.Parameter(parameter.detach().float()) if parameter.dtype in _HALF else parameter
 
 
 def _cloned(value: Any) -> Any:

@@ -18,7 +18,7 @@ class Regressor(Supervised):
     """
 
     def scores(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Return squared and absolute error of outputs ``(B, C)`` and values ``(B,)``, ``(B, C)``."""
+        """Return squared and absolute error of outputs ``(B, C)`` against as many values."""
         target = target.reshape(outputs.shape).to(outputs.dtype)
         return {"loss": F.mse_loss(outputs, target), "mae": F.l1_loss(outputs, target)}
 

@@ -1,0 +1,7 @@
+"""The benchmark: every way to train and to adapt, on the same samples, beside its baselines."""
+
+from it3_lightning.benchmark.results import Record, Results
+from it3_lightning.benchmark.rows import Row, rows_for
+from it3_lightning.benchmark.run import Benchmark
+
+__all__ = ["Benchmark", "Record", "Results", "Row", "rows_for"]

@@ -1,0 +1,178 @@
+"""Scores of a benchmark: one record per row, stream, seed and shift; their means; files of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from it3_lightning.benchmark.rows import Row
+
+
+@dataclass(frozen=True)
+class Record:
+    """One score.
+
+    Args:
+        training: which trained model.
+        row: what happened at test time.
+        stream: ``"equal"`` or ``"unequal"`` classes.
+        seed: of training, split and shifts.
+        shift: its name; ``"clean"`` for none.
+        score: in the units of the metric.
+        ms_per_sample: milliseconds of adaptation per sample; 0 where nothing adapts.
+        adapted: number of weights that adapt.
+    """
+
+    training: str
+    row: str
+    stream: str
+    seed: int
+    shift: str
+    score: float
+    ms_per_sample: float
+    adapted: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean over seeds and standard deviation over seeds (0 for one seed).
+
+    >>> print(Cell.of([1.0, 3.0]))
+    2.0 ± 1.4
+    """
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Cell:
+        """Summarise one value per seed."""
+        numbers = list(values)
+        spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+        return cls(statistics.fmean(numbers), spread)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.std:.1f}"
+
+
+@dataclass
+class Results:
+    """All records of a benchmark, and what they were made with.
+
+    Args:
+        metric: name of the score.
+        rows: in the order of the table.
+        records: the scores.
+        about: versions, settings, seeds.
+    """
+
+    metric: str
+    rows: list[Row]
+    records: list[Record] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds that have records."""
+        return sorted({record.seed for record in self.records})
+
+    @property
+    def streams(self) -> list[str]:
+        """Streams that have records, ``"equal"`` first."""
+        return sorted({record.stream for record in self.records})
+
+    @property
+    def shifts(self) -> list[str]:
+        """Shifts in the order of the records, ``"clean"`` first."""
+        return list(dict.fromkeys(record.shift for record in self.records))
+
+    def scores(self, row: Row, stream: str, shifts: Iterable[str]) -> list[float]:
+        """Return one score per seed: the mean over these shifts."""
+        wanted = set(shifts)
+        by_seed: dict[int, list[float]] = {}
+        for r in self.records:
+            same = (r.training, r.row, r.stream) == (row.training, row.name, stream)
+            if same and r.shift in wanted:
+                by_seed.setdefault(r.seed, []).append(r.score)
+        return [statistics.fmean(by_seed[seed]) for seed in sorted(by_seed)]
+
+    def clean(self, row: Row, stream: str) -> Cell:
+        """Return the score on clean samples."""
+        return Cell.of(self.scores(row, stream, ["clean"]))
+
+    def shifted(self, row: Row, stream: str) -> Cell:
+        """Return the mean score over all shifts."""
+        return Cell.of(self.scores(row, stream, self._shifted()))
+
+    def gain(self, row: Row, stream: str) -> Cell | None:
+        """Return the gain on the mean of the shifts over the same model's strongest still row.
+
+        That is the row of its batch statistics, or its source where it has no BatchNorm.
+        """
+        base = self.baseline(row)
+        if base is None:
+            return None
+        mine, theirs = (self.scores(r, stream, self._shifted()) for r in (row, base))
+        return Cell.of(a - b for a, b in zip(mine, theirs, strict=True))
+
+    def worst(self, row: Row, stream: str) -> tuple[str, float] | None:
+        """Return the shift with the smallest gain over the baseline, mean over seeds."""
+        base = self.baseline(row)
+        if base is None:
+            return None
+        gains = {
+            shift: Cell.of(self.scores(row, stream, [shift])).mean
+            - Cell.of(self.scores(base, stream, [shift])).mean
+            for shift in self._shifted()
+        }
+        shift = min(gains, key=lambda name: gains[name])
+        return shift, gains[shift]
+
+    def baseline(self, row: Row) -> Row | None:
+        """Return the unadapted row a row is compared with; ``None`` for such a row itself."""
+        if row.name in ("source", "batch statistics"):
+            return None
+        still = {r.name: r for r in self.rows if r.training == row.training}
+        return still.get("batch statistics") or still["source"]
+
+    def milliseconds(self, row: Row) -> float:
+        """Return milliseconds of adaptation per sample, mean over everything."""
+        mine = [
+            r.ms_per_sample for r in self.records if (r.training, r.row) == (row.training, row.name)
+        ]
+        return statistics.fmean(mine) if mine else 0.0
+
+    def save(self, folder: Path) -> None:
+        """Write ``results.csv`` and ``results.json``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "results.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Record)])
+            writer.writeheader()
+            writer.writerows(asdict(record) for record in self.records)
+        content = {
+            "metric": self.metric,
+            "about": self.about,
+            "table": [self._summary(row) for row in self.rows],
+            "records": [asdict(record) for record in self.records],
+        }
+        (folder / "results.json").write_text(json.dumps(content, indent=1))
+
+    def _shifted(self) -> list[str]:
+        return [shift for shift in self.shifts if shift != "clean"]
+
+    def _summary(self, row: Row) -> dict[str, Any]:
+        summary: dict[str, Any] = {"training": row.training, "row": row.name}
+        for stream in self.streams:
+            gain = self.gain(row, stream)
+            summary[stream] = {
+                "clean": asdict(self.clean(row, stream)),
+                "shifted": asdict(self.shifted(row, stream)),
+                "gain": None if gain is None else asdict(gain),
+            }
+        summary["ms_per_sample"] = self.milliseconds(row)
+        return summary

@@ -1,0 +1,167 @@
+"""Runs a benchmark seed by seed: trains, scores every row, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer
+
+from it3_lightning.benchmark.about import about
+from it3_lightning.benchmark.progress import Progress, quiet, threads
+from it3_lightning.benchmark.results import Record, Results
+from it3_lightning.benchmark.rows import Recipe, Row, rows_for
+from it3_lightning.benchmark.training import MakeModel, train_models, with_priors
+from it3_lightning.data import ShiftedImages
+from it3_lightning.dual_pass import DualPass
+from it3_lightning.engine.norm import batch_norms
+from it3_lightning.mixin import IT3Mixin
+from it3_lightning.priors import ClassPrior
+from it3_lightning.selection import select
+
+
+@dataclass(kw_only=True)
+class Benchmark:
+    """Settings of a benchmark.
+
+    Args:
+        seeds: one training of everything per seed.
+        epochs: of joint training. Ordinary training gets twice as many, so that both compute as
+            many gradients.
+        posthoc_epochs: of training the conditioning on the ordinary network.
+        ckpt_path: an ordinary checkpoint to take instead of ordinary training.
+        streams: ``"equal"`` and ``"unequal"`` class frequencies.
+        metric: key that the module's ``test_step`` logs; the score.
+        percent: multiply scores by 100.
+        rows: ``"main"``: each training's unadapted rows and the default objective; ``"all"``: also
+            the published objective, the balance term and filtered entropy.
+        recipe: settings that the rows share.
+        joint: the dual pass of joint training.
+        posthoc: the dual pass of post-hoc training; ``None``: the mixin's default.
+        output: folder of the results; what is there already, with the same settings, is kept.
+        accelerator: as of a Trainer.
+        precision: as of a Trainer.
+        threads: of torch on the CPU; small networks are often faster on one. ``None``: as it is.
+    """
+
+    seeds: Sequence[int] = (0,)
+    epochs: int = 6
+    posthoc_epochs: int = 2
+    ckpt_path: str | None = None
+    streams: Sequence[str] = ("equal", "unequal")
+    metric: str = "test_acc"
+    percent: bool = True
+    rows: Literal["main", "all"] = "main"
+    recipe: Recipe = field(default_factory=Recipe)
+    joint: DualPass = field(default_factory=DualPass)
+    posthoc: DualPass | None = None
+    output: str = "results"
+    accelerator: str = "auto"
+    precision: str = "32-true"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("Expected at least one seed, got none.")
+        if self.epochs < 1 or self.posthoc_epochs < 1:
+            raise ValueError(
+                f"Expected epochs >= 1, got {self.epochs} and posthoc_epochs {self.posthoc_epochs}."
+            )
+        wrong = [stream for stream in self.streams if stream not in ("equal", "unequal")]
+        if wrong or not self.streams:
+            raise ValueError(f"Expected streams among equal, unequal, got {list(self.streams)}.")
+
+    def run(self, make_model: MakeModel, data: ShiftedImages) -> Results:
+        """Run everything that has not been run and return all results.
+
+        Args:
+            make_model: returns a fresh model with priors, the same one for the same seed.
+            data: gives the loaders of clean and shifted samples.
+        """
+        with quiet(), threads(self.threads):
+            probe = with_priors(make_model())
+            rows = self._rows(probe)
+            results = Results(self.metric, rows, about=about(self, probe, data))
+            with Progress(len(self.seeds), len(rows) * len(self.streams)) as progress:
+                for seed in self.seeds:
+                    settings = results.about["settings"]
+                    results.records += self._seed(seed, rows, make_model, data, progress, settings)
+        results.save(Path(self.output))
+        return results
+
+    def _rows(self, model: IT3Mixin) -> list[Row]:
+        classes = isinstance(model.it3_prior, ClassPrior)
+        rows = rows_for(self.recipe, classes=classes, batch_norm=bool(batch_norms(model)))
+        return [row for row in rows if row.main or self.rows == "all"]
+
+    def _seed(
+        self,
+        seed: int,
+        rows: list[Row],
+        make_model: MakeModel,
+        data: ShiftedImages,
+        progress: Progress,
+        settings: Any,
+    ) -> list[Record]:
+        """Return the records of one seed, from its file where that fits the settings."""
+        file = Path(self.output) / f"seed_{seed}.json"
+        fingerprint = json.dumps(settings, sort_keys=True)
+        kept = json.loads(file.read_text()) if file.is_file() else {}
+        if kept.get("fingerprint") == fingerprint:
+            progress.skip(f"seed {seed}: from {file}", len(rows) * len(self.streams))
+            return [Record(**record) for record in kept["records"]]
+        data.seed = seed
+        models = train_models(self, seed, make_model, data, progress.say)
+        records: list[Record] = []
+        for stream in self.streams:
+            data.stream = stream  # type: ignore[assignment]
+            for row in rows:
+                progress.say(f"seed {seed}, {stream} classes: {row.training}, {row.name}")
+                records += self._scored(seed, stream, row, models[row.training], data)
+                progress.advance()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = {"fingerprint": fingerprint, "records": [asdict(r) for r in records]}
+        file.write_text(json.dumps(content))
+        return records
+
+    def _scored(
+        self, seed: int, stream: str, row: Row, model: IT3Mixin, data: ShiftedImages
+    ) -> list[Record]:
+        """Score one row on all loaders."""
+        callback = row.callback()
+        trainer = self.trainer(callbacks=[] if callback is None else [callback])
+        logged = trainer.test(model, datamodule=data, verbose=False)
+        adapts = row.settings is not None and row.settings.steps > 0
+        chosen = select(model, row.settings.parameters) if adapts and row.settings else {}
+        time = 0.0 if callback is None else callback.summary.ms_per_sample
+        adapted = sum(p.numel() for p in chosen.values())
+        return [
+            Record(row.training, row.name, stream, seed, shift, self._score(scores), time, adapted)
+            for shift, scores in zip(data.test_names, logged, strict=True)
+        ]
+
+    def _score(self, scores: Any) -> float:
+        for key, value in scores.items():
+            if key.partition("/dataloader_idx_")[0] == self.metric:
+                return float(value) * (100 if self.percent else 1)
+        raise ValueError(
+            f"test_step logged no {self.metric!r}, but {', '.join(scores)}. Set benchmark.metric "
+            "to one of them."
+        )
+
+    def trainer(self, **arguments: Any) -> Trainer:
+        """Return a silent Trainer on the benchmark's device."""
+        return Trainer(
+            accelerator=self.accelerator,
+            precision=self.precision,  # type: ignore[arg-type]
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            **arguments,
+        )

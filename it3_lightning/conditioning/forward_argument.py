@@ -1,0 +1,70 @@
+"""The prior as an argument of a forward that takes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from it3_lightning.conditioning.base import Conditioning
+from it3_lightning.conditioning.seen import seen
+from it3_lightning.priors import Prior
+
+
+class ForwardArgument(Conditioning):
+    """Hands the prior to a forward that takes it, as a keyword argument.
+
+    The forward gets ``(B, C, ...)`` with any presence flag, or the neutral prior; ``None`` where
+    the prior's ``neutral`` is ``"none"``. A prior that the caller hands over goes first.
+
+    Args:
+        argument: the keyword.
+        layer: name of the module whose forward takes it; ``""`` is the LightningModule itself,
+            called as ``self(x)``.
+
+    >>> import torch
+    >>> from it3_lightning.priors import ClassPrior
+    >>> class Net(nn.Module):
+    ...     def forward(self, x, prior=None):
+    ...         return prior
+    >>> net, argument = Net(), ForwardArgument()
+    >>> argument.attach(net, ClassPrior(2, neutral="uniform"))
+    >>> net(torch.zeros(1, 3))
+    tensor([[0.5000, 0.5000]])
+    """
+
+    def __init__(self, argument: str = "prior", *, layer: str = "") -> None:
+        super().__init__([layer])
+        self.argument = argument
+        self._source: Prior
+
+    def _attach(self, name: str, modules: Mapping[str, nn.Module], prior: Prior) -> None:
+        object.__setattr__(self, "_source", prior)  # the module owns the prior, not this one
+        modules[name].register_forward_pre_hook(partial(self._hand_over, name), with_kwargs=True)
+
+    def _hand_over(
+        self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if kwargs.get(self.argument) is not None:
+            return None
+        self._fired.add(name)
+        return args, {**kwargs, self.argument: self._seen((args, kwargs))}
+
+    def _seen(self, inputs: Any) -> Tensor | None:
+        if self._prior is None and self._source.neutral == "none":
+            return None
+        leaves = tree_leaves(inputs)
+        like = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
+        if like is None:
+            raise ValueError(
+                f"Expected the forward that takes {self.argument!r} to be called with a tensor "
+                f"(B, ...), got {', '.join(type(leaf).__name__ for leaf in leaves) or 'nothing'}."
+            )
+        return seen(self._source, self._prior, self._present, like.shape[0], like)
+
+    def init_args(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {"argument": self.argument, "layer": self.layers[0]}

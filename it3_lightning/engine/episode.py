@@ -1,0 +1,95 @@
+"""One batch from a given state: measure, step, measure again; all or nothing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from it3_lightning.engine.adaptation import Adaptation
+from it3_lightning.engine.evaluation import Evaluation, Evaluator, Skip, batch_size
+from it3_lightning.engine.settings import Settings
+from it3_lightning.engine.state import State
+
+
+def adapt_state(
+    state: State, inputs: Any, evaluate: Evaluator, settings: Settings, *, carried: bool
+) -> Adaptation:
+    """Adapt a state to one batch, its weights left in place; where that fails, as it was before.
+
+    Args:
+        state: moves. The source weights are in place before.
+        inputs: of the batch.
+        evaluate: the objective on the module.
+        settings: how to adapt.
+        carried: whether earlier batches have moved the state, so that the source is measured apart.
+
+    Raises:
+        Skip: the batch cannot be adapted to.
+    """
+    source = evaluate.measured(inputs, None) if carried and settings.measure else None
+    backup = state.backup() if carried else None
+    state.enter()
+    try:
+        started = time.perf_counter()
+        first = _steps(state, inputs, evaluate, settings.steps)
+        seconds = time.perf_counter() - started
+        last = evaluate.measured(inputs, state.anchor) if settings.measure else None
+    except BaseException:
+        if backup is not None:
+            state.rollback(backup)
+        raise
+    moved = first or last
+    source = source if carried else moved
+    return Adaptation(
+        outputs=None if last is None else last.outputs,
+        source_outputs=None if source is None else source.outputs,
+        distance_source=None if source is None else source.objective.measure,
+        distance_adapted=None if last is None else last.objective.measure,
+        reliable=None if moved is None else moved.objective.reliable,
+        skipped=torch.zeros(batch_size(inputs), dtype=torch.bool),
+        reason=None,
+        weights=dict(state.weights),
+        forwards=evaluate.forwards,
+        backwards=evaluate.backwards,
+        seconds=seconds,
+    )
+
+
+def keep_source(inputs: Any, evaluate: Evaluator, settings: Settings, reason: str) -> Adaptation:
+    """Return what a skipped batch gets: the source prediction, and why."""
+    outputs: Tensor | None = None
+    if settings.measure:
+        with torch.no_grad():
+            outputs = evaluate.run(inputs, None)
+    return Adaptation(
+        outputs=outputs,
+        source_outputs=outputs,
+        distance_source=None,
+        distance_adapted=None,
+        reliable=None,
+        skipped=torch.ones(batch_size(inputs), dtype=torch.bool),
+        reason=reason,
+        weights={},
+        forwards=evaluate.forwards,
+        backwards=evaluate.backwards,
+        seconds=0.0,
+    )
+
+
+def _steps(state: State, inputs: Any, evaluate: Evaluator, steps: int) -> Evaluation | None:
+    """Take the steps; return the evaluation before the first."""
+    first: Evaluation | None = None
+    for _ in range(steps):
+        evaluation = evaluate(inputs, state.anchor)
+        first = first or evaluation.detached()
+        if not evaluation.objective.empty:
+            gradients = evaluate.gradients(evaluation.objective.loss())
+            if not state.step(gradients):
+                raise Skip("non-finite gradient")
+        del evaluation  # and its graph, before the next is built
+    if steps and not state.finite():
+        raise Skip("non-finite weights")
+    return first

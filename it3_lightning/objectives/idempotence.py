@@ -1,0 +1,77 @@
+"""The idempotence distance, the method's own objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from it3_lightning.distances import Distance, DistanceName, get_distance
+from it3_lightning.objectives.base import Objective, SecondPass
+from it3_lightning.objectives.terms import (
+    agreeing,
+    balance_term,
+    check_settings,
+    confident,
+    sharpen_term,
+)
+
+
+@dataclass(frozen=True)
+class Idempotence:
+    r"""The idempotence distance :math:`d(y_0, F(x, y_0))`, after Durasov et al., ICML 2025.
+
+    With ``reliability=None``, ``sharpen=0`` and ``balance=0`` it is the published objective. On
+    Fashion-MNIST that form gains nothing reliable over batch statistics; see the README's table.
+
+    Args:
+        distance: a name, or a callable ``(B, C, ...), (B, C, ...) -> (B,)``.
+        reliability: confidence above which a class prediction counts as reliable, provided that
+            both predictions name the same class; the others do not move the weights. Of maps, the
+            mean confidence and the share of positions with the same class must lie above it.
+            ``None``: all samples count. So do predictions that are no distributions over classes:
+            values, binary masks, independent labels.
+        balance: weight of :math:`\sum_k m_k \log m_k`, ``m`` the mean prediction of the batch: it
+            spreads the predictions over the classes. **Only where the classes of a test batch are
+            about equally frequent**: it gains points there and costs points where they are not.
+        sharpen: weight of the entropy of the first prediction, on the same reliable samples: the
+            idempotence of a sample then says whether its prediction may be trusted. Without effect
+            on predictions that are no distributions over classes.
+
+    Raises:
+        ValueError: unknown distance, ``reliability`` outside [0, 1], negative ``balance`` or
+            ``sharpen``; when evaluated, a distance that is not ``(B,)``, or ``balance`` without
+            classes.
+
+    >>> import torch
+    >>> y0 = torch.tensor([[0.9, 0.1], [0.5, 0.5]])
+    >>> Idempotence()(y0, lambda prior: torch.tensor([[0.8, 0.2], [0.1, 0.9]])).reliable
+    tensor([ True, False])
+    """
+
+    distance: DistanceName | Distance = "l2"
+    reliability: float | None = 0.6
+    balance: float = 0.0
+    sharpen: float = 0.0
+
+    def __post_init__(self) -> None:
+        get_distance(self.distance)
+        check_settings(self.reliability, self.balance, self.sharpen)
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether the balance term is on."""
+        return self.balance > 0
+
+    def __call__(self, y0: Tensor, second: SecondPass) -> Objective:
+        """Evaluate the distance between the first and the second prediction."""
+        y1 = second(y0)
+        measure = get_distance(self.distance)(y0, y1)
+        if measure.shape != y0.shape[:1]:
+            raise ValueError(
+                f"Expected a distance of shape ({y0.shape[0]},), one per sample, got "
+                f"{tuple(measure.shape)}. Do not average over the batch."
+            )
+        reliable = confident(y0, self.reliability) & agreeing(y0, y1, self.reliability)
+        balance, sharpen = balance_term(y0, self.balance), sharpen_term(y0, self.sharpen)
+        return Objective(measure, reliable, balance, sharpen)

@@ -1,0 +1,95 @@
+"""What every prior can do: label space in, label space out, and the neutral prior."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Neutral = Literal["none", "zeros", "uniform", "constant"]
+
+
+class Prior(nn.Module, ABC):
+    """Base of all priors.
+
+    Args:
+        channels: channels ``C`` of label space.
+        neutral: the "don't know" signal: ``"zeros"``; ``"uniform"`` (``1/C``); ``"constant"``
+            (``neutral_value``, best outside the label range); ``"none"``: no signal at all, for
+            conditionings that can leave it out.
+        neutral_value: value of the neutral prior under ``neutral="constant"``.
+        presence_flag: append a channel that is 1 where a prior is given and 0 where not, so that
+            "unknown" differs from the value 0. Seen by the network only, never by the distance.
+
+    Raises:
+        ValueError: ``channels`` is not positive or ``neutral`` is unknown.
+    """
+
+    def __init__(
+        self, channels: int, *, neutral: Neutral, neutral_value: float, presence_flag: bool
+    ) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"Expected at least 1 prior channel, got {channels}.")
+        if neutral not in get_args(Neutral):
+            raise ValueError(
+                f"Expected neutral to be none, zeros, uniform or constant, got {neutral!r}."
+            )
+        self.channels = channels
+        self.neutral = neutral
+        self.neutral_value = neutral_value
+        self.presence_flag = presence_flag
+
+    @property
+    def input_channels(self) -> int:
+        """Channels the network sees: those of label space, and the presence flag if any."""
+        return self.channels + int(self.presence_flag)
+
+    @property
+    def neutral_is_zero(self) -> bool:
+        """Whether the neutral input is all zeros (or nothing), so that it adds nothing."""
+        return self.neutral in ("none", "zeros")
+
+    @abstractmethod
+    def from_target(self, target: Tensor) -> Tensor:
+        """Bring a target into label space, ``(B, C, ...)``."""
+
+    @abstractmethod
+    def from_output(self, output: Tensor) -> Tensor:
+        """Bring a network's output into label space, ``(B, C, ...)``, differentiably."""
+
+    @abstractmethod
+    def perturb(self, prior: Tensor) -> Tensor:
+        """Return the prior blurred by a random amount per sample, from the global generator.
+
+        Training on perturbed labels makes the second pass a denoiser of predictions; with exact
+        labels it only learns to copy.
+        """
+
+    def as_input(self, prior: Tensor) -> Tensor:
+        """Append the presence flag, where there is one: ``(B, C, ...) -> (B, C + 1, ...)``."""
+        if not self.presence_flag:
+            return prior
+        return torch.cat([prior, torch.ones_like(prior[:, :1])], dim=1)
+
+    def neutral_input(self, batch_size: int, like: Tensor) -> Tensor:
+        """Return the neutral prior as the network sees it, ``(B, C)`` with any presence flag 0."""
+        fill = {"uniform": 1 / self.channels, "constant": self.neutral_value}.get(self.neutral, 0.0)
+        values = torch.full((batch_size, self.channels), fill, device=like.device, dtype=like.dtype)
+        return F.pad(values, (0, 1)) if self.presence_flag else values
+
+    def fit(self, targets: Iterable[Tensor]) -> None:
+        """Take from training targets what the prior must know of them; most need nothing."""
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the prior knows all it must know of the targets, so that no fit is needed."""
+        return True
+
+    def init_args(self) -> dict[str, Any]:
+        """Return the constructor's arguments, for checkpoints and YAML."""
+        return {"neutral": self.neutral, "neutral_value": self.neutral_value}

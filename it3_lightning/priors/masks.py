@@ -1,0 +1,99 @@
+"""The prior of segmentation: maps of class probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from it3_lightning.priors.base import Neutral, Prior
+from it3_lightning.priors.probabilities import (
+    OutputKind,
+    check_outputs,
+    check_range,
+    one_hot,
+    probabilities,
+)
+
+
+class MaskPrior(Prior):
+    """Maps of class probabilities: binary masks (sigmoid) or ``C`` classes (softmax).
+
+    Perturbed: each image's map mixed, by a random share, with that of a random other image.
+
+    Args:
+        num_classes: 1 for a binary mask, else the number of classes ``C``.
+        outputs: what the network puts out: ``"logits"`` or ``"probabilities"``.
+        neutral: see :class:`Prior`.
+        neutral_value: see :class:`Prior`.
+
+    Shapes:
+        targets ``(B, H, W)`` or ``(B, 1, H, W)`` indices, or ``(B, C, H, W)`` probabilities;
+        outputs ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: a target or output does not fit the number of classes.
+
+    >>> MaskPrior().from_output(torch.zeros(1, 1, 1, 2))
+    tensor([[[[0.5000, 0.5000]]]])
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1,
+        *,
+        outputs: OutputKind = "logits",
+        neutral: Neutral = "zeros",
+        neutral_value: float = -1.0,
+    ) -> None:
+        super().__init__(
+            num_classes, neutral=neutral, neutral_value=neutral_value, presence_flag=True
+        )
+        check_outputs(outputs)
+        self.outputs: OutputKind = outputs
+
+    def from_target(self, target: Tensor) -> Tensor:
+        """Return ``(B, C, H, W)`` maps."""
+        if self.channels > 1 and target.ndim == 4 and target.shape[1] == self.channels:
+            return _floating(target)
+        maps = target.squeeze(1) if target.ndim == 4 and target.shape[1] == 1 else target
+        if maps.ndim != 3:
+            raise ValueError(
+                f"MaskPrior({self.channels}) expected a target of shape (B, H, W) or "
+                f"(B, {self.channels}, H, W), got {tuple(target.shape)}."
+            )
+        if self.channels > 1:
+            return one_hot(maps, self.channels)
+        check_range(maps, 0, 1, "Give a binary mask of 0 and 1, or set num_classes.")
+        return _floating(maps.unsqueeze(1))
+
+    def from_output(self, output: Tensor) -> Tensor:
+        """Return ``(B, C, H, W)`` probabilities."""
+        maps = output.unsqueeze(1) if output.ndim == 3 and self.channels == 1 else output
+        if self.channels > 1:
+            return probabilities(maps, self.channels, self.outputs)
+        if maps.ndim != 4 or maps.shape[1] != 1:
+            raise ValueError(
+                f"MaskPrior() expected an output of shape (B, 1, H, W) or (B, H, W), got "
+                f"{tuple(output.shape)}. Give the prior as many classes as the network has outputs."
+            )
+        return maps.sigmoid() if self.outputs == "logits" else maps
+
+    def neutral_input(self, batch_size: int, like: Tensor) -> Tensor:
+        """Return the neutral maps ``(B, C + 1, 1, 1)``, which broadcast over positions."""
+        return super().neutral_input(batch_size, like)[:, :, None, None]
+
+    def perturb(self, prior: Tensor) -> Tensor:
+        """Mix each map with that of a random other image."""
+        other = prior[torch.randperm(prior.shape[0], device=prior.device)]
+        share = torch.rand(prior.shape[0], 1, 1, 1, device=prior.device, dtype=prior.dtype)
+        return share * prior + (1 - share) * other
+
+    def init_args(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {"num_classes": self.channels, "outputs": self.outputs, **super().init_args()}
+
+
+def _floating(target: Tensor) -> Tensor:
+    return target if target.is_floating_point() else target.to(torch.get_default_dtype())

@@ -1,0 +1,60 @@
+"""What is said of adaptations while a run goes on: logged values, and a warning per reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+
+from it3_lightning.engine import Adaptation
+from it3_lightning.summary import Summary
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Takes note of the adaptation to each batch.
+
+    Args:
+        module: whose step runs; logs.
+        summary: of the run.
+        logs: whether the stage has logs: ``predict`` has none.
+        measured: whether distances are measured.
+    """
+
+    module: LightningModule
+    summary: Summary
+    logs: bool
+    measured: bool
+
+    def __call__(self, adaptation: Adaptation) -> None:
+        """Add an adaptation to the summary, and log it."""
+        if adaptation.reason is not None and adaptation.reason not in self.summary.reasons:
+            rank_zero_warn(f"IT3 keeps the source prediction of a batch: {adaptation.reason}.")
+        self.summary.add(adaptation)
+        if self.logs:
+            self._log(adaptation)
+
+    def _log(self, adaptation: Adaptation) -> None:
+        """Log means over samples, and the number of skipped ones.
+
+        Every process logs the same keys at every batch, or reducing them over processes would wait
+        for ever: a distance that is not known counts with weight 0. Lightning rounds the mean of
+        the processes' weights down, so they are multiples of the number of processes.
+        """
+        size, ranks = adaptation.skipped.numel(), self.module.trainer.world_size
+        weight = size * ranks
+        log = partial(self.module.log, on_step=False, on_epoch=True, sync_dist=ranks > 1)
+        distances = {
+            "source": adaptation.distance_source,
+            "adapted": adaptation.distance_adapted,
+        }
+        for name, values in distances.items() if self.measured else ():
+            mean = 0.0 if values is None else values.mean()
+            log(f"it3/distance_{name}", mean, batch_size=0 if values is None else weight)
+        reliable = adaptation.reliable
+        moved = 0.0 if reliable is None else reliable.float().mean()
+        log("it3/reliable", moved, batch_size=weight)
+        log("it3/skipped", float(adaptation.skipped.sum()), reduce_fx="sum", batch_size=weight)
+        log("it3/ms_per_sample", 1000 * adaptation.seconds / size, batch_size=weight)

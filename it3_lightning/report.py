@@ -1,0 +1,149 @@
+"""Shows the results of a benchmark: an aligned table, and one HTML page with plots."""
+
+from __future__ import annotations
+
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from it3_lightning.benchmark import Results, Row
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+th { border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom; }
+tr.first td { border-top: 1px solid var(--line); }
+tr:hover { background: var(--soft); }
+.wide { overflow-x: auto; } .plot svg { width: 100%; height: auto; background: #fff; }
+pre { background: var(--soft); overflow-x: auto; padding: .8rem; }
+"""
+
+
+def headers(results: Results) -> list[str]:
+    """Return the column titles of the table."""
+    per_stream = [
+        title
+        for stream in results.streams
+        for title in (f"{stream}: clean", "shifts", "gain", "worst shift")
+    ]
+    return ["training", "at test time", *per_stream, "ms/sample"]
+
+
+def line(results: Results, row: Row) -> list[str]:
+    """Return the cells of one row, as text."""
+    cells = [row.training, row.name]
+    for stream in results.streams:
+        gain, worst = results.gain(row, stream), results.worst(row, stream)
+        cells += [
+            str(results.clean(row, stream)),
+            str(results.shifted(row, stream)),
+            "" if gain is None else f"{gain.mean:+.1f} ± {gain.std:.1f}",
+            "" if worst is None else f"{worst[1]:+.1f} {worst[0]}",
+        ]
+    time = results.milliseconds(row)
+    return [*cells, f"{time:.2f}" if time else ""]
+
+
+def table(results: Results) -> Table:
+    """Return the aligned table of all rows; gains are over the same model's batch statistics."""
+    shown = Table(title=f"{results.metric}, mean ± std over seeds {results.seeds}")
+    for index, title in enumerate(headers(results)):
+        shown.add_column(title, justify="left" if index < 2 else "right", no_wrap=True)
+    before = ""
+    for row in results.rows:
+        if before and before != row.training:
+            shown.add_section()
+        before = row.training
+        shown.add_row(*line(results, row))
+    return shown
+
+
+def markdown(results: Results) -> str:
+    """Return the table in Markdown."""
+    titles = headers(results)
+    ruler = ["---" if index < 2 else "---:" for index in range(len(titles))]
+    rows = [titles, ruler, *(line(results, row) for row in results.rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def show(results: Results, folder: Path) -> None:
+    """Print the table and write ``table.md`` and ``page.html`` into the folder."""
+    shown = table(results)
+    console = Console()
+    needed = Console(width=400).measure(shown).maximum
+    if needed > console.width:
+        console = Console(width=needed)  # a table that wraps cannot be read
+    console.print(shown)
+    (folder / "table.md").write_text(markdown(results) + "\n")
+    (folder / "page.html").write_text(page(results))
+    console.print(f"Written to {folder}: page.html, results.csv, results.json, table.md")
+
+
+def page(results: Results) -> str:
+    """Return one HTML page: the table, a plot by shift, and what it was made with."""
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in headers(results))
+    body, before = "", ""
+    for row in results.rows:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in line(results, row))
+        body += f"<tr{' class=first' if row.training != before else ''}>{cells}</tr>\n"
+        before = row.training
+    plots = "".join(
+        f"<h2>By shift, {stream} classes</h2><div class=plot>{_plot(results, stream)}</div>"
+        for stream in results.streams
+    )
+    about = html.escape("\n".join(f"{k}: {v}" for k, v in _facts(results).items()))
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width'><title>IT3 benchmark</title>"
+        f"<style>{_STYLE}</style><h1>IT3 benchmark: {html.escape(results.metric)}</h1>"
+        f"<p>Mean ± standard deviation over seeds {results.seeds}. <em>shifts</em>: mean over "
+        f"{', '.join(s for s in results.shifts if s != 'clean')}. <em>gain</em>: over the same "
+        "model with batch statistics (its source where it has no BatchNorm), on the mean of the "
+        "shifts; <em>worst shift</em>: the smallest such gain.</p>"
+        f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+        f"</div>{plots}<h2>Made with</h2><pre>{about}</pre></html>"
+    )
+
+
+def _facts(results: Results) -> dict[str, Any]:
+    settings = results.about.get("settings", {})
+    return {
+        **results.about.get("versions", {}),
+        **settings.get("benchmark", {}),
+        **settings.get("data", {}),
+    }
+
+
+def _plot(results: Results, stream: str) -> str:
+    """Return an SVG of scores by shift, a line per main row; a note without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "<p>Install <code>it3_lightning[plots]</code> for the plot.</p>"
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots()
+    shifts = results.shifts
+    for row in results.rows:
+        if row.training == "joint" or "published" in row.name or "episodic" in row.name:
+            continue
+        means = [results.scores(row, stream, [shift]) for shift in shifts]
+        style = {"ordinary": "--", "post-hoc": "-"}[row.training]
+        values = [sum(m) / len(m) for m in means]
+        axes.plot(
+            shifts, values, style, marker="o", ms=3, lw=1.2, label=f"{row.training}: {row.name}"
+        )
+    axes.set_ylabel(results.metric)
+    axes.tick_params(axis="x", rotation=30)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,29 @@
+"""What several tests share: small images in the real on-disk format of MNIST."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def write_idx(path: Path, values: Tensor) -> None:
+    """Write unsigned bytes as a gzipped IDX file: magic, sizes, values."""
+    header = struct.pack(">BBBB", 0, 0, 8, values.ndim)
+    sizes = struct.pack(f">{values.ndim}I", *values.shape)
+    path.write_bytes(gzip.compress(header + sizes + values.numpy().tobytes()))
+
+
+@pytest.fixture(scope="session")
+def idx_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 200 training and 80 test images of 28 x 28 in ten classes."""
+    folder = tmp_path_factory.mktemp("idx")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 200), ("t10k", 80)):
+        images = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8, generator=generator)
+        labels = (torch.arange(count) % 10).to(torch.uint8)
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", images)
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
+    return folder

@@ -1,0 +1,64 @@
+"""Fits, tests and refuses on two CPU processes, and saves what came of it: run by a test."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from toy import IT3Net, loader, parts, quiet, samples, seeded
+
+from it3_lightning import DualPass, Idempotence, IT3TestTimeCallback
+
+TWO: dict[str, Any] = {"devices": 2, "strategy": "ddp_fork"}
+
+
+class Writes(IT3Net):
+    """Writes what each process saw and predicted."""
+
+    folder: Path
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        images, labels, numbers = batch
+        name = f"{self.global_rank}-{batch_idx}.pt"
+        torch.save({"numbers": numbers, "logits": self(images).clone()}, self.folder / name)
+        super().test_step((images, labels), batch_idx)
+
+
+def adapting(**settings: Any) -> IT3TestTimeCallback:
+    objective = Idempotence(reliability=None)
+    return IT3TestTimeCallback(objective=objective, lr=0.05, optimizer="sgd", **settings)
+
+
+def stream(bad: int | None = None) -> Any:
+    """Serve 12 numbered samples, one of them not finite."""
+    images, labels = samples()
+    if bad is not None:
+        images[bad] = float("nan")
+    return DataLoader(TensorDataset(images, labels, torch.arange(12)), batch_size=3)
+
+
+def post_hoc() -> Any:
+    dual = DualPass(perturb_prior=False)
+    return seeded(IT3Net(**parts(train="conditioning", dual_pass=dual)))
+
+
+def main(folder: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    model = seeded(Writes(**parts()))
+    model.folder = folder
+    try:
+        quiet(callbacks=[adapting(reset="never")], **TWO).test(model, stream(), verbose=False)
+        refused = ""
+    except Exception as error:  # the launcher wraps what a process raises
+        refused = str(error)
+    (logged,) = quiet(callbacks=[adapting()], **TWO).test(model, stream(bad=2), verbose=False)
+    fitted = post_hoc()
+    quiet(**TWO).fit(fitted, loader(16, 8))
+    torch.save(
+        {"refused": refused, "logged": logged, "state": fitted.state_dict()}, folder / "main.pt"
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,200 @@
+"""The benchmark: its rows, its arithmetic, its files, and that it goes on where it stopped."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from it3_lightning import ClassPrior, FeatureInjection, IT3TestTimeCallback
+from it3_lightning.benchmark import Benchmark, Record, Results, Row, rows_for
+from it3_lightning.benchmark.rows import Recipe
+from it3_lightning.data import DigitsDataModule
+from it3_lightning.networks import MLP, SmallCNN
+from it3_lightning.objectives import Entropy, Idempotence
+from it3_lightning.report import headers, line, markdown, page
+from it3_lightning.tasks import Classifier, IT3Classifier
+
+
+def make_model() -> IT3Classifier:
+    return IT3Classifier(
+        SmallCNN(1, 10, 8, width=4, hidden=16),
+        prior=ClassPrior(10),
+        conditioning=FeatureInjection("network.dense1"),
+    )
+
+
+def digits() -> DigitsDataModule:
+    return DigitsDataModule(shifts=("contrast",), severity=4, train_size=200, test_size=120)
+
+
+def benchmark(folder: Path, **arguments: object) -> Benchmark:
+    settings = {"epochs": 1, "posthoc_epochs": 1, "streams": ("equal",), "accelerator": "cpu"}
+    return Benchmark(output=str(folder), **{**settings, **arguments})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
+    folder = tmp_path_factory.mktemp("benchmark")
+    return folder, benchmark(folder, rows="all", streams=("equal", "unequal")).run(
+        make_model, digits()
+    )
+
+
+def toy_results() -> Results:
+    rows = [Row("ordinary", "source"), Row("ordinary", "batch statistics"), Row("ordinary", "Tent")]
+    scores = {"source": (90.0, 50.0), "batch statistics": (90.0, 60.0), "Tent": (89.0, 63.0)}
+    records = [
+        Record("ordinary", row, "equal", seed, shift, score + 2 * seed * (row == "Tent"), 0.5, 7)
+        for row, pair in scores.items()
+        for seed in (0, 1)
+        for shift, score in zip(("clean", "noise"), pair, strict=True)
+    ]
+    return Results("acc", rows, records)
+
+
+def test_gain_is_over_batch_statistics_of_the_same_model_seed_by_seed() -> None:
+    results = toy_results()
+    gain = results.gain(results.rows[2], "equal")
+    assert gain is not None
+    assert gain.mean == pytest.approx(4.0)  # (63 - 60 + 65 - 60) / 2
+    assert gain.std == pytest.approx(2**0.5)
+    assert results.worst(results.rows[2], "equal") == ("noise", pytest.approx(4.0))
+    assert results.gain(results.rows[1], "equal") is None
+
+
+def test_mean_of_shifts_leaves_the_clean_samples_out() -> None:
+    results = toy_results()
+    assert results.shifted(results.rows[0], "equal").mean == 50.0
+    assert results.clean(results.rows[0], "equal").mean == 90.0
+
+
+def test_rows_without_classes_have_no_entropy_and_no_balance() -> None:
+    names = {row.name for row in rows_for(Recipe(), classes=False, batch_norm=False)}
+    assert not any("entropy" in n or "Tent" in n or "balance" in n for n in names)
+    assert "batch statistics" not in names
+
+
+def test_filtered_entropy_and_the_default_differ_in_the_objective_alone() -> None:
+    rows = {(r.training, r.name): r for r in rows_for(Recipe(), classes=True, batch_norm=True)}
+    entropy = rows["ordinary", "filtered entropy, online"].settings
+    default = rows["post-hoc", "default objective, online"].settings
+    assert entropy is not None
+    assert default is not None
+    assert isinstance(entropy.objective, Entropy)
+    assert isinstance(default.objective, Idempotence)
+    for name in ("steps", "lr", "optimizer", "parameters", "reset", "norm_stats"):
+        assert getattr(entropy, name) == getattr(default, name)
+    assert entropy.objective.reliability == default.objective.reliability
+
+
+def test_source_row_runs_without_a_callback() -> None:
+    assert Row("ordinary", "source").callback() is None
+
+
+def test_post_hoc_source_row_equals_the_ordinary_one_exactly(
+    finished: tuple[Path, Results],
+) -> None:
+    _, results = finished
+    for name in ("source", "batch statistics"):
+        for stream in ("equal", "unequal"):
+            for shift in ("clean", "contrast"):
+                ordinary, posthoc = (
+                    results.scores(Row(training, name), stream, [shift])
+                    for training in ("ordinary", "post-hoc")
+                )
+                assert ordinary == posthoc
+
+
+def test_every_row_is_scored_on_every_stream_and_shift(finished: tuple[Path, Results]) -> None:
+    _, results = finished
+    assert len(results.records) == len(results.rows) * 2 * 2
+    adapting = [r for r in results.records if "objective" in r.row]
+    assert {r.adapted for r in adapting} == {
+        sum(p.numel() for p in make_model().network.parameters())
+    }
+    assert all(r.ms_per_sample > 0 for r in adapting)
+
+
+def test_files_hold_every_record(finished: tuple[Path, Results]) -> None:
+    folder, results = finished
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["score"]) for row in rows] == [r.score for r in results.records]
+    content = json.loads((folder / "results.json").read_text())
+    assert len(content["records"]) == len(results.records)
+    assert content["about"]["seeds"] == [0]
+    assert content["about"]["versions"]["torch"] == torch.__version__
+
+
+def test_a_finished_seed_is_not_run_again(
+    finished: tuple[Path, Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, results = finished
+    monkeypatch.setattr(Benchmark, "trainer", lambda *_, **__: pytest.fail("trained again"))
+    again = benchmark(folder, rows="all", streams=("equal", "unequal")).run(make_model, digits())
+    assert again.records == results.records
+
+
+def test_other_settings_are_run_again(tmp_path: Path) -> None:
+    fingerprints = []
+    for lr in (1e-4, 0.5):
+        benchmark(tmp_path, recipe=Recipe(tent_lr=lr)).run(make_model, digits())
+        kept = json.loads((tmp_path / "seed_0.json").read_text())
+        fingerprints.append(json.loads(kept["fingerprint"]))
+    assert [f["benchmark"]["recipe"]["tent_lr"] for f in fingerprints] == [1e-4, 0.5]
+
+
+def test_the_same_seed_gives_the_same_scores(tmp_path: Path) -> None:
+    first, second = (
+        benchmark(tmp_path / name, rows="main").run(make_model, digits()) for name in ("a", "b")
+    )
+    assert [r.score for r in first.records] == [r.score for r in second.records]
+
+
+def test_unknown_metric_names_what_is_logged(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"test_accuracy.*test_acc"):
+        benchmark(tmp_path, metric="test_accuracy").run(make_model, digits())
+
+
+def test_a_model_without_the_mixin_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"class IT3Net\(IT3Mixin, Classifier\): pass"):
+        benchmark(tmp_path).run(lambda: Classifier(MLP(64, 10)), digits())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": ()}, "at least one seed"),
+        ({"epochs": 0}, "epochs >= 1"),
+        ({"streams": ("odd",)}, "equal, unequal"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(
+    tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        benchmark(tmp_path, **arguments)
+
+
+def test_every_line_of_the_table_has_a_cell_for_every_title() -> None:
+    results = toy_results()
+    assert all(len(line(results, row)) == len(headers(results)) for row in results.rows)
+    assert markdown(results).count("\n") == len(results.rows) + 1
+    assert "+4.0 ± 1.4" in markdown(results)
+
+
+def test_page_holds_the_table_and_a_plot(finished: tuple[Path, Results]) -> None:
+    text = page(finished[1])
+    assert text.count("<tr") == len(finished[1].rows) + 1
+    assert text.count("<svg") == 2
+    assert "http" not in text.partition("<svg")[0]  # one file, nothing loaded from elsewhere
+
+
+def test_a_row_callback_carries_all_its_settings() -> None:
+    for row in rows_for(Recipe(lr=0.3, balance=0.7), classes=True, batch_norm=True):
+        callback = row.callback()
+        if row.settings is not None:
+            assert isinstance(callback, IT3TestTimeCallback)
+            assert callback.settings == row.settings

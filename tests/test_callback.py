@@ -1,0 +1,356 @@
+"""`IT3TestTimeCallback` as a guest on the Trainer: stages, steps, precision, logs, neighbours."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toy import Batch, IT3Net, LitNet, doubles, loader, parts, quiet, samples, seeded
+
+from it3_lightning import Idempotence, IT3TestTimeCallback
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    with doubles():
+        yield
+
+
+def adapting(**settings: Any) -> IT3TestTimeCallback:
+    published = Idempotence(reliability=None)
+    given = {"objective": published, "optimizer": "sgd", "lr": 0.05, **settings}
+    return IT3TestTimeCallback(**given)
+
+
+class Validated(IT3Net):
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+def net(kind: type[IT3Net] = IT3Net, **args: Any) -> Any:
+    return seeded(kind(**parts(**args)))
+
+
+def head(module: LightningModule) -> Tensor:
+    return module.get_parameter("net.head.weight").detach().clone()
+
+
+def predicted(model: LightningModule, *callbacks: Callback, **kwargs: Any) -> Tensor:
+    batches: Any = quiet(callbacks=list(callbacks), **kwargs).predict(model, loader())
+    return torch.cat(batches)
+
+
+# Stages
+
+
+class Steps(Validated):
+    """Notes the weights each step runs with."""
+
+    seen: list[tuple[str, Tensor]]
+
+    def note(self, stage: str) -> None:
+        self.seen.append((stage, head(self)))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.note("validate")
+        super().validation_step(batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+        self.note("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> int:  # type: ignore[override]
+        self.note("predict")
+        return batch_idx
+
+
+@pytest.mark.parametrize("stages", [("test", "predict"), ("validate",), ("predict",), ()])
+def test_only_the_stages_asked_for_adapt(stages: Any) -> None:
+    model = net(Steps)
+    model.seen, source = [], head(model)
+    for stage in ("validate", "test", "predict"):
+        getattr(quiet(callbacks=[adapting(stages=stages)]), stage)(model, loader())
+    adapted = {stage for stage, weights in model.seen if not torch.equal(weights, source)}
+    assert adapted == set(stages)
+    assert len(model.seen) == 9
+
+
+def test_default_leaves_sanity_check_and_validation_of_a_fit_alone() -> None:
+    runs = []
+    for callbacks in ([], [IT3TestTimeCallback()]):
+        model, trainer = net(Steps), quiet(callbacks=callbacks, num_sanity_val_steps=2)
+        model.seen = []
+        torch.manual_seed(0)
+        trainer.fit(model, loader(), loader(seed=1))
+        runs.append((model.seen, trainer.callback_metrics, model.state_dict()))
+    for (_, ours), (_, theirs) in zip(runs[0][0], runs[1][0], strict=True):
+        assert torch.equal(ours, theirs)
+    assert runs[0][1].keys() == runs[1][1].keys()
+    assert all(torch.equal(runs[1][2][name], value) for name, value in runs[0][2].items())
+
+
+def test_validation_inside_fit_adapts_where_asked_and_leaves_training_alone() -> None:
+    runs = []
+    for callbacks in ([], [adapting(stages=["validate"])]):
+        trainer = quiet(callbacks=callbacks, num_sanity_val_steps=2, max_epochs=2)
+        model = net(Steps)
+        model.seen = []
+        torch.manual_seed(0)
+        trainer.fit(model, loader(), loader(seed=1))
+        runs.append((model.seen, dict(trainer.callback_metrics), model.state_dict()))
+    assert all(torch.equal(runs[1][2][name], value) for name, value in runs[0][2].items())
+    same = [torch.equal(a[1], b[1]) for a, b in zip(runs[0][0], runs[1][0], strict=True)]
+    assert same == [True, True] + 6 * [False]  # the sanity check keeps the source
+    assert runs[1][1]["it3/distance_adapted"] < runs[1][1]["it3/distance_source"]
+
+
+def test_unknown_stage_and_prediction_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"stages among validate, test, predict, got \['fit'\]"):
+        IT3TestTimeCallback(stages=["fit"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="prediction 'first' or 'second', got 'third'"):
+        IT3TestTimeCallback(prediction="third")  # type: ignore[arg-type]
+
+
+# Predictions
+
+
+def test_second_prediction_without_steps_is_the_prediction_given_the_first() -> None:
+    model = net().eval()
+    images = samples()[0]
+    with torch.no_grad():
+        expected = model.predict_with(images, model(images).softmax(1))
+    actual = predicted(model, adapting(steps=0, prediction="second"))
+    torch.testing.assert_close(actual, expected)
+    assert (actual - model(images)).abs().max() > 1e-3
+
+
+def test_second_prediction_comes_from_the_adapted_weights() -> None:
+    class Both(IT3Net):
+        def predict_step(self, batch: Batch, batch_idx: int) -> Any:  # type: ignore[override]
+            first.append(self.predict_with(batch[0], None))
+            given.append(self.predict_with(batch[0], first[-1].softmax(1)))
+            return self(batch[0])
+
+    first: list[Tensor] = []
+    given: list[Tensor] = []
+    outputs = predicted(net(Both), adapting(prediction="second", reset="never"))
+    torch.testing.assert_close(torch.cat(first), predicted(net(), adapting(reset="never")))
+    torch.testing.assert_close(outputs, torch.cat(given))
+    assert (outputs - torch.cat(first)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_inference_mode_does_not_matter(inference_mode: bool) -> None:
+    expected = predicted(net(), adapting())
+    assert torch.equal(predicted(net(), adapting(), inference_mode=inference_mode), expected)
+
+
+def test_network_that_writes_into_its_inputs_spoils_no_batch() -> None:
+    class InPlace(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(0.5))
+
+    model = net(InPlace)
+    for mode in (True, False):
+        off = predicted(model, adapting(steps=0), inference_mode=mode)
+        assert torch.equal(off, predicted(model, inference_mode=mode))
+
+
+def test_mixed_precision_moves_the_weights_at_every_step() -> None:
+    torch.set_default_dtype(torch.float32)
+    distances = []
+    for steps in (0, 1, 5):
+        callback = adapting(steps=steps, lr=0.2)
+        quiet(callbacks=[callback], precision="bf16-mixed").test(net(), loader(), verbose=False)
+        distances.append(callback.summary.distance_adapted)
+        assert callback.summary.skipped == 0
+    exact = adapting(steps=5, lr=0.2)
+    quiet(callbacks=[exact]).test(net(), loader(), verbose=False)
+    assert distances[0] > distances[1] > distances[2]
+    assert distances[2] == pytest.approx(exact.summary.distance_adapted, rel=0.1)
+
+
+# Steps of any shape
+
+
+def test_step_may_take_keywords_and_any_of_lightnings_arguments() -> None:
+    class ByKeyword(Callback):
+        def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            step: Any = pl_module.predict_step
+            with torch.no_grad():
+                outputs.append(step(batch=batch, batch_idx=0))
+                outputs.append(step(batch, batch_idx=0, dataloader_idx=0))
+
+    class NoIndex(IT3Net):
+        def predict_step(self, batch: Batch) -> Any:  # type: ignore[override]
+            return self(batch[0])
+
+    outputs: list[Tensor] = []
+    batch = next(iter(loader()))
+    expected = predicted(net(), adapting(), ByKeyword())
+    assert torch.equal(outputs[0], expected[:4])
+    assert torch.equal(outputs[1], expected[:4])
+    assert torch.equal(predicted(net(NoIndex), adapting()), expected)
+
+
+def test_step_on_the_instance_is_used_and_put_back() -> None:
+    def doubled(self: IT3Net, batch: Batch, batch_idx: int) -> Tensor:
+        return 2 * self.forward(batch[0])
+
+    model, expected = net(), predicted(net(), adapting())
+    step = MethodType(doubled, model)
+    model.predict_step = step
+    assert torch.equal(predicted(model, adapting()), 2 * expected)
+    assert vars(model)["predict_step"] is step
+
+
+def test_module_can_be_copied_and_pickled_after_a_run() -> None:
+    model, callback = net(), adapting()
+    expected = predicted(model, callback)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(predicted(twin, adapting()), expected)
+        assert "predict_step" not in vars(twin)
+    assert torch.equal(predicted(model, pickle.loads(pickle.dumps(callback))), expected)
+
+
+def test_other_callbacks_see_the_source_weights() -> None:
+    class Sees(Callback):
+        def on_test_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+            seen.append(head(module))
+
+        def on_test_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+            seen.append(head(module))
+
+    seen: list[Tensor] = []
+    model = net()
+    source = head(model)
+    quiet(callbacks=[Sees(), adapting(reset="never"), Sees()]).test(model, loader(), verbose=False)
+    assert len(seen) == 12
+    assert all(torch.equal(weights, source) for weights in seen)
+
+
+def test_one_callback_serves_several_trainers_and_modules() -> None:
+    callback, models = adapting(reset="never"), [net(), seeded(IT3Net(**parts()), 1)]
+    expected = [predicted(model, adapting(reset="never")) for model in models]
+    for _ in range(2):
+        for model, outputs in zip(models, expected, strict=True):
+            assert torch.equal(predicted(model, callback), outputs)
+            assert callback.summary.samples == 12
+
+
+# Logs
+
+
+def test_logs_inside_forward_are_those_of_the_step_alone() -> None:
+    class Logs(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.trainer.predicting:
+                self.log("inside", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+            return super().forward(x)
+
+    for prediction in ("first", "second"):
+        trainer = quiet(callbacks=[adapting(steps=3, prediction=prediction)])
+        (logged,) = trainer.test(net(Logs), loader(), verbose=False)
+        assert logged["inside"] == 3
+
+
+def test_metrics_of_the_step_count_each_sample_once() -> None:
+    from torchmetrics import MeanMetric, MetricCollection
+    from torchmetrics.classification import MulticlassPrecision, MulticlassRecall
+
+    class Metrics(IT3Net):
+        def __init__(self, **args: Any) -> None:
+            super().__init__(**args)
+            self.group = MetricCollection([MulticlassPrecision(3), MulticlassRecall(3)])
+            self.count = MeanMetric()
+            self.outputs: list[Tensor] = []
+
+        def test_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+            logits = self(batch[0])
+            self.group.update(logits, batch[1])
+            self.count.update(1.0, len(logits))
+            self.outputs.append(logits)
+            self.log_dict(self.group)
+
+    model = net(Metrics)
+    (logged,) = quiet(callbacks=[adapting(steps=2)]).test(model, loader(), verbose=False)
+    outputs, labels = torch.cat(model.outputs), samples()[1]
+    for kind in (MulticlassPrecision, MulticlassRecall):
+        expected = kind(3)(outputs, labels).item()
+        assert logged[kind.__name__] == pytest.approx(expected)
+    assert model.count.weight == 12
+
+
+def test_each_dataloader_starts_from_the_source_and_logs_its_own_numbers() -> None:
+    settings: dict[str, Any] = {"reset": "never", "steps": 2}
+    (alone,) = quiet(callbacks=[adapting(**settings)]).test(net(), loader(seed=1), verbose=False)
+    both: Any = [loader(seed=0), loader(seed=1)]
+    logged = quiet(callbacks=[adapting(**settings)]).test(net(), both, verbose=False)
+    assert not set(logged[0]) & set(logged[1])
+    for name in ("test_loss", "it3/distance_source", "it3/distance_adapted", "it3/skipped"):
+        assert logged[1][f"{name}/dataloader_idx_1"] == alone[name]
+    assert logged[0]["it3/distance_source/dataloader_idx_0"] != alone["it3/distance_source"]
+
+
+def test_without_measuring_no_distance_is_logged_and_predictions_stay() -> None:
+    trainer = quiet(callbacks=[adapting(measure=False)])
+    (logged,) = trainer.test(net(), loader(), verbose=False)
+    measured = quiet(callbacks=[adapting()]).test(net(), loader(), verbose=False)[0]
+    assert {"it3/distance_source", "it3/distance_adapted"} == measured.keys() - logged.keys()
+    assert logged["test_loss"] == measured["test_loss"]
+
+
+def test_distance_that_is_never_measured_is_logged_as_nan() -> None:
+    class Bad(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * float("nan")
+
+    with pytest.warns(UserWarning, match="non-finite output"):
+        (logged,) = quiet(callbacks=[adapting()]).test(net(Bad), loader(), verbose=False)
+    assert logged["it3/skipped"] == 12
+    assert torch.tensor(logged["it3/distance_source"]).isnan()
+
+
+def test_summary_holds_what_was_logged(capsys: Any) -> None:
+    callback = adapting()
+    (logged,) = quiet(callbacks=[callback]).test(net(), loader(), verbose=False)
+    summary = callback.summary
+    assert (summary.samples, summary.reliable, summary.skipped) == (12, 12, 0)
+    assert summary.distance_source == pytest.approx(logged["it3/distance_source"])
+    assert summary.distance_adapted == pytest.approx(logged["it3/distance_adapted"])
+    assert summary.ms_per_sample == pytest.approx(logged["it3/ms_per_sample"])
+    assert str(summary).startswith("12 samples, 12 moved the weights, 0 skipped; distance 0.")
+
+
+# Few samples
+
+
+@pytest.mark.parametrize("reset", ["batch", "never"])
+def test_single_last_sample_keeps_the_source_under_batch_statistics(reset: Any) -> None:
+    model, data = net(), [loader(9), loader(9, seed=1)]
+    callback = adapting(norm_stats="batch", reset=reset)
+    with pytest.warns(UserWarning, match="at least two samples") as caught:
+        outputs: Any = quiet(callbacks=[callback]).predict(model, data)
+    assert len([w for w in caught if "IT3 keeps" in str(w.message)]) == 1
+    assert callback.summary.skipped == 2
+    source: Any = quiet().predict(model, data)
+    for adapted, plain in zip(outputs, source, strict=True):
+        assert [torch.equal(a, b) for a, b in zip(adapted, plain, strict=True)] == [0, 0, 1]
+
+
+def test_batch_statistics_without_batch_norm_warn() -> None:
+    model = IT3Net(**parts())
+    model.net.bn = nn.Identity()  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match="the module has no BatchNorm layer"):
+        predicted(model, adapting(norm_stats="batch"))
+
+
+def test_plain_module_type_is_untouched() -> None:
+    before = dict(vars(LitNet))
+    predicted(net(), adapting())
+    assert dict(vars(LitNet)) == before

@@ -1,0 +1,104 @@
+"""The command line: every command on every configuration, and checkpoints through it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from it3_lightning.cli import main
+from it3_lightning.selection import OWN
+
+# A checkpoint read into another folder: Lightning says what it leaves behind.
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SMALL = [
+    "--data.train_size=100",
+    "--data.test_size=60",
+    "--data.val_size=40",
+    "--data.shifts=[contrast]",
+    "--trainer.max_epochs=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def root_arguments(config: str, images: Path) -> list[str]:
+    return [f"--data.root={images}"] if config != "digits" else []
+
+
+@pytest.fixture(params=sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def config(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def run(command: str, config: str, folder: Path, images: Path, *more: str) -> None:
+    main(
+        [
+            command,
+            f"--config={CONFIGS / config}.yaml",
+            *SMALL,
+            f"--trainer.default_root_dir={folder}",
+            *root_arguments(config, images),
+            *more,
+        ]
+    )
+
+
+def checkpoint(folder: Path) -> Path:
+    return next(folder.rglob("*.ckpt"))
+
+
+def test_fit_test_and_predict_run(config: str, tmp_path: Path, idx_images: Path) -> None:
+    run("fit", config, tmp_path, idx_images)
+    path = f"--ckpt_path={checkpoint(tmp_path)}"
+    run("validate", config, tmp_path, idx_images, path)
+    run("test", config, tmp_path, idx_images, path)
+    run("predict", config, tmp_path, idx_images, path)
+
+
+def test_fit_resumes(tmp_path: Path, idx_images: Path) -> None:
+    run("fit", "digits", tmp_path, idx_images)
+    path = checkpoint(tmp_path)
+    run("fit", "digits", tmp_path, idx_images, f"--ckpt_path={path}", "--trainer.max_epochs=2")
+    epochs = {torch.load(p, weights_only=True)["epoch"] for p in tmp_path.rglob("*.ckpt")}
+    assert epochs == {0, 1}
+
+
+def test_post_hoc_training_from_a_plain_checkpoint_takes_one_switch(
+    tmp_path: Path, idx_images: Path
+) -> None:
+    run("fit", "digits", tmp_path / "plain", idx_images, "--model.train=off")
+    plain = checkpoint(tmp_path / "plain")
+    switch = f"--model.source_checkpoint={plain}"
+    run("fit", "digits", tmp_path / "posthoc", idx_images, switch)
+    before = torch.load(plain, weights_only=True)["state_dict"]
+    after = torch.load(checkpoint(tmp_path / "posthoc"), weights_only=True)["state_dict"]
+    assert all(torch.equal(before[k], after[k]) for k in before if not k.startswith(OWN))
+    moved = [k for k in before if k.startswith(OWN) and not torch.equal(before[k], after[k])]
+    assert moved == [k for k in before if k.startswith(OWN)]
+
+
+def test_benchmark_writes_its_page(config: str, tmp_path: Path, idx_images: Path) -> None:
+    run(
+        "benchmark",
+        config,
+        tmp_path,
+        idx_images,
+        f"--benchmark.output={tmp_path}",
+        "--benchmark.seeds=[0]",
+        "--benchmark.epochs=1",
+        "--benchmark.posthoc_epochs=1",
+        "--benchmark.rows=main",
+        "--benchmark.accelerator=cpu",
+    )
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"page.html", "results.csv", "results.json", "table.md"} <= names
+
+
+def test_an_unknown_objective_setting_is_named(
+    tmp_path: Path, idx_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run("test", "digits", tmp_path, idx_images, "--model.prior.init_args.num_clases=3")
+    assert "num_clases" in capsys.readouterr().err

@@ -1,0 +1,737 @@
+"""Conditionings: the neutral pass is the network, and a given prior enters where it should."""
+
+import copy
+import pickle
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from modules import same
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from it3_lightning.conditioning import (
+    Conditioning,
+    FeatureInjection,
+    ForwardArgument,
+    InputConcat,
+)
+from it3_lightning.conditioning.layout import width
+from it3_lightning.priors import ClassPrior, MaskPrior, Prior, ValuePrior
+
+CLASSES = 3
+torch.manual_seed(0)  # for the layers and inputs below
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(1)
+
+
+def attached(
+    conditioning: Conditioning, network: nn.Module, prior: Prior | None = None
+) -> Conditioning:
+    """Attach, then draw all new weights, the embedder's last too, which starts at zero."""
+    conditioning.attach(network, prior or ClassPrior(CLASSES))
+    for parameter in conditioning.parameters():
+        nn.init.normal_(parameter)
+    return conditioning
+
+
+def priors(batch: int) -> Tensor:
+    return torch.randn(batch, CLASSES).softmax(1)
+
+
+def embedded(injection: Conditioning, key: str, prior: Tensor) -> Tensor:
+    """Run the embedder by hand."""
+    mlp = injection.get_submodule(f"embedders.{key}")
+    first, last = mlp.get_submodule("first"), mlp.get_submodule("last")
+    rows: Tensor = last(first(prior).relu())
+    return rows
+
+
+class Named(NamedTuple):
+    """A layer's output with names."""
+
+    features: Tensor
+    other: Tensor
+
+
+class Wrapped(nn.Module):
+    """Puts a layer's output first in a named tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Named:
+        return Named(self.layer(x), x)
+
+
+class Attention(nn.MultiheadAttention):
+    """Attends to itself."""
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, x, x)
+
+
+class Permuted(nn.Module):
+    """Ends like a Swin block: a linear layer over channels that come last, in four dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.linear(x.movedim(1, -1))
+        return features
+
+
+# layer, inputs, dimensions of batch and channels in the features
+LAYERS: dict[str, tuple[nn.Module, Tensor, tuple[int, int]]] = {
+    "linear": (nn.Linear(4, 8), torch.randn(5, 4), (0, 1)),
+    "tokens": (nn.Linear(4, 8), torch.randn(5, 7, 4), (0, 2)),
+    "tokens, as many as channels": (nn.Linear(4, 8), torch.randn(5, 8, 4), (0, 2)),
+    "conv1d": (nn.Conv1d(4, 8, 1), torch.randn(5, 4, 7), (0, 1)),
+    "conv1d, as long as wide": (nn.Conv1d(4, 8, 1), torch.randn(5, 4, 8), (0, 1)),
+    "block of conv1d, as long as wide": (
+        nn.Sequential(nn.Conv1d(4, 8, 1), nn.ReLU()),
+        torch.randn(5, 4, 8),
+        (0, 1),
+    ),
+    "conv2d": (nn.Conv2d(4, 8, 3), torch.randn(5, 4, 6, 6), (0, 1)),
+    "conv2d, as large as wide": (nn.Conv2d(4, 8, 1), torch.randn(5, 4, 8, 8), (0, 1)),
+    "channels last, as large as wide": (Permuted(), torch.randn(5, 4, 8, 8), (0, 3)),
+    "group norm": (nn.GroupNorm(2, 4), torch.randn(5, 4, 6, 6), (0, 1)),
+    "layer norm over maps": (nn.LayerNorm([4, 6, 6]), torch.randn(5, 4, 6, 6), (0, 1)),
+    "conv3d": (nn.Conv3d(4, 8, 1), torch.randn(5, 4, 2, 3, 4), (0, 1)),
+    "lstm": (nn.LSTM(4, 8, batch_first=True), torch.randn(5, 7, 4), (0, 2)),
+    "lstm, both directions": (
+        nn.LSTM(4, 8, batch_first=True, bidirectional=True),
+        torch.randn(5, 7, 4),
+        (0, 2),
+    ),
+    "lstm, sequence first": (nn.LSTM(4, 8), torch.randn(7, 5, 4), (1, 2)),
+    "lstm, sequence first, as long as the batch": (nn.LSTM(4, 8), torch.randn(5, 5, 4), (1, 2)),
+    "attention": (Attention(4, 2, batch_first=True), torch.randn(5, 7, 4), (0, 2)),
+    "attention, sequence first": (Attention(4, 2), torch.randn(7, 5, 4), (1, 2)),
+    "named tuple": (Wrapped(), torch.randn(5, 4), (0, 1)),
+    "transformer": (
+        nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+        torch.randn(5, 7, 4),
+        (0, 2),
+    ),
+}
+
+
+def first(output: Any) -> Tensor:
+    features: Tensor = output[0] if isinstance(output, tuple) else output
+    return features
+
+
+def laid_out(rows: Tensor, features: Tensor, axes: tuple[int, int]) -> Tensor:
+    """Repeat rows `(B, C)` at all positions of the features, by an explicit loop over samples."""
+    full = torch.zeros_like(features)
+    for index, row in enumerate(rows):
+        sample = full.select(axes[0], index)
+        axis = axes[1] - (axes[0] < axes[1])
+        shape = [1] * sample.ndim
+        shape[axis] = len(row)
+        sample.copy_(row.reshape(shape).expand_as(sample))
+    return full
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_injection_adds_to_every_kind_of_features(layer: str) -> None:
+    module, x, axes = LAYERS[layer]
+    network = nn.Sequential(copy.deepcopy(module)).eval()
+    plain = network(x)
+    injection = attached(FeatureInjection("0"), network)
+    prior = priors(5)
+    with injection.given(prior):
+        conditioned = network(x)
+    expected = first(plain) + laid_out(embedded(injection, "0", prior), first(plain), axes)
+    torch.testing.assert_close(first(conditioned), expected)
+    if isinstance(plain, tuple):
+        assert type(conditioned) is type(plain)
+        torch.testing.assert_close(conditioned[1], plain[1])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_film_scales_and_shifts_every_kind_of_features(layer: str) -> None:
+    module, x, axes = LAYERS[layer]
+    network = nn.Sequential(copy.deepcopy(module)).eval()
+    plain = first(network(x))
+    injection = attached(FeatureInjection("0", mode="film"), network)
+    prior = priors(5)
+    with injection.given(prior):
+        conditioned = first(network(x))
+    scale, shift = embedded(injection, "0", prior).chunk(2, dim=1)
+    expected = (1 + laid_out(scale, plain, axes)) * plain + laid_out(shift, plain, axes)
+    torch.testing.assert_close(conditioned, expected)
+
+
+@pytest.mark.parametrize("mode", ["add", "film"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_neutral_pass_is_the_plain_network_bit_for_bit(layer: str, mode: Any) -> None:
+    module, x, _ = LAYERS[layer]
+    network = nn.Sequential(copy.deepcopy(module)).eval()
+    plain = first(network(x))
+    injection = attached(FeatureInjection("0", mode=mode), network)
+    with injection.given(None):
+        neutral = first(network(x))
+    assert same([(first(network(x)), plain), (neutral, plain)])
+
+
+@pytest.mark.parametrize("mode", ["add", "film"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_untrained_injection_changes_nothing(layer: str, mode: Any) -> None:
+    module, x, _ = LAYERS[layer]
+    network = nn.Sequential(copy.deepcopy(module)).eval()
+    plain = first(network(x))
+    injection = FeatureInjection("0", mode=mode)
+    injection.attach(network, ClassPrior(CLASSES))
+    with injection.given(priors(5)):
+        assert torch.equal(first(network(x)), plain)
+
+
+@pytest.mark.parametrize("mode", ["add", "film"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_absent_samples_see_the_neutral_prior(layer: str, mode: Any) -> None:
+    module, x, (batch, _) = LAYERS[layer]
+    network = nn.Sequential(copy.deepcopy(module)).eval()
+    injection = attached(FeatureInjection("0", mode=mode), network)
+    present = torch.tensor([True, False, False, True, False])
+    prior = priors(5)
+    with injection.given(prior, present):
+        mixed = first(network(x))
+    with injection.given(prior):
+        given = first(network(x))
+    neutral = first(network(x))
+    for index, sees in enumerate(present.tolist()):
+        expected = given if sees else neutral
+        assert torch.equal(mixed.select(batch, index), expected.select(batch, index))
+
+
+def test_several_layers_each_have_their_mode() -> None:
+    network = nn.Sequential(OrderedDict(a=nn.Linear(4, 8), b=nn.ReLU(), c=nn.Linear(8, 6)))
+    x, prior = torch.randn(5, 4), priors(5)
+    injection = attached(FeatureInjection(["a", "c"], mode=["add", "film"]), network)
+    with injection.given(prior):
+        found = network(x)
+    weights = dict(network.named_parameters())
+    hidden = F.linear(x, weights["a.weight"], weights["a.bias"]) + embedded(injection, "a", prior)
+    features = F.linear(hidden.relu(), weights["c.weight"], weights["c.bias"])
+    scale, shift = embedded(injection, "c", prior).chunk(2, dim=1)
+    torch.testing.assert_close(found, (1 + scale) * features + shift)
+
+
+def test_layers_inside_an_encoder_take_the_prior_with_and_without_gradients() -> None:
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1, enable_nested_tensor=False
+    ).eval()
+    injection = attached(FeatureInjection("layers.0.linear1"), encoder)
+    x, prior = torch.randn(5, 7, 8), priors(5)
+    with injection.given(prior):
+        found = encoder(x)
+    with torch.no_grad(), injection.given(prior):
+        torch.testing.assert_close(encoder(x), found)
+    assert not torch.allclose(found, encoder(x))
+
+
+def test_tokens_inside_a_sequence_first_encoder_are_not_taken_for_samples() -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)  # (T, B, C)
+    injection = attached(FeatureInjection("linear1"), encoder)
+    x, prior = torch.randn(5, 5, 8), priors(5)
+    with injection.given(prior):
+        together = encoder(x)
+    for index in range(5):
+        with injection.given(prior[index : index + 1]):
+            alone = encoder(x[:, index : index + 1])
+        torch.testing.assert_close(together[:, index : index + 1], alone)
+
+
+def test_priors_of_another_neutral_are_embedded_relative_to_it() -> None:
+    network, x = nn.Linear(4, 8), torch.randn(5, 4)
+    injection = FeatureInjection("")
+    injection.attach(network, ClassPrior(CLASSES, neutral="uniform"))
+    for parameter in injection.parameters():
+        nn.init.normal_(parameter)
+    plain, uniform = network(x), torch.full((5, CLASSES), 1 / CLASSES)
+    with injection.given(uniform):
+        torch.testing.assert_close(network(x), plain)
+    prior = priors(5)
+    with injection.given(prior):
+        found = network(x)
+    by_hand = embedded(injection, "self", prior) - embedded(injection, "self", uniform)
+    torch.testing.assert_close(found, plain + by_hand)
+
+
+def test_maps_of_priors_are_resized_to_the_features() -> None:
+    network, x = nn.Sequential(nn.Conv2d(2, 8, 3, stride=2, padding=1)), torch.randn(5, 2, 8, 8)
+    injection = attached(FeatureInjection("0"), network, MaskPrior(CLASSES))
+    maps = torch.randn(5, CLASSES, 8, 8).softmax(1)
+    with injection.given(maps):
+        found = network(x)
+    rows = embedded(injection, "0", maps.movedim(1, -1)).movedim(-1, 1)
+    small = rows.reshape(5, 8, 4, 2, 4, 2).mean((3, 5))  # half the size: averages of four
+    torch.testing.assert_close(found, network(x) + small)
+
+
+@pytest.mark.parametrize("layer", ["linear", "tokens", "conv1d", "lstm, sequence first"])
+def test_maps_of_priors_are_averaged_where_features_have_no_positions(layer: str) -> None:
+    module, x, axes = LAYERS[layer]
+    network = nn.Sequential(copy.deepcopy(module))
+    injection = attached(FeatureInjection("0"), network, MaskPrior(CLASSES))
+    maps = torch.randn(5, CLASSES, 4, 4).softmax(1)
+    with injection.given(maps):
+        found = first(network(x))
+    rows = embedded(injection, "0", maps.movedim(1, -1)).mean((1, 2))
+    plain = first(network(x))
+    torch.testing.assert_close(found, plain + laid_out(rows, plain, axes))
+
+
+@pytest.mark.parametrize(("layer", "axis"), [("conv1d", 1), ("tokens", 2)])
+def test_signals_of_priors_follow_the_positions(layer: str, axis: int) -> None:
+    module, x, _ = LAYERS[layer]
+    network = nn.Sequential(copy.deepcopy(module))
+    injection = attached(FeatureInjection("0"), network)
+    signal = torch.randn(5, CLASSES, 7).softmax(1)
+    with injection.given(signal):
+        found = network(x)
+    rows = embedded(injection, "0", signal.movedim(1, -1)).movedim(-1, axis)
+    torch.testing.assert_close(found, network(x) + rows)
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.LSTM(4, 8, proj_size=3, bidirectional=True), 6),
+        (nn.GRU(4, 8), 8),
+        (nn.Embedding(10, 4), 4),
+        (nn.LayerNorm([7, 8]), 8),
+        (nn.LayerNorm([4, 6, 6]), 4),
+        (nn.InstanceNorm1d(5), 5),
+        (nn.ReLU(), None),
+    ],
+)
+def test_layers_tell_their_width(layer: nn.Module, expected: int | None) -> None:
+    assert width(layer) == expected
+
+
+def test_the_width_may_be_given_where_no_layer_tells_it() -> None:
+    network, x = nn.Sequential(nn.Flatten()), torch.randn(5, 2, 3)
+    with pytest.raises(ValueError, match=r"width of layer '0' \(Flatten\).*channels=\.\.\."):
+        FeatureInjection("0").attach(network, ClassPrior(CLASSES))
+    injection = attached(FeatureInjection("0", channels=6), network)
+    prior = priors(5)
+    with injection.given(prior):
+        torch.testing.assert_close(network(x), x.flatten(1) + embedded(injection, "0", prior))
+
+
+@pytest.mark.parametrize(
+    ("channels", "batch", "got"),
+    [
+        (5, 5, r"\(5, 8\): expected as many samples and 5 channels"),
+        (None, 4, r"prior of 4 samples"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(channels: int | None, batch: int, got: str) -> None:
+    network = nn.Sequential(nn.Linear(4, 8))
+    injection = attached(FeatureInjection("0", channels=channels), network)
+    with pytest.raises(ValueError, match=got), injection.given(priors(batch)):
+        network(torch.randn(5, 4))
+
+
+def test_features_that_are_no_tensor_are_refused() -> None:
+    class Dictionary(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"features": x}
+
+    network = nn.Sequential(Dictionary())
+    injection = attached(FeatureInjection("0", channels=4), network)
+    with (
+        pytest.raises(ValueError, match=r"layer '0' to put out a tensor.*got dict"),
+        injection.given(priors(5)),
+    ):
+        network(torch.randn(5, 4))
+
+
+def test_double_and_half_networks_keep_their_type() -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        network = nn.Sequential(nn.Linear(4, 8)).to(dtype)
+        injection = attached(FeatureInjection("0"), network)
+        with injection.given(priors(5)):
+            assert network(torch.randn(5, 4, dtype=dtype)).dtype == dtype
+
+
+# Names, hooks, copies
+
+
+def test_an_unknown_layer_names_the_closest() -> None:
+    network = nn.Sequential(OrderedDict(layer1=nn.Linear(2, 2), head=nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"Unknown layer 'layer_1'. Did you mean 'layer1'"):
+        FeatureInjection("layer_1").attach(network, ClassPrior(CLASSES))
+
+
+def test_shared_layers_go_by_each_of_their_names() -> None:
+    shared = nn.Linear(4, 8)
+    network = nn.ModuleDict({"one": shared, "two": shared})
+    injection = attached(FeatureInjection("two"), network)
+    x, prior = torch.randn(5, 4), priors(5)
+    plain = shared(x)
+    with injection.given(prior):
+        torch.testing.assert_close(shared(x), plain + embedded(injection, "two", prior))
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "items", "pop", "update"])
+def test_layers_may_be_named_like_attributes_of_a_dictionary(name: str) -> None:
+    network = nn.Module()
+    network.add_module("inner", nn.Sequential(OrderedDict({"ok": nn.Linear(4, 8)})))
+    setattr(network, f"{name}", nn.Linear(4, 8))
+    injection = attached(FeatureInjection(name), network)
+    concat = attached(InputConcat(name), network)
+    layer = network.get_submodule(name)
+    with injection.given(priors(5)), concat.given(None):
+        assert layer(torch.randn(5, 4)).shape == (5, 8)
+
+
+class Skips(nn.Module):
+    """Never runs one of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 8), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.used(x)
+        return features
+
+
+@pytest.mark.parametrize("prior", [None, priors(5)])
+def test_a_layer_that_never_runs_is_an_error(prior: Tensor | None) -> None:
+    network = Skips()
+    injection = attached(FeatureInjection(["used", "unused"]), network)
+    message = r"never ran the layer\(s\) \['unused'\]"
+    with pytest.raises(RuntimeError, match=message), injection.given(prior):
+        network(torch.randn(5, 4))
+
+
+def test_a_fused_layer_is_an_error() -> None:
+    network = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    injection = attached(FeatureInjection("self_attn.out_proj"), network)
+    with pytest.raises(RuntimeError, match="never ran"), injection.given(priors(5)):
+        network(torch.randn(5, 7, 8))
+
+
+def test_an_error_within_is_not_hidden_and_the_prior_is_taken_back() -> None:
+    network, x = nn.Sequential(nn.Linear(4, 8)), torch.randn(5, 4)
+    injection = attached(FeatureInjection("0"), network)
+    plain = network(x)
+    with pytest.raises(KeyError), injection.given(priors(5)):
+        raise KeyError
+    assert torch.equal(network(x), plain)
+
+
+def test_given_priors_nest() -> None:
+    network, x = nn.Sequential(nn.Linear(4, 8)), torch.randn(5, 4)
+    injection = attached(FeatureInjection("0"), network)
+    outer, inner, plain = priors(5), priors(5), network(x)
+    with injection.given(outer):
+        with injection.given(inner):
+            torch.testing.assert_close(network(x), plain + embedded(injection, "0", inner))
+        with injection.given(None):
+            assert torch.equal(network(x), plain)
+        torch.testing.assert_close(network(x), plain + embedded(injection, "0", outer))
+
+
+CONDITIONINGS: dict[str, Any] = {
+    "injection": lambda: FeatureInjection("layer"),
+    "concat": lambda: InputConcat("layer"),
+    "argument": lambda: ForwardArgument(),
+}
+
+
+class Model(nn.Module):
+    """Owns its conditioning and its prior, as a conditioned module does."""
+
+    def __init__(self, conditioning: Conditioning) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 8)
+        self.takes = nn.Linear(CLASSES, 8)
+        self.it3_prior = ClassPrior(CLASSES, neutral="uniform")
+        self.it3_conditioning = attached(conditioning, self, self.it3_prior)
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        features: Tensor = self.layer(x)
+        return features if prior is None else features + self.takes(prior)
+
+    def conditioned(self, x: Tensor, prior: Tensor | None) -> Tensor:
+        with self.it3_conditioning.given(prior):
+            output: Tensor = self(x)
+        return output
+
+
+def pickled(model: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("kind", CONDITIONINGS)
+def test_a_copy_is_conditioned_by_its_own_conditioning(kind: str, copied: Any) -> None:
+    model, x, prior = Model(CONDITIONINGS[kind]()), torch.randn(5, 4), priors(5)
+    given, neutral = model.conditioned(x, prior), model.conditioned(x, None)
+    twin = copied(model)
+    assert same([(twin.conditioned(x, prior), given), (twin.conditioned(x, None), neutral)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)  # the original does not reach the copy
+    assert same([(twin.conditioned(x, prior), given), (twin.conditioned(x, None), neutral)])
+    with pytest.raises(RuntimeError, match="never ran"), model.it3_conditioning.given(prior):
+        twin(x)
+    twin.it3_conditioning.attach(twin, twin.it3_prior)  # once more is not twice
+    assert same([(twin.conditioned(x, prior), given)])
+
+
+@pytest.mark.parametrize("kind", CONDITIONINGS)
+def test_attaching_twice_is_attaching_once(kind: str) -> None:
+    model, x, prior = Model(CONDITIONINGS[kind]()), torch.randn(5, 4), priors(5)
+    before = model.conditioned(x, prior)
+    model.it3_conditioning.attach(model, model.it3_prior)
+    assert torch.equal(model.conditioned(x, prior), before)
+
+
+@pytest.mark.parametrize("kind", CONDITIONINGS)
+def test_one_conditioning_serves_one_network(kind: str) -> None:
+    conditioning = CONDITIONINGS[kind]()
+    Model(conditioning)
+    with pytest.raises(ValueError, match="attached to another network already"):
+        Model(conditioning)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FeatureInjection([]),
+        lambda: FeatureInjection(["a", "a"]),
+        lambda: FeatureInjection(["a", "b"], mode=["add"]),
+        lambda: FeatureInjection("a", mode="mix"),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="Expected"):
+        make()
+
+
+@pytest.mark.parametrize(
+    "conditioning",
+    [
+        FeatureInjection(["a", "b"], mode=["film", "add"], channels=7, hidden=5),
+        InputConcat("a"),
+        ForwardArgument("label", layer="net"),
+    ],
+)
+def test_init_args_make_an_equal_conditioning(conditioning: Conditioning) -> None:
+    again = type(conditioning)(**conditioning.init_args())
+    assert again.init_args() == conditioning.init_args()
+    assert again.layers == conditioning.layers
+
+
+# InputConcat
+
+
+GEOMETRIES: dict[str, tuple[Any, Tensor]] = {
+    "conv2d": (
+        lambda c: nn.Conv2d(c, 8, 3, stride=2, padding=1, dilation=2),
+        torch.randn(5, 4, 9, 9),
+    ),
+    "conv2d, same": (lambda c: nn.Conv2d(c, 8, 3, padding="same"), torch.randn(5, 4, 6, 6)),
+    "conv2d, reflected": (
+        lambda c: nn.Conv2d(c, 8, 3, padding=1, padding_mode="reflect", bias=False),
+        torch.randn(5, 4, 6, 6),
+    ),
+    "conv1d": (lambda c: nn.Conv1d(c, 8, 5, stride=3, padding=2), torch.randn(5, 4, 12)),
+    "conv3d": (lambda c: nn.Conv3d(c, 8, 2), torch.randn(5, 4, 3, 3, 3)),
+    "linear": (lambda c: nn.Linear(c, 8), torch.randn(5, 4)),
+    "linear on tokens": (lambda c: nn.Linear(c, 8), torch.randn(5, 7, 4)),
+}
+NEUTRALS: list[Any] = ["zeros", "uniform", "constant"]
+
+
+def concatenated(x: Tensor, prior: Tensor, linear: bool) -> Tensor:
+    """Append a prior `(B, C)` to the channels of every position."""
+    channel = x.ndim - 1 if linear else 1
+    shape = [x.shape[0], *[1] * (x.ndim - 1)]
+    shape[channel] = prior.shape[1]
+    size = list(x.shape)
+    size[channel] = prior.shape[1]
+    return torch.cat([x, prior.reshape(shape).expand(size)], dim=channel)
+
+
+@pytest.mark.parametrize("neutral", NEUTRALS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_concat_equals_a_widened_layer(geometry: str, neutral: Any) -> None:
+    make, x = GEOMETRIES[geometry]
+    layer, widened = make(4), make(4 + CLASSES)
+    concat = attached(InputConcat("0"), nn.Sequential(layer), ClassPrior(CLASSES, neutral=neutral))
+    extra = concat.get_parameter("extra.0.weight")
+    widened.weight.data = torch.cat([layer.weight, extra], dim=1)
+    if layer.bias is not None:
+        widened.bias.data = layer.bias.data
+    linear, prior = isinstance(layer, nn.Linear), priors(5)
+    fill = {"zeros": 0.0, "uniform": 1 / CLASSES, "constant": -1.0}[neutral]
+    unknown = torch.full((5, CLASSES), fill)
+    present = torch.tensor([True, False, True, False, True])
+    mixed = torch.where(present[:, None], prior, unknown)
+    for given, mask, expected in (
+        (prior, None, prior),
+        (None, None, unknown),
+        (prior, present, mixed),
+    ):
+        with concat.given(given, mask):
+            found = layer(x)
+        torch.testing.assert_close(found, widened(concatenated(x, expected, linear)))
+    torch.testing.assert_close(layer(x), widened(concatenated(x, unknown, linear)))
+
+
+def test_concat_of_a_zero_neutral_is_the_plain_layer_bit_for_bit() -> None:
+    layer, x = nn.Conv2d(4, 8, 3), torch.randn(5, 4, 6, 6)
+    plain = layer(x)
+    concat = attached(InputConcat("0"), nn.Sequential(layer))
+    with concat.given(None):
+        assert torch.equal(layer(x), plain)
+
+
+def test_untrained_concat_changes_nothing() -> None:
+    layer, x = nn.Conv2d(4, 8, 3), torch.randn(5, 4, 6, 6)
+    plain, concat = layer(x), InputConcat("0")
+    concat.attach(nn.Sequential(layer), ClassPrior(CLASSES))
+    with concat.given(priors(5)):
+        assert torch.equal(layer(x), plain)
+
+
+@pytest.mark.parametrize("size", [6, 3])
+def test_concat_lays_masks_over_the_image(size: int) -> None:
+    layer, x = nn.Conv2d(4, 8, 3, padding=1), torch.randn(5, 4, 6, 6)
+    prior = MaskPrior()
+    concat = attached(InputConcat("0"), nn.Sequential(layer), prior)
+    mask = torch.rand(5, 1, size, size)
+    full = F.interpolate(mask, (6, 6), mode="bilinear")
+    weight = torch.cat([layer.weight, concat.get_parameter("extra.0.weight")], dim=1)
+    present = torch.tensor([True, False, True, True, False])
+    flag = torch.ones(5, 1, 6, 6)
+    for seen, mask_of_samples in ((torch.ones(5, dtype=torch.bool), None), (present, present)):
+        with concat.given(mask, mask_of_samples):
+            found = layer(x)
+        channels = torch.cat([full, flag], dim=1) * seen[:, None, None, None]
+        expected = F.conv2d(torch.cat([x, channels], dim=1), weight, layer.bias, padding=1)
+        torch.testing.assert_close(found, expected)
+
+
+def test_concat_on_a_sequence_first_layer_keeps_samples_apart() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.rest = nn.Linear(4, 8), nn.LSTM(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.rest(self.first(x))[0]
+            return output
+
+    network, x, prior = Recurrent(), torch.randn(5, 5, 4), priors(5)  # as long as the batch
+    concat = attached(InputConcat("first"), network)
+    with concat.given(prior):
+        together = network(x)
+    for index in range(5):
+        with concat.given(prior[index : index + 1]):
+            alone = network(x[:, index : index + 1])
+        torch.testing.assert_close(together[:, index : index + 1], alone)
+
+
+def test_concat_takes_inputs_by_keyword() -> None:
+    layer, x, prior = nn.Conv2d(4, 8, 3), torch.randn(5, 4, 6, 6), priors(5)
+    concat = attached(InputConcat("0"), nn.Sequential(layer))
+    with concat.given(prior):
+        assert torch.equal(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(4, 8), nn.Conv2d(4, 8, 3, groups=2), nn.ReLU()])
+def test_concat_refuses_other_layers(layer: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"at '0', got {type(layer).__name__}"):
+        InputConcat("0").attach(nn.Sequential(layer), ClassPrior(CLASSES))
+
+
+# ForwardArgument
+
+
+class Echo(nn.Module):
+    """Returns the prior it was called with."""
+
+    def forward(self, x: Any, prior: Tensor | None = None) -> Tensor | None:
+        return prior
+
+
+@pytest.mark.parametrize(
+    ("neutral", "expected"),
+    [("none", None), ("zeros", 0.0), ("uniform", 1 / 3), ("constant", -1.0)],
+)
+def test_forward_argument_is_the_neutral_prior_unless_given(
+    neutral: Any, expected: float | None
+) -> None:
+    network, x = Echo(), torch.zeros(5, 4, dtype=torch.float64)
+    argument = attached(ForwardArgument(), network, ClassPrior(CLASSES, neutral=neutral))
+    with argument.given(None):
+        inside = network(x)
+    for found in (inside, network(x)):
+        if expected is None:
+            assert found is None
+        else:
+            assert torch.equal(found, torch.full((5, CLASSES), expected, dtype=torch.float64))
+    prior = priors(5)
+    with argument.given(prior):
+        assert torch.equal(network(x), prior.double())
+
+
+def test_forward_argument_of_values_carries_the_presence_flag() -> None:
+    network = Echo()
+    argument = attached(ForwardArgument(), network, ValuePrior(mean=0.0, std=1.0))
+    prior, present = torch.tensor([[2.0], [3.0]]), torch.tensor([True, False])
+    with argument.given(prior, present):
+        assert network(torch.zeros(2)).tolist() == [[2.0, 1.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.zeros(2, 4, dtype=torch.long), {"x": torch.zeros(2, 4)}, ["a", torch.zeros(2)]]
+)
+def test_forward_argument_takes_any_inputs_with_a_tensor(inputs: Any) -> None:
+    network = Echo()
+    attached(ForwardArgument(), network, ClassPrior(CLASSES, neutral="uniform"))
+    found = network(inputs)
+    assert torch.equal(found, torch.full((2, CLASSES), 1 / 3))
+
+
+def test_forward_argument_needs_a_tensor() -> None:
+    network = Echo()
+    attached(ForwardArgument(), network)
+    with pytest.raises(ValueError, match=r"called with a tensor \(B, ...\), got str"):
+        network("text")
+
+
+def test_a_prior_handed_over_by_the_caller_goes_first() -> None:
+    network, own = Echo(), priors(5)
+    argument = attached(ForwardArgument(), network)
+    assert torch.equal(network(torch.zeros(5, 4), prior=own), own)
+    with pytest.raises(RuntimeError, match="never ran"), argument.given(priors(5)):
+        network(torch.zeros(5, 4), prior=own)
+
+
+def test_forward_argument_reaches_a_named_module_by_another_name() -> None:
+    class Inner(nn.Module):
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            return label
+
+    network, prior = nn.Sequential(Inner()), priors(5)
+    argument = attached(ForwardArgument("label", layer="0"), network)
+    with argument.given(prior):
+        assert torch.equal(network(torch.zeros(5, 4)), prior)

@@ -1,0 +1,16 @@
+"""The examples run as they are, and do what they say."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_example_runs_and_is_short(path: Path) -> None:
+    scores = runpy.run_path(str(path))["main"](max_epochs=2)
+    assert len(path.read_text().splitlines()) <= 100
+    assert {name.split()[0] for name in scores} == {"source", "adapted"}
+    assert all(0 <= score <= 1 for score in scores.values())
