@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 from it3_lightning import (
     ClassPrior,
-    DualPass,
     FeatureInjection,
-    Idempotence,
     IT3Mixin,
     IT3TestTimeCallback,
 )
@@ -32,7 +31,11 @@ def main(max_epochs: int = 10) -> dict[str, float]:
     """Return the accuracy under noise of the checkpoint, as it is and adapted."""
     seed_everything(0, verbose=False)
     data = DigitsDataModule(shifts=("gaussian_noise",), severity=4)
-    options = {"logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    options: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "limit_val_batches": 0,
+    }
 
     with tempfile.TemporaryDirectory() as folder:
         # An ordinary training, somewhere, some time ago
@@ -48,7 +51,6 @@ def main(max_epochs: int = 10) -> dict[str, float]:
             prior=ClassPrior(10),
             conditioning=FeatureInjection("network.dense1"),
             source_checkpoint=checkpoint,
-            dual_pass=DualPass(own_share=0.5),
         )
         trainer = Trainer(max_epochs=max_epochs // 2 or 1, enable_checkpointing=False, **options)
         trainer.fit(model, datamodule=data)
@@ -57,11 +59,10 @@ def main(max_epochs: int = 10) -> dict[str, float]:
         if not torch.equal(weights, model.state_dict()[name]):
             raise AssertionError(f"{name} has changed")
 
-    adapt = IT3TestTimeCallback(
-        objective=Idempotence(distance="js"), norm_stats="batch", reset="never", anchor="ema"
-    )
+    adapt = IT3TestTimeCallback(norm_stats="batch", reset="never", anchor="ema")
+    runs: dict[str, list[Callback]] = {"source": [], "adapted": [adapt]}
     scores: dict[str, float] = {}
-    for name, callbacks in (("source", []), ("adapted", [adapt])):
+    for name, callbacks in runs.items():
         trainer = Trainer(callbacks=callbacks, enable_checkpointing=False, **options)
         clean, noisy = trainer.test(model, datamodule=data, verbose=False)
         scores[f"{name} clean"] = clean["test_acc/dataloader_idx_0"]

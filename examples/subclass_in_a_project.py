@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
@@ -63,12 +65,17 @@ def main(max_epochs: int = 10) -> dict[str, float]:
     data = DigitsDataModule(shifts=("gaussian_noise", "contrast"), severity=4)
     # net.4 is the first dense layer: the embedded prior is added to its output
     model = IT3Digits(width=16, prior=ClassPrior(10), conditioning=FeatureInjection("net.4"))
-    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    options: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+    }
     Trainer(max_epochs=max_epochs, **options).fit(model, data.train_dataloader())
 
     adapt = IT3TestTimeCallback(steps=1, norm_stats="batch", reset="never", anchor="ema")
+    runs: dict[str, list[Callback]] = {"source": [], "adapted": [adapt]}
     scores: dict[str, float] = {}
-    for name, callbacks in (("source", []), ("adapted", [adapt])):
+    for name, callbacks in runs.items():
         trainer = Trainer(callbacks=callbacks, **options)
         for shift, row in zip(data.test_names, trainer.test(model, datamodule=data), strict=True):
             key = next(key for key in row if key.startswith("test_acc"))

@@ -34,8 +34,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def benchmark(arguments: list[str]) -> None:
     """Run the benchmark of a configuration and show its results."""
+    own = [a.replace("--ckpt_path", "--benchmark.ckpt_path", 1) for a in arguments]
     with quiet():
-        cli = _cli(arguments, run=False)
+        cli = _cli(own, run=False)
     if not isinstance(cli.datamodule, ShiftedImages):
         raise TypeError(
             f"The benchmark needs ShiftedImages data, got {type(cli.datamodule).__name__}."

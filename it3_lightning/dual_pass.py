@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from it3_lightning.perturbations import RandomNoise
 from it3_lightning.priors import Prior
 from it3_lightning.specs import Described, built, spec
 
@@ -81,9 +82,25 @@ class DualPass:
         return {**args, "perturb_inputs": spec(self.perturb_inputs) if known else None}
 
     @classmethod
-    def from_args(cls, args: Mapping[str, Any]) -> DualPass:
-        """Return the settings that :meth:`init_args` describes."""
-        perturbation: Any = args.get("perturb_inputs")
-        if isinstance(perturbation, Mapping):
-            perturbation = built(perturbation, nn.Module)
-        return cls(**{**args, "perturb_inputs": perturbation})
+    def of(cls, given: DualPass | Mapping[str, Any] | None, *, post_hoc: bool) -> DualPass:
+        """Return given settings, also where :meth:`init_args` describes them, or the default.
+
+        Raises:
+            ValueError: a single pass, post-hoc.
+        """
+        if given is None:
+            return cls(own_share=0.5, perturb_inputs=RandomNoise()) if post_hoc else cls()
+        settings = given if isinstance(given, DualPass) else cls(**_with_objects(given))
+        if post_hoc and settings.passes == "single":
+            raise ValueError(
+                "Expected passes='dual' with train='conditioning', got 'single': a frozen network "
+                "learns nothing on the neutral prior, so no sample need be spent on it."
+            )
+        return settings
+
+
+def _with_objects(args: Mapping[str, Any]) -> dict[str, Any]:
+    perturbation: Any = args.get("perturb_inputs")
+    if isinstance(perturbation, Mapping):
+        perturbation = built(perturbation, nn.Module)
+    return {**args, "perturb_inputs": perturbation}

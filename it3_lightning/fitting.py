@@ -34,7 +34,8 @@ def check_step(module: LightningModule, step: Callable[..., Any]) -> None:
         MisconfigurationException: there is no step, it optimizes manually, or it takes batches from
             an iterator itself.
     """
-    name = step.__qualname__.split(".")[-2]
+    path = getattr(step, "__qualname__", "").split(".")
+    name = path[-2] if len(path) > 1 else type(module).__name__
     if getattr(step, "__func__", None) is LightningModule.training_step:
         raise MisconfigurationException(
             f"{type(module).__name__} has no training_step of its own to run on priors. Mix "

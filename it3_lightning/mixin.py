@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -17,7 +17,6 @@ from it3_lightning.dual_pass import DualPass
 from it3_lightning.fitting import Fitting, check_step
 from it3_lightning.hyperparameters import plain
 from it3_lightning.passes import run_passes
-from it3_lightning.perturbations import RandomNoise
 from it3_lightning.posthoc import Frozen
 from it3_lightning.priors import Prior
 from it3_lightning.selection import OWN
@@ -40,7 +39,8 @@ class IT3Mixin(Conditioned):
     kept) and once with the neutral prior:
     :math:`L = \ell(f(x, 0), y) + w\,\ell(f(x, p(y)), y)` (Durasov et al., IT3, ICML 2025).
     All other arguments go to ``LitNet``. Both passes of joint training move the running statistics
-    of BatchNorm layers, as published; post-hoc none does.
+    of BatchNorm layers, as published; post-hoc none does. Activation checkpointing must not enclose
+    a layer where the prior enters: recomputed in the backward pass, it would miss the prior.
 
     Args:
         prior: how labels and outputs become priors.
@@ -86,7 +86,7 @@ class IT3Mixin(Conditioned):
         self.it3_train: Train = mode
         self.it3_source_checkpoint = source_checkpoint
         self.it3_source_due = source_checkpoint is not None
-        self.it3_dual_pass = _dual_pass(settings, mode)
+        self.it3_dual_pass = DualPass.of(settings, post_hoc=mode == "conditioning")
         self.it3_optimizer: OptimizerCallable = optimizer or _adam
         self.it3_frozen: Frozen | None = None
 
@@ -184,16 +184,3 @@ class IT3Mixin(Conditioned):
         """Whether a Trainer is about to fit the module on priors."""
         trainer = self._trainer
         return trainer is not None and trainer.state.fn == "fit" and self.it3_train != "off"
-
-
-def _dual_pass(given: DualPass | Mapping[str, Any] | None, mode: Train) -> DualPass:
-    """Return the settings of the label pass: those given, as object or data, or the default."""
-    if given is None and mode == "conditioning":
-        return DualPass(own_share=0.5, perturb_inputs=RandomNoise())
-    settings = given if isinstance(given, DualPass) else DualPass.from_args(given or {})
-    if mode == "conditioning" and settings.passes == "single":
-        raise ValueError(
-            "Expected passes='dual' with train='conditioning', got 'single': a frozen network "
-            "learns nothing on the neutral prior, so no sample need be spent on it."
-        )
-    return settings

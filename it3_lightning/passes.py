@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from it3_lightning.muting import muted
 from it3_lightning.steps import loss_of
@@ -83,10 +83,11 @@ def _single_pass(module: IT3Mixin, batch: Any, step: Step) -> tuple[Any, Tensor 
     """Run the step once, each sample on its prior or on the neutral one."""
     given, prior = _label_prior(module, batch)
     present = module.it3_dual_pass.present(prior.shape[0], prior.device)
-    mixed = tree_map(
-        lambda a, b: _chosen(present, a, b), module.it3_inputs(given), module.it3_inputs(batch)
-    )
-    output = _given(module, prior, step, module.it3_with_inputs(batch, mixed), present)
+    shown, structure = tree_flatten(module.it3_inputs(given))
+    plain = tree_leaves(module.it3_inputs(batch))
+    leaves = [_chosen(present, a, b) for a, b in zip(shown, plain, strict=True)]
+    mixed = module.it3_with_inputs(batch, tree_unflatten(leaves, structure))
+    output = _given(module, prior, step, mixed, present)
     return output, loss_of(output)
 
 

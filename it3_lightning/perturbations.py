@@ -21,13 +21,19 @@ class RandomNoise(nn.Module):
         floating tensors ``(B, ...)``, possibly nested; others pass unchanged.
 
     Raises:
-        ValueError: ``size`` is negative.
+        ValueError: ``size`` is negative, or ``low`` above ``high``.
+
+    >>> noisy = RandomNoise(10.0, low=0.0, high=1.0)(torch.full((2, 100), 0.5))
+    >>> noisy.min().item(), noisy.max().item()
+    (0.0, 1.0)
     """
 
-    def __init__(self, size: float = 0.5, *, low: float | None = None, high: float | None = None):
+    def __init__(self, size: float = 0.2, *, low: float | None = None, high: float | None = None):
         super().__init__()
         if size < 0:
             raise ValueError(f"Expected size >= 0, got {size}.")
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"Expected low <= high, got {low} and {high}.")
         self.size, self.low, self.high = size, low, high
 
     def forward(self, inputs: Any) -> Any:

@@ -44,17 +44,17 @@ class Recorder:
         the processes' weights down, so they are multiples of the number of processes.
         """
         size, ranks = adaptation.skipped.numel(), self.module.trainer.world_size
-        weight = size * ranks
+        weight, least = size * ranks, max(size, 1)
         log = partial(self.module.log, on_step=False, on_epoch=True, sync_dist=ranks > 1)
         distances = {
             "source": adaptation.distance_source,
             "adapted": adaptation.distance_adapted,
         }
         for name, values in distances.items() if self.measured else ():
-            mean = 0.0 if values is None else values.mean()
+            mean = 0.0 if values is None else values.sum() / least
             log(f"it3/distance_{name}", mean, batch_size=0 if values is None else weight)
         reliable = adaptation.reliable
-        moved = 0.0 if reliable is None else reliable.float().mean()
+        moved = 0.0 if reliable is None else reliable.float().sum() / least
         log("it3/reliable", moved, batch_size=weight)
         log("it3/skipped", float(adaptation.skipped.sum()), reduce_fx="sum", batch_size=weight)
-        log("it3/ms_per_sample", 1000 * adaptation.seconds / size, batch_size=weight)
+        log("it3/ms_per_sample", 1000 * adaptation.seconds / least, batch_size=weight)

@@ -49,7 +49,7 @@ def line(results: Results, row: Row) -> list[str]:
             "" if worst is None else f"{worst[1]:+.1f} {worst[0]}",
         ]
     time = results.milliseconds(row)
-    return [*cells, f"{time:.2f}" if time else ""]
+    return [*cells, f"{time:.2f}" if time >= 0.005 else ""]
 
 
 def table(results: Results) -> Table:
@@ -96,7 +96,7 @@ def page(results: Results) -> str:
         body += f"<tr{' class=first' if row.training != before else ''}>{cells}</tr>\n"
         before = row.training
     plots = "".join(
-        f"<h2>By shift, {stream} classes</h2><div class=plot>{_plot(results, stream)}</div>"
+        f"<h2>Gain by shift, {stream} classes</h2><div class=plot>{_plot(results, stream)}</div>"
         for stream in results.streams
     )
     about = html.escape("\n".join(f"{k}: {v}" for k, v in _facts(results).items()))
@@ -123,25 +123,26 @@ def _facts(results: Results) -> dict[str, Any]:
 
 
 def _plot(results: Results, stream: str) -> str:
-    """Return an SVG of scores by shift, a line per main row; a note without matplotlib."""
+    """Return an SVG of gains by shift, a line per row that adapts; a note without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return "<p>Install <code>it3_lightning[plots]</code> for the plot.</p>"
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots()
-    shifts = results.shifts
+    axes.axhline(0, color="black", lw=0.8)
     for row in results.rows:
-        if row.training == "joint" or "published" in row.name or "episodic" in row.name:
+        if row.training == "joint" or "published" in row.name:
             continue
-        means = [results.scores(row, stream, [shift]) for shift in shifts]
-        style = {"ordinary": "--", "post-hoc": "-"}[row.training]
-        values = [sum(m) / len(m) for m in means]
-        axes.plot(
-            shifts, values, style, marker="o", ms=3, lw=1.2, label=f"{row.training}: {row.name}"
-        )
-    axes.set_ylabel(results.metric)
+        gains = [results.gain(row, stream, shift) for shift in results.shifts]
+        if None not in gains:
+            means = [gain.mean for gain in gains if gain is not None]
+            style = {"ordinary": ":", "post-hoc": "-"}[row.training]
+            label = f"{row.training}: {row.name}"
+            axes.plot(results.shifts, means, style, marker="o", ms=3, lw=1.4, label=label)
+    axes.set_ylabel("gain over batch statistics")
     axes.tick_params(axis="x", rotation=30)
+    axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     text = io.StringIO()

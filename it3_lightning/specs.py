@@ -48,12 +48,7 @@ def built(value: Any, kind: type[T]) -> T | None:
     3
     """
     if isinstance(value, Mapping) and "class_path" in value:
-        path, subclasses = str(value["class_path"]), list(_subclasses(kind))
-        for subclass in subclasses:
-            if path in (public_path(subclass), _path(subclass)):
-                return subclass(**value.get("init_args", {}))
-        known = [public_path(subclass) for subclass in subclasses]
-        raise TypeError(f"{unknown(kind.__name__, path, known)} Import its module first.")
+        return _class_at(str(value["class_path"]), kind)(**value.get("init_args", {}))
     if value is not None and not isinstance(value, kind):
         raise TypeError(f"Expected a {kind.__name__}, got {type(value).__name__}: {value!r}.")
     return value
@@ -70,6 +65,18 @@ def public_path(kind: type) -> str:
     if "." in package and getattr(sys.modules.get(package), kind.__qualname__, None) is kind:
         return f"{package}.{kind.__qualname__}"
     return _path(kind)
+
+
+def _class_at(path: str, kind: type[T]) -> type[T]:
+    """Return the subclass at a path: where it is defined, or any module that exports it."""
+    subclasses = list(_subclasses(kind))
+    module, _, name = path.rpartition(".")
+    exported = vars(sys.modules.get(module, object)).get(name)
+    for subclass in subclasses:
+        if subclass is exported or _path(subclass) == path:
+            return subclass
+    known = [public_path(subclass) for subclass in subclasses]
+    raise TypeError(f"{unknown(kind.__name__, path, known)} Import its module first.")
 
 
 def _path(kind: type) -> str:

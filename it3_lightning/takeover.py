@@ -36,15 +36,16 @@ def adapting(
         around: inputs to a context manager that surrounds the step.
         record: takes note of each adaptation.
     """
-    current = [0]
+    current = 0
 
     @functools.wraps(step)
     def adapted_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal current
         batch = args[0] if args else next(iter(kwargs.values()))
         loader = _loader_index(args, kwargs)
-        if loader != current[0]:
+        if loader != current:
             adapter.restart()
-            current[0] = loader
+            current = loader
         inputs = normal(host.it3_inputs(batch))
         with adapter.adapted(inputs) as adaptation, around(inputs):
             output = step(*args, **kwargs)

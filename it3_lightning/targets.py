@@ -33,7 +33,7 @@ def training_targets(trainer: Trainer, target: Callable[[Any], Tensor]) -> list[
 
 def _reader(loader: Any) -> Any:
     """Return a loader of the same batches, in order, that shares no state with the given one."""
-    if not isinstance(loader, DataLoader):
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return loader
     dataset, size = loader.dataset, None
     if loader.batch_sampler is not None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-from toy import IT3Net, loader, parts, quiet, samples, seeded
+from toy import IT3Net, adapting, loader, net, quiet, samples
 
-from it3_lightning import DualPass, Idempotence, IT3TestTimeCallback
+from it3_lightning import DualPass
 
 TWO: dict[str, Any] = {"devices": 2, "strategy": "ddp_fork"}
 
@@ -25,11 +25,6 @@ class Writes(IT3Net):
         super().test_step((images, labels), batch_idx)
 
 
-def adapting(**settings: Any) -> IT3TestTimeCallback:
-    objective = Idempotence(reliability=None)
-    return IT3TestTimeCallback(objective=objective, lr=0.05, optimizer="sgd", **settings)
-
-
 def stream(bad: int | None = None) -> Any:
     """Serve 12 numbered samples, one of them not finite."""
     images, labels = samples()
@@ -40,12 +35,12 @@ def stream(bad: int | None = None) -> Any:
 
 def post_hoc() -> Any:
     dual = DualPass(perturb_prior=False)
-    return seeded(IT3Net(**parts(train="conditioning", dual_pass=dual)))
+    return net(train="conditioning", dual_pass=dual)
 
 
 def main(folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
-    model = seeded(Writes(**parts()))
+    model = net(Writes)
     model.folder = folder
     try:
         quiet(callbacks=[adapting(reset="never")], **TWO).test(model, stream(), verbose=False)

@@ -73,9 +73,12 @@ def objective(
     filtered: bool,
     balance: float,
     confidence: float = 0.6,
+    sharpen: float = 0.0,
 ) -> Tensor:
-    """Average d(p0, p1) over the (reliable) samples and add the balance term: a scalar."""
+    """Average d(p0, p1), and any entropy, over the (reliable) samples; add the balance term."""
     d = distance(name, p0, p1)
+    if filtered and sharpen:
+        d = d - sharpen * (p0 * _log(p0)).sum(1)
     loss = _mean_over(d, reliable(p0, p1, confidence)) if filtered else d.mean()
     return loss + balance * _balance(p0) if balance else loss
 
@@ -136,6 +139,7 @@ def adapt_stream(
     filtered: bool = False,
     confidence: float = 0.6,
     balance: float = 0.0,
+    sharpen: float = 0.0,
     anchor: Literal["frozen", "ema", "live"] = "frozen",
     ema_decay: float = 0.99,
     reset: Reset = "batch",
@@ -165,7 +169,7 @@ def adapt_stream(
             if filtered and balance == 0 and not reliable(p0, p1, confidence).any():
                 continue
             opt.zero_grad()
-            loss = objective(p0, p1, distance, filtered, balance, confidence)
+            loss = objective(p0, p1, distance, filtered, balance, confidence, sharpen)
             torch.autograd.backward(loss)  # loss.backward(), which torch leaves untyped
             if grad_clip is not None:
                 nn.utils.clip_grad_norm_(selected, grad_clip)

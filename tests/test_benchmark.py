@@ -60,7 +60,10 @@ def test_gain_is_over_batch_statistics_of_the_same_model_seed_by_seed() -> None:
     assert gain is not None
     assert gain.mean == pytest.approx(4.0)  # (63 - 60 + 65 - 60) / 2
     assert gain.std == pytest.approx(2**0.5)
-    assert results.worst(results.rows[2], "equal") == ("noise", pytest.approx(4.0))
+    worst = results.worst(results.rows[2], "equal")
+    assert worst is not None
+    assert worst[0] == "noise"
+    assert worst[1] == pytest.approx(4.0)
     assert results.gain(results.rows[1], "equal") is None
 
 

@@ -16,7 +16,6 @@ from it3_lightning import (
     Idempotence,
     IT3Mixin,
     IT3TestTimeCallback,
-    RandomNoise,
 )
 
 
@@ -111,7 +110,21 @@ class SavesLate(IT3Net):
         self.save_hyperparameters()
 
 
-DUAL = DualPass(label_weight=0.5, third_pass=True, perturb_inputs=RandomNoise(0.25))
+class Scaling(nn.Module):
+    """A perturbation that can tell how it was made."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * self.factor
+
+    def init_args(self) -> dict[str, Any]:
+        return {"factor": self.factor}
+
+
+DUAL = DualPass(label_weight=0.5, third_pass=True, perturb_inputs=Scaling(0.25))
 
 
 @pytest.mark.parametrize("kind", [IT3Saves, IT3SavesSome])
@@ -136,6 +149,8 @@ def test_checkpoint_builds_the_same_module(
     assert torch.equal(twin.predict_with(images, prior), model.predict_with(images, prior))
     assert twin.it3_dual_pass.init_args() == model.it3_dual_pass.init_args()
     assert twin.it3_dual_pass.label_weight == 0.5
+    perturb: Any = twin.it3_dual_pass.perturb_inputs
+    assert torch.equal(perturb(images), images * 0.25)
 
 
 def test_hyperparameters_saved_late_and_under_other_names(tmp_path: Path) -> None:

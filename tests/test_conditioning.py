@@ -252,6 +252,27 @@ def test_tokens_inside_a_sequence_first_encoder_are_not_taken_for_samples() -> N
         torch.testing.assert_close(together[:, index : index + 1], alone)
 
 
+def test_tokens_outside_a_sequence_first_block_are_batch_first() -> None:
+    class Vision(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+            self.blocks = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens: Tensor = self.blocks(self.embed(x).transpose(0, 1))
+            return tokens
+
+    network, x, prior = Vision(), torch.randn(5, 5, 4), priors(5)
+    injection = attached(FeatureInjection("embed.1"), network)
+    with injection.given(prior):
+        together = network(x)
+    for index in range(5):
+        with injection.given(prior[index : index + 1]):
+            alone = network(x[index : index + 1])
+        torch.testing.assert_close(together[:, index : index + 1], alone)
+
+
 def test_priors_of_another_neutral_are_embedded_relative_to_it() -> None:
     network, x = nn.Linear(4, 8), torch.randn(5, 4)
     injection = FeatureInjection("")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_run import adapting, post_hoc, stream
+from distributed_run import post_hoc, stream
 from torch.utils.data import DataLoader, Subset
-from toy import IT3Net, doubles, loader, parts, quiet, seeded
+from toy import adapting, doubles, loader, net, quiet
 
 HERE = Path(__file__).parent
 
@@ -46,15 +46,10 @@ def test_each_process_adapts_to_its_own_batches_as_one_process_does(run: Any) ->
         callback = adapting()
         if 2 in numbers:
             with pytest.warns(UserWarning, match="non-finite output"):
-                (expected,) = quiet(callbacks=[callback]).predict(model(), alone) or []
+                (expected,) = quiet(callbacks=[callback]).predict(net(), alone) or []
         else:
-            (expected,) = quiet(callbacks=[callback]).predict(model(), alone) or []
+            (expected,) = quiet(callbacks=[callback]).predict(net(), alone) or []
         torch.testing.assert_close(batch["logits"], expected, equal_nan=True)
-
-
-def model() -> IT3Net:
-    made: IT3Net = seeded(IT3Net(**parts()))
-    return made
 
 
 def test_logs_are_reduced_over_processes_of_which_one_skipped_a_batch(run: Any) -> None:
@@ -66,7 +61,7 @@ def test_logs_are_reduced_over_processes_of_which_one_skipped_a_batch(run: Any) 
         if 2 not in numbers:
             callback = adapting()
             alone: Any = DataLoader(Subset(stream().dataset, numbers), batch_size=3)
-            quiet(callbacks=[callback]).predict(model(), alone)
+            quiet(callbacks=[callback]).predict(net(), alone)
             means, count = means + 3 * callback.summary.distance_adapted, count + 3
     assert count == 9
     assert logged["it3/distance_adapted"] == pytest.approx(means / count)

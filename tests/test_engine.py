@@ -29,12 +29,14 @@ PLAIN: dict[str, Any] = {
     "norm_stats": "source",
     "reliability": None,
     "balance": 0.0,
+    "sharpen": 0.0,
     "grad_clip": None,
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "filtered": {"steps": 5, "distance": "js", "norm_stats": "batch", "reliability": 0.45},
     "norm": {"parameters": "norm", "distance": "js", "norm_stats": "batch", "grad_clip": 0.01},
+    "sharpened": {"steps": 5, "distance": "js", "reliability": 0.45, "sharpen": 1.0},
     "balanced": {"steps": 5, "parameters": "norm", "reliability": 0.45, "balance": 0.3},
 }
 
@@ -55,7 +57,7 @@ def by_engine(
 ) -> list[tuple[Adaptation, Tensor, dict[str, Tensor]]]:
     """Adapt to each batch; return what came of it, the body's outputs and the weights' values."""
     given = {**PLAIN, "lr": 0.01, "ema_decay": 0.9, **settings}
-    terms = [given.pop(name) for name in ("distance", "reliability", "balance")]
+    terms = [given.pop(name) for name in ("distance", "reliability", "balance", "sharpen")]
     adapter = BatchAdapter(
         net, takes_prior(net), softmax_label, Settings(objective=Idempotence(*terms), **given)
     )
@@ -322,6 +324,49 @@ def test_weights_of_an_episode_are_tensors_of_their_own() -> None:
     with adapter.adapted(BATCHES[1]):
         pass
     assert same((first.weights[name], inside[name]) for name in inside)
+
+
+class Graphs:
+    """Inputs that are no tensors, as graph libraries batch them: 3 graphs, each of 2 nodes."""
+
+    num_graphs = 3
+
+    def __init__(self, nodes: Tensor) -> None:
+        self.nodes = nodes
+
+
+def test_inputs_may_be_objects() -> None:
+    net = drawn(nn.Linear(4, 3))
+
+    def forward(graphs: Graphs, prior: Tensor | None) -> Tensor:
+        pooled: Tensor = net(graphs.nodes).unflatten(0, (3, 2)).mean(1)
+        return pooled if prior is None else pooled + prior
+
+    nodes = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for measure in (True, False):
+        settings = Settings(objective=Idempotence("l2", None), lr=0.01, measure=measure)
+        adapter = BatchAdapter(net, forward, softmax_label, settings)
+        with adapter.adapted(Graphs(nodes)) as adaptation:
+            pass
+        assert not torch.equal(adaptation.weights["weight"], net.get_parameter("weight"))
+        assert adaptation.skipped.tolist() == [False] * 3
+        with adapter.adapted(Graphs(nodes * torch.nan)) as adaptation:
+            pass
+        assert adaptation.skipped.tolist() == [True] * 3
+
+
+def test_outputs_that_are_no_tensor_are_refused() -> None:
+    net = toy()
+
+    def forward(x: Tensor, prior: Tensor | None) -> Any:
+        return {"logits": net(x, prior)}
+
+    adapter = BatchAdapter(net, forward, softmax_label, Settings())
+    with (
+        pytest.raises(TypeError, match=r"a tensor \(B, ...\), got dict. Override it3_forward"),
+        adapter.adapted(images()),
+    ):
+        pass
 
 
 def test_batch_size_is_that_of_the_first_tensor() -> None:

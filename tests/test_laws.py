@@ -14,12 +14,13 @@ from toy import (
     Batch,
     IT3Net,
     LitNet,
+    adapting,
     differing,
     doubles,
     ending,
     everything,
     loader,
-    parts,
+    net,
     quiet,
     samples,
     seeded,
@@ -33,18 +34,6 @@ from it3_lightning.objectives import Objective, SecondPass
 def double() -> Iterator[None]:
     with doubles():
         yield
-
-
-def adapting(**settings: Any) -> IT3TestTimeCallback:
-    """Adapt as published, far enough to be seen."""
-    published = Idempotence(reliability=None)
-    given = {"objective": published, "optimizer": "sgd", "lr": 0.05, **settings}
-    return IT3TestTimeCallback(**given)
-
-
-def net(kind: type[IT3Net] = IT3Net, **args: Any) -> IT3Net:
-    model: IT3Net = seeded(kind(**parts(dual_pass=DualPass(perturb_prior=False), **args)))
-    return model
 
 
 def predictions(model: LightningModule, data: Any, *callbacks: IT3TestTimeCallback) -> list[Any]:
@@ -161,7 +150,8 @@ def test_nothing_is_left_behind(stage: Any, error: BaseException | None, reset: 
 
 
 def test_training_goes_on_as_if_nothing_had_been_adapted() -> None:
-    models = [net(), net()]
+    exact = DualPass(perturb_prior=False)
+    models = [net(dual_pass=exact), net(dual_pass=exact)]
     for model, tested in zip(models, (True, False), strict=True):
         quiet().fit(model, loader())
         if tested:
@@ -253,6 +243,7 @@ def test_predictions_and_logs_are_those_of_the_method_in_plain_torch(
 def test_reliability_filter_is_that_of_the_method(objective: Idempotence) -> None:
     model, confidence = net(), objective.reliability
     settings = {"distance": objective.distance, "filtered": True, "confidence": confidence}
+    settings |= {"sharpen": objective.sharpen}
     records = expected(model, loader(), **settings)
     predicted = torch.cat(predictions(model, loader(), adapting(objective=objective)))
     outputs = torch.cat([record.outputs for record in records])

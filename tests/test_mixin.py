@@ -1,21 +1,21 @@
 """`IT3Mixin` on anyone's module: what it refuses and when, what is optimized, what is measured."""
 
 import copy
-import random
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from toy import Batch, IT3Net, LitNet, loader, parts, quiet, samples, seeded
+from toy import Batch, IT3Net, LitNet, loader, net, parts, quiet, samples, seeded
 
-from it3_lightning import ClassPrior, DualPass, FeatureInjection, IT3Mixin, ValuePrior
+from it3_lightning import ClassPrior, DualPass, FeatureInjection, IT3Mixin
 from it3_lightning.fitting import Fitting
+
+EXACT = DualPass(perturb_prior=False)
 
 
 def mixed(base: type[LightningModule], **args: Any) -> Any:
@@ -129,6 +129,23 @@ def test_arguments_of_the_base_pass_through_by_position_and_by_name() -> None:
     assert by_position.lr == by_name.lr == 0.3
 
 
+def test_command_lines_see_the_arguments_of_both() -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(IT3Net, "model")
+    made = parser.instantiate_classes(
+        parser.parse_args(
+            [
+                *("--model.hidden=5", "--model.lr=0.3", "--model.prior=ClassPrior"),
+                *("--model.prior.num_classes=3", "--model.conditioning=FeatureInjection"),
+                *("--model.conditioning.layer=net.dense", "--model.dual_pass.label_weight=0.5"),
+            ]
+        )
+    ).model
+    assert (made.net.dense.out_features, made.lr) == (5, 0.3)
+    assert (made.it3_prior.channels, made.it3_conditioning.layers) == (3, ("net.dense",))
+    assert made.it3_dual_pass.label_weight == 0.5
+
+
 class Lazy(LitNet):
     """Builds its network when a Trainer says so."""
 
@@ -165,12 +182,6 @@ def test_unknown_layer_of_a_network_built_by_a_hook_is_refused_when_it_is_built(
 
 
 # The optimizer
-
-EXACT = DualPass(perturb_prior=False)
-
-
-def net(**args: Any) -> Any:
-    return seeded(IT3Net(**parts(**args)))
 
 
 class OfTheNetwork(LitNet):
@@ -249,105 +260,6 @@ def test_callbacks_of_the_module_are_kept() -> None:
     trainer.fit(mixed(Own), loader())
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     assert {Mine, Fitting} <= {type(callback) for callback in callbacks}
-
-
-# What a prior measures
-
-
-class Regression(LitNet):
-    def training_step(self, batch: Batch, batch_idx: int) -> Any:
-        return F.mse_loss(self(batch[0])[:, 0], batch[1])
-
-
-def values(count: int = 10) -> Tensor:
-    return 5 + 2 * torch.randn(count, generator=torch.Generator().manual_seed(3))
-
-
-def regression(prior: ValuePrior) -> Any:
-    return seeded(mixed(Regression, prior=prior, dual_pass=EXACT, lr=1e-3))
-
-
-def pairs(count: int = 10, **kwargs: Any) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(samples(count)[0], values(count)), batch_size=4, **kwargs)
-
-
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter(zip(samples(10)[0], values(), strict=True))
-
-
-def test_value_prior_measures_the_training_targets() -> None:
-    for data in (pairs(), pairs(shuffle=True), DataLoader(Stream(), batch_size=4)):
-        model = regression(ValuePrior())
-        quiet().fit(model, data)
-        expected = values().double()
-        assert model.it3_prior.mean.item() == pytest.approx(expected.mean().item())
-        assert model.it3_prior.std.item() == pytest.approx(expected.std(correction=0).item())
-        assert torch.equal(model.state_dict()["it3_prior.mean"], model.it3_prior.mean)
-
-
-def test_large_data_is_measured_evenly_from_end_to_end() -> None:
-    targets = torch.arange(1000.0)
-    data = DataLoader(TensorDataset(samples(1000)[0], targets), batch_size=4)
-    model = regression(ValuePrior())
-    quiet(max_steps=1).fit(model, data)
-    assert model.it3_prior.mean.item() == pytest.approx(targets[::2].mean().item())
-
-
-def test_given_statistics_are_not_measured() -> None:
-    model = regression(ValuePrior(mean=1.0, std=3.0))
-    quiet().fit(model, pairs())
-    assert (model.it3_prior.mean.item(), model.it3_prior.std.item()) == (1.0, 3.0)
-
-
-class Draws(TensorDataset):
-    """Draws random numbers from every global generator for each sample."""
-
-    def __getitem__(self, index: int) -> Any:
-        x, y = self.tensors[0][index], self.tensors[1][index]
-        return x + torch.rand(1) + random.random() + np.random.rand(), y
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_measuring_disturbs_neither_order_nor_random_state(workers: int) -> None:
-    def run(prior: ValuePrior) -> Any:
-        torch.manual_seed(1), random.seed(1), np.random.seed(1)
-        generator = torch.Generator().manual_seed(5)
-        data: Any = DataLoader(
-            Draws(samples(10)[0], values()),
-            batch_size=4,
-            shuffle=True,
-            generator=generator,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-        )
-        model = regression(prior)
-        quiet(max_epochs=2).fit(model, data)
-        return model.state_dict(), torch.get_rng_state(), random.random(), np.random.rand()
-
-    expected = values().double()
-    mean, std = expected.mean().item(), expected.std(correction=0).item()
-    measured, given = run(ValuePrior()), run(ValuePrior(mean=mean, std=std))
-    assert [k for k, v in measured[0].items() if not torch.equal(given[0][k], v)] == []
-    assert torch.equal(measured[1], given[1])
-    assert measured[2:] == given[2:]
-
-
-def test_several_training_loaders_are_measured_as_the_step_sees_them() -> None:
-    class Two(Regression):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return F.mse_loss(self(batch["a"][0])[:, 0], batch["a"][1])
-
-    class IT3Two(IT3Mixin, Two):
-        def it3_inputs(self, batch: Any) -> Any:
-            return batch["a"][0]
-
-        def it3_target(self, batch: Any) -> Any:
-            return batch["a"][1]
-
-    model: Any = IT3Two(**parts(prior=ValuePrior(), dual_pass=EXACT))
-    quiet().fit(model, {"a": pairs(), "b": pairs(5)})
-    assert model.it3_prior.mean.item() == pytest.approx(values().double().mean().item())
 
 
 # Copies

@@ -27,12 +27,13 @@ def second(_: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["l2", "js", "cross_entropy"])
 @pytest.mark.parametrize("reliability", [None, 0.0, 0.6, 0.99999])
 @pytest.mark.parametrize("balance", [0.0, 0.3])
+@pytest.mark.parametrize("sharpen", [0.0, 0.7])
 def test_idempotence_equals_the_reference(
-    name: Distance, reliability: float | None, balance: float
+    name: Distance, reliability: float | None, balance: float, sharpen: float
 ) -> None:
-    found = Idempotence(name, reliability, balance)(P0, second)
+    found = Idempotence(name, reliability, balance, sharpen)(P0, second)
     threshold = reliability or 0.0
-    expected = objective(P0, P1, name, reliability is not None, balance, threshold)
+    expected = objective(P0, P1, name, reliability is not None, balance, threshold, sharpen)
     torch.testing.assert_close(found.loss(), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.measure, distance(name, P0, P1), rtol=0, atol=1e-12)
     if reliability is not None:
@@ -153,3 +154,18 @@ def test_only_a_batch_term_needs_a_batch() -> None:
     assert Idempotence(balance=0.1).needs_batch
     assert not Entropy().needs_batch
     assert Entropy(balance=0.1).needs_batch
+
+
+def test_without_a_filter_nothing_is_sharpened() -> None:
+    published = Idempotence(reliability=None, sharpen=5.0)(P0, second)
+    torch.testing.assert_close(published.loss(), distance("l2", P0, P1).mean())
+
+
+def test_values_are_not_sharpened() -> None:
+    values = torch.tensor([[0.3], [0.9]])
+    assert Idempotence(sharpen=1.0)(values, lambda y0: y0).loss() == 0
+
+
+def test_negative_sharpening_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sharpen >= 0, got -1.0"):
+        Idempotence(sharpen=-1.0)

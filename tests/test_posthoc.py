@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 from toy import (
     Batch,
@@ -169,6 +170,18 @@ def test_error_before_training_thaws_too(plain: tuple[LitNet, str]) -> None:
     with pytest.raises(ValueError, match="broken"):
         quiet().fit(model, loader())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_search_for_a_learning_rate_thaws_too(
+    plain: tuple[LitNet, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = post_hoc(plain)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tuner = Tuner(quiet())
+    tuner.lr_find(model, loader(40), num_training=3, attr_name="lr", update_attr=False)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_validation_inside_fit_can_adapt_the_frozen_network(plain: tuple[LitNet, str]) -> None:

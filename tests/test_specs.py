@@ -52,11 +52,26 @@ def test_objects_become_plain_data_and_come_back(path: str) -> None:
     assert again.init_args() == value.init_args()
 
 
-def test_the_module_of_a_class_names_it_too() -> None:
-    path = f"{ClassPrior.__module__}.ClassPrior"
-    assert path != "it3_lightning.priors.ClassPrior"
+@pytest.mark.parametrize(
+    "path",
+    [
+        "it3_lightning.ClassPrior",
+        "it3_lightning.priors.ClassPrior",
+        f"{ClassPrior.__module__}.ClassPrior",
+    ],
+)
+def test_every_path_that_exports_a_class_names_it(path: str) -> None:
     found = built({"class_path": path, "init_args": {"num_classes": 3}}, PRIOR)
     assert isinstance(found, ClassPrior)
+
+
+def test_a_class_within_a_class_goes_by_where_it_is_defined() -> None:
+    class Local(ClassPrior):
+        pass
+
+    data = spec(Local(4))
+    assert data["class_path"].endswith("<locals>.Local")
+    assert isinstance(built(data, PRIOR), Local)
 
 
 def test_objects_and_nothing_pass() -> None:

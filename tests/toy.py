@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from it3_lightning import ClassPrior, FeatureInjection, IT3Mixin
+from it3_lightning import (
+    ClassPrior,
+    FeatureInjection,
+    Idempotence,
+    IT3Mixin,
+    IT3TestTimeCallback,
+)
 
 torch.set_num_threads(1)  # in networks this small, threads only wait for each other
 
@@ -67,6 +73,18 @@ def seeded(module: nn.Module, seed: int = 0) -> Any:
         if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
             layer.running_mean.fill_(0.1)
     return module
+
+
+def net(kind: Any = IT3Net, **args: Any) -> Any:
+    """Make a module with priors and seeded weights."""
+    return seeded(kind(**parts(**args)))
+
+
+def adapting(**settings: Any) -> IT3TestTimeCallback:
+    """Adapt as published, far enough to be seen."""
+    published = Idempotence(reliability=None)
+    given = {"objective": published, "optimizer": "sgd", "lr": 0.05, **settings}
+    return IT3TestTimeCallback(**given)
 
 
 def samples(count: int = 12, seed: int = 0) -> Batch:

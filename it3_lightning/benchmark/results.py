@@ -109,29 +109,31 @@ class Results:
         """Return the mean score over all shifts."""
         return Cell.of(self.scores(row, stream, self._shifted()))
 
-    def gain(self, row: Row, stream: str) -> Cell | None:
-        """Return the gain on the mean of the shifts over the same model's strongest still row.
+    def gain(self, row: Row, stream: str, shift: str | None = None) -> Cell | None:
+        """Return the gain over the same model's strongest unadapted row, seed by seed.
 
         That is the row of its batch statistics, or its source where it has no BatchNorm.
+
+        Args:
+            row: that adapts, or predicts otherwise; ``None`` comes back for an unadapted one.
+            stream: of the samples.
+            shift: on which; ``None``: on the mean of all shifts.
         """
         base = self.baseline(row)
         if base is None:
             return None
-        mine, theirs = (self.scores(r, stream, self._shifted()) for r in (row, base))
+        shifts = self._shifted() if shift is None else [shift]
+        mine, theirs = (self.scores(r, stream, shifts) for r in (row, base))
         return Cell.of(a - b for a, b in zip(mine, theirs, strict=True))
 
     def worst(self, row: Row, stream: str) -> tuple[str, float] | None:
         """Return the shift with the smallest gain over the baseline, mean over seeds."""
-        base = self.baseline(row)
-        if base is None:
-            return None
-        gains = {
-            shift: Cell.of(self.scores(row, stream, [shift])).mean
-            - Cell.of(self.scores(base, stream, [shift])).mean
+        gains = [
+            (shift, gain.mean)
             for shift in self._shifted()
-        }
-        shift = min(gains, key=lambda name: gains[name])
-        return shift, gains[shift]
+            if (gain := self.gain(row, stream, shift)) is not None
+        ]
+        return min(gains, key=lambda pair: pair[1]) if gains else None
 
     def baseline(self, row: Row) -> Row | None:
         """Return the unadapted row a row is compared with; ``None`` for such a row itself."""

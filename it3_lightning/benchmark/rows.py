@@ -123,7 +123,7 @@ def _with_priors(
     if batch_norm:
         yield Row(training, "batch statistics", still)
     yield Row(training, "second prediction", still, second=True)
-    published = Idempotence(recipe.distance, reliability=None, sharpen=0.0)
+    published = Idempotence(recipe.distance, reliability=None)
     default = Idempotence(recipe.distance, recipe.reliability, sharpen=recipe.sharpen)
     filtered = replace(default, sharpen=0.0)
     yield Row(training, "published objective, episodic", _episodic(recipe, still, published))

@@ -11,7 +11,6 @@ from it3_lightning.benchmark.rows import Training
 from it3_lightning.data import ShiftedImages
 from it3_lightning.dual_pass import DualPass
 from it3_lightning.mixin import IT3Mixin, Train
-from it3_lightning.perturbations import RandomNoise
 from it3_lightning.posthoc import load_source
 from it3_lightning.selection import OWN
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 MakeModel = Callable[[], LightningModule]
 Say = Callable[[str], None]
-
-POSTHOC = DualPass(own_share=0.5, perturb_inputs=RandomNoise(0.2, low=0.0, high=1.0))
 
 
 def train_models(
@@ -53,7 +50,7 @@ def train_models(
         load_source(ordinary, benchmark.ckpt_path)
     joint = fresh("joint", "joint", benchmark.joint)
     benchmark.trainer(max_epochs=benchmark.epochs).fit(joint, datamodule=data)
-    posthoc = fresh("post-hoc", "conditioning", benchmark.posthoc or POSTHOC)
+    posthoc = fresh("post-hoc", "conditioning", DualPass.of(benchmark.posthoc, post_hoc=True))
     plain = {name: w for name, w in ordinary.state_dict().items() if not name.startswith(OWN)}
     posthoc.load_state_dict(plain)
     benchmark.trainer(max_epochs=benchmark.posthoc_epochs).fit(posthoc, datamodule=data)

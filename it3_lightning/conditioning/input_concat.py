@@ -31,6 +31,7 @@ class InputConcat(Conditioning):
     Raises:
         ValueError: when attached to another kind of layer, or a grouped convolution.
 
+    >>> import torch
     >>> from it3_lightning.priors import ClassPrior
     >>> layer, concat = nn.Linear(2, 1), InputConcat("0")
     >>> concat.attach(nn.Sequential(layer), ClassPrior(3))

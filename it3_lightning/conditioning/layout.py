@@ -112,12 +112,17 @@ def width(layer: nn.Module) -> int | None:
 
 
 def _sequence_first(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the nearest layer that has a ``batch_first`` sets it to false."""
+    """Whether the nearest layer that has a ``batch_first`` sets it to false.
+
+    It is sought inside the layer, then beside it, then beside each of the modules around it.
+    """
+    near = list(modules[name].modules())
     while True:
-        for layer in modules[name].modules() if name in modules else ():
+        for layer in near:
             batch_first = getattr(layer, "batch_first", None)
             if isinstance(batch_first, bool):
                 return not batch_first
         if not name:
             return False
         name = name.rpartition(".")[0]
+        near = list(modules[name].children()) if name in modules else []

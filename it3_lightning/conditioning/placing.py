@@ -17,6 +17,7 @@ def placed(embedding: Tensor, features: Tensor, axes: tuple[int, int]) -> Tensor
         features: of any shape.
         axes: the features' dimensions of the batch and of the channels.
 
+    >>> import torch
     >>> placed(torch.zeros(2, 8), torch.zeros(2, 5, 8), (0, 2)).shape
     torch.Size([2, 1, 8])
     """
@@ -32,6 +33,7 @@ def placed(embedding: Tensor, features: Tensor, axes: tuple[int, int]) -> Tensor
 def resized(maps: Tensor, size: list[int]) -> Tensor:
     """Interpolate maps ``(B, C, ...)`` linearly to other positions.
 
+    >>> import torch
     >>> resized(torch.tensor([[[0.0, 1.0]]]), [4])
     tensor([[[0.0000, 0.2500, 0.7500, 1.0000]]])
     """

@@ -30,7 +30,21 @@ def adapt(
         settings: how to adapt.
 
     Raises:
-        ValueError: nothing is selected, or one sample came where several are needed.
+        ValueError: nothing is selected, what is selected has no influence on the prediction, or
+            one sample came where several are needed.
+
+    >>> import torch
+    >>> net, x = nn.Linear(1, 1, bias=False), torch.ones(2, 1)
+    >>> _ = nn.init.ones_(net.weight)
+    >>> def forward(x, prior):  # knows the second prediction: half of the first
+    ...     return net(x) if prior is None else prior / 2
+    >>> adaptation = adapt(
+    ...     net, x, forward=forward, to_label=lambda y: y, settings=Settings(lr=0.1)
+    ... )
+    >>> adaptation.distance_source.mean().item()
+    0.25
+    >>> round(adaptation.distance_adapted.mean().item(), 4)
+    0.2025
     """
     size = batch_size(inputs)
     if settings.needs_batch and size < 2:

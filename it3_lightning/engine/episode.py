@@ -19,12 +19,7 @@ def adapt_state(
 ) -> Adaptation:
     """Adapt a state to one batch, its weights left in place; where that fails, as it was before.
 
-    Args:
-        state: moves. The source weights are in place before.
-        inputs: of the batch.
-        evaluate: the objective on the module.
-        settings: how to adapt.
-        carried: whether earlier batches have moved the state, so that the source is measured apart.
+    ``carried``: earlier batches have moved the state, so that the source is measured apart.
 
     Raises:
         Skip: the batch cannot be adapted to.
@@ -49,7 +44,9 @@ def adapt_state(
         distance_source=None if source is None else source.objective.measure,
         distance_adapted=None if last is None else last.objective.measure,
         reliable=None if moved is None else moved.objective.reliable,
-        skipped=torch.zeros(batch_size(inputs), dtype=torch.bool),
+        skipped=torch.zeros(
+            _samples(None if moved is None else moved.outputs, inputs), dtype=torch.bool
+        ),
         reason=None,
         weights=dict(state.weights),
         forwards=evaluate.forwards,
@@ -70,13 +67,17 @@ def keep_source(inputs: Any, evaluate: Evaluator, settings: Settings, reason: st
         distance_source=None,
         distance_adapted=None,
         reliable=None,
-        skipped=torch.ones(batch_size(inputs), dtype=torch.bool),
+        skipped=torch.ones(_samples(outputs, inputs), dtype=torch.bool),
         reason=reason,
         weights={},
         forwards=evaluate.forwards,
         backwards=evaluate.backwards,
         seconds=0.0,
     )
+
+
+def _samples(outputs: Tensor | None, inputs: Any) -> int:
+    return batch_size(inputs) if outputs is None else outputs.shape[0]
 
 
 def _steps(state: State, inputs: Any, evaluate: Evaluator, steps: int) -> Evaluation | None:

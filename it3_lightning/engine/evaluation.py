@@ -32,7 +32,7 @@ class Evaluation:
     def detached(self) -> Evaluation:
         """Return the same without the graph."""
         measure = self.objective.measure.detach()
-        objective = replace(self.objective, measure=measure, batch_term=None)
+        objective = replace(self.objective, measure=measure, batch_term=None, sample_term=None)
         return Evaluation(self.outputs.detach(), objective)
 
 
@@ -102,9 +102,19 @@ class Evaluator:
         return gradients
 
     def run(self, inputs: Any, prior: Tensor | None) -> Tensor:
-        """Run one forward pass and count it."""
+        """Run one forward pass and count it.
+
+        Raises:
+            TypeError: it returned something else than a tensor.
+        """
         self.forwards += 1
-        return self._forward(inputs, prior)
+        outputs = self._forward(inputs, prior)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"Expected the forward pass to return a tensor (B, ...), got "
+                f"{type(outputs).__name__}. Override it3_forward to return the predictions alone."
+            )
+        return outputs
 
     def _second(self, inputs: Any, anchor: Mapping[str, Tensor] | None, y0: Tensor) -> Tensor:
         """Run the anchor: the loss moves what feeds it, ``y0``, and none of its weights."""
@@ -115,17 +125,23 @@ class Evaluator:
 
 
 def batch_size(inputs: Any) -> int:
-    """Return the size of dimension 0 of the first tensor in the inputs.
+    """Return the size of dimension 0 of the first tensor in the inputs, or the number of graphs.
 
     Raises:
-        ValueError: there is no tensor with a dimension in them.
+        ValueError: there is no tensor with a dimension in them, and no batch of graphs.
 
     >>> batch_size({"image": torch.zeros(4, 3)})
     4
     """
     for leaf in tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return leaf.shape[0]
+        size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else _graphs(leaf)
+        if isinstance(size, int):
+            return size
     raise ValueError(
         f"Expected inputs with a tensor (B, ...) in them, got {type(inputs).__name__}."
     )
+
+
+def _graphs(leaf: Any) -> Any:
+    """Return the number of graphs in a batch of them, by the names that graph libraries use."""
+    return getattr(leaf, "num_graphs", None) or getattr(leaf, "batch_size", None)

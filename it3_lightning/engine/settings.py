@@ -26,7 +26,8 @@ class Settings:
             parameters.
         parameters: which parameters adapt; see :func:`~it3_lightning.selection.select`.
         reset: when the weights go back to the source: ``"batch"`` (episodic: before every batch),
-            ``"never"`` (online: they are carried along the stream), or before every ``N`` batches.
+            ``"never"`` (online: they are carried along the stream), or before every ``N`` batches,
+            skipped ones not counted.
         anchor: weights of the second pass: ``"frozen"`` (the source), ``"ema"`` (an exponential
             moving average of the adapted weights), ``"live"`` (the adapted weights themselves,
             which train in both passes: widens what the anchor accepts, seldom wanted).

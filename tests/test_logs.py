@@ -1,0 +1,95 @@
+"""What the callback logs and sums up: each sample once, its baseline beside it, per dataloader."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassPrecision, MulticlassRecall
+from toy import Batch, IT3Net, adapting, doubles, loader, net, quiet, samples
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    with doubles():
+        yield
+
+
+def test_logs_inside_forward_are_those_of_the_step_alone() -> None:
+    class Logs(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.trainer.predicting:
+                self.log("inside", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+            return super().forward(x)
+
+    for prediction in ("first", "second"):
+        trainer = quiet(callbacks=[adapting(steps=3, prediction=prediction)])
+        (logged,) = trainer.test(net(Logs), loader(), verbose=False)
+        assert logged["inside"] == 3
+
+
+def test_metrics_of_the_step_count_each_sample_once() -> None:
+    class Metrics(IT3Net):
+        def __init__(self, **args: Any) -> None:
+            super().__init__(**args)
+            self.group = MetricCollection([MulticlassPrecision(3), MulticlassRecall(3)])
+            self.count = MeanMetric()
+            self.outputs: list[Tensor] = []
+
+        def test_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+            logits = self(batch[0])
+            self.group.update(logits, batch[1])
+            self.count.update(1.0, len(logits))
+            self.outputs.append(logits)
+            self.log_dict(self.group)
+
+    model = net(Metrics)
+    (logged,) = quiet(callbacks=[adapting(steps=2)]).test(model, loader(), verbose=False)
+    outputs, labels = torch.cat(model.outputs), samples()[1]
+    for kind in (MulticlassPrecision, MulticlassRecall):
+        expected = kind(3)(outputs, labels).item()
+        assert logged[kind.__name__] == pytest.approx(expected)
+    assert model.count.weight == 12
+
+
+def test_each_dataloader_starts_from_the_source_and_logs_its_own_numbers() -> None:
+    settings: dict[str, Any] = {"reset": "never", "steps": 2}
+    (alone,) = quiet(callbacks=[adapting(**settings)]).test(net(), loader(seed=1), verbose=False)
+    both: Any = [loader(seed=0), loader(seed=1)]
+    logged = quiet(callbacks=[adapting(**settings)]).test(net(), both, verbose=False)
+    assert not set(logged[0]) & set(logged[1])
+    for name in ("test_loss", "it3/distance_source", "it3/distance_adapted", "it3/skipped"):
+        assert logged[1][f"{name}/dataloader_idx_1"] == alone[name]
+    assert logged[0]["it3/distance_source/dataloader_idx_0"] != alone["it3/distance_source"]
+
+
+def test_without_measuring_no_distance_is_logged_and_predictions_stay() -> None:
+    trainer = quiet(callbacks=[adapting(measure=False)])
+    (logged,) = trainer.test(net(), loader(), verbose=False)
+    measured = quiet(callbacks=[adapting()]).test(net(), loader(), verbose=False)[0]
+    assert {"it3/distance_source", "it3/distance_adapted"} == measured.keys() - logged.keys()
+    assert logged["test_loss"] == measured["test_loss"]
+
+
+def test_distance_that_is_never_measured_is_logged_as_nan() -> None:
+    class Bad(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * float("nan")
+
+    with pytest.warns(UserWarning, match="non-finite output"):
+        (logged,) = quiet(callbacks=[adapting()]).test(net(Bad), loader(), verbose=False)
+    assert logged["it3/skipped"] == 12
+    assert torch.tensor(logged["it3/distance_source"]).isnan()
+
+
+def test_summary_holds_what_was_logged() -> None:
+    callback = adapting()
+    (logged,) = quiet(callbacks=[callback]).test(net(), loader(), verbose=False)
+    summary = callback.summary
+    assert (summary.samples, summary.reliable, summary.skipped) == (12, 12, 0)
+    assert summary.distance_source == pytest.approx(logged["it3/distance_source"])
+    assert summary.distance_adapted == pytest.approx(logged["it3/distance_adapted"])
+    assert summary.ms_per_sample == pytest.approx(logged["it3/ms_per_sample"])
+    assert str(summary).startswith("12 samples, 12 moved the weights, 0 skipped; distance 0.")
