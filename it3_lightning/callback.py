@@ -97,8 +97,7 @@ class IT3TestTimeCallback(Callback):
             grad_clip=grad_clip,
             measure=measure,
         )
-        unknown = [stage for stage in stages if stage not in _STEPS]
-        if unknown:
+        if unknown := [stage for stage in stages if stage not in _STEPS]:
             raise ValueError(f"Expected stages among {', '.join(_STEPS)}, got {unknown}.")
         if prediction not in ("first", "second"):
             raise ValueError(f"Expected prediction 'first' or 'second', got {prediction!r}.")
@@ -158,7 +157,6 @@ class IT3TestTimeCallback(Callback):
         """Put a step in the place of the module's own that runs it with adapted weights."""
         if stage not in self.stages:
             return
-        self._give_back()
         host = checked_module(module)
         check_trainer(trainer, module, self.settings, self.independent_ranks)
         self.summary = Summary()

@@ -60,8 +60,8 @@ class IT3Mixin(Conditioned):
         TypeError: ``prior`` or ``conditioning`` is something else.
         ValueError: ``train`` is unknown, the conditioning names a layer that does not exist, or a
             single pass is asked for where the network does not learn.
-        MisconfigurationException: when fitting starts, before any batch: prior or conditioning are
-            missing, or the module's ``training_step`` cannot be run twice.
+        MisconfigurationException: before any batch: prior or conditioning are missing (also when a
+            checkpoint is loaded), or fitting finds a ``training_step`` that cannot be run twice.
     """
 
     def __init__(

@@ -36,6 +36,10 @@ class RandomNoise(nn.Module):
             raise ValueError(f"Expected low <= high, got {low} and {high}.")
         self.size, self.low, self.high = size, low, high
 
+    def init_args(self) -> dict[str, Any]:
+        """Return the constructor's arguments, for checkpoints."""
+        return {"size": self.size, "low": self.low, "high": self.high}
+
     def forward(self, inputs: Any) -> Any:
         """Return noisy copies."""
         return tree_map(self._noisy, inputs)

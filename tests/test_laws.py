@@ -171,6 +171,15 @@ class Draws(IT3Net):
         return super().forward(x) * torch.rand(1)
 
 
+def test_second_prediction_draws_no_random_numbers_of_its_own() -> None:
+    states = []
+    for callbacks in ([], [adapting(steps=0, prediction="second")]):
+        torch.manual_seed(0)
+        predictions(net(Draws), loader(), *callbacks)
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[0], states[1])
+
+
 @pytest.mark.parametrize("kind", [IT3Net, Draws])
 @pytest.mark.parametrize("measure", [True, False])
 def test_no_steps_are_no_callback(kind: type[IT3Net], measure: bool) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from it3_lightning.engine import Adaptation, BatchAdapter, Forward, Settings
-from it3_lightning.objectives import Idempotence
+from it3_lightning.objectives import Entropy, Idempotence
 
 PUBLISHED = Idempotence("l2", None)
 ONLINE: dict[str, Any] = {"reset": "never", "anchor": "ema", "ema_decay": 0.9}
@@ -167,11 +167,13 @@ def test_lstm_leaves_nothing_behind() -> None:
     assert changed(before, net) == []
 
 
-def test_no_activation_outlives_adaptation() -> None:
-    net, alive = toy(), []
+@pytest.mark.parametrize("objective", [PUBLISHED, Idempotence("js", 0.4, 0.3), Entropy()])
+def test_no_activation_outlives_its_step(objective: Idempotence | Entropy) -> None:
+    net, alive, most = toy(), list[weakref.ref[Tensor]](), [0]
 
     def forward(x: Tensor, prior: Tensor | None) -> Tensor:
         features = net.dense(net.bn(net.conv(x)).flatten(1))
+        most[0] = max(most[0], sum(ref() is not None for ref in alive))
         alive.append(weakref.ref(features))
         features = features if prior is None else features + net.embed(prior)
         logits: Tensor = net.head(features)
@@ -180,9 +182,11 @@ def test_no_activation_outlives_adaptation() -> None:
     gc.collect()
     gc.disable()
     try:
-        adapter = adapter_of(net, forward, **ONLINE)
+        adapter = adapter_of(net, forward, steps=4, objective=objective, **ONLINE)
         kept = results(adapter, stream(2))
-        assert [ref() for ref in alive] == [None] * 14
+        assert len(alive) >= 11
+        assert [ref() for ref in alive] == [None] * len(alive)
+        assert most == [int(not isinstance(objective, Entropy))]  # y0, while y1 is made of it
     finally:
         gc.enable()
     fields = [value for adaptation in kept for value in vars(adaptation).values()]

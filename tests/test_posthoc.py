@@ -256,3 +256,12 @@ def test_joint_training_can_start_from_a_source_checkpoint(plain: tuple[LitNet, 
     assert model.net.bn.num_batches_tracked > plain[0].net.bn.num_batches_tracked
     with pytest.raises(MisconfigurationException, match="has no prior"):
         quiet().fit(IT3Net(source_checkpoint=plain[1]), loader())
+
+
+def test_second_fit_goes_on_from_the_first_not_from_the_source(plain: tuple[LitNet, str]) -> None:
+    model = IT3Net(**parts(source_checkpoint=plain[1], train="joint"))
+    quiet().fit(model, loader())
+    first = {name: value.clone() for name, value in model.named_parameters()}
+    model.lr = 0.0
+    quiet().fit(model, loader())
+    assert [n for n, value in model.named_parameters() if not torch.equal(first[n], value)] == []
