@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from it3_lightning.engine import Settings
 from it3_lightning.engine.norm import NormStats
@@ -129,17 +129,17 @@ class IT3TestTimeCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give ``validation_step`` back."""
-        self._give_back()
+        self._finish()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give ``test_step`` back."""
-        self._give_back()
+        self._finish()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give ``predict_step`` back and say what adaptation did, as nothing is logged there."""
         if self._undo is not None:
             rank_zero_info(f"IT3: {self.summary}")
-        self._give_back()
+        self._finish()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -170,6 +170,15 @@ class IT3TestTimeCallback(Callback):
             ),
         )
         self._undo = replace_step(module, _STEPS[stage], step)
+
+    def _finish(self) -> None:
+        """Give the step back after a run, and warn where nothing was learnt to adapt by."""
+        if self._undo is not None and self.summary.distance_source == 0:
+            rank_zero_warn(
+                "Every second prediction equals the first: the conditioning has not been trained. "
+                "Fit the module first, or give it source_checkpoint=... and fit the conditioning."
+            )
+        self._give_back()
 
     def _give_back(self) -> None:
         undo, self._undo = self._undo, None

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from it3_lightning.engine import Settings
@@ -51,8 +51,8 @@ def check_trainer(
     """Refuse what cannot be adapted, before any batch.
 
     Raises:
-        MisconfigurationException: sharded weights, carried weights on several processes, or single
-            samples where several are needed.
+        MisconfigurationException: sharded weights, carried weights or shared batch statistics on
+            several processes, or single samples where several are needed.
     """
     if isinstance(trainer.strategy, _SHARDED):
         raise MisconfigurationException(
@@ -65,6 +65,12 @@ def check_trainer(
             "processes would each carry their own. Use reset='batch', one process, or "
             "independent_ranks=True if that is what you want."
         )
+    if trainer.world_size > 1 and settings.norm_stats == "batch" and _synchronised(module):
+        raise MisconfigurationException(
+            "norm_stats='batch' with SyncBatchNorm shares statistics between processes, which take "
+            "different numbers of passes and would wait for each other for ever. Test with "
+            "sync_batchnorm=False, on one process, or with norm_stats='source'."
+        )
     if settings.needs_batch and any(size == 1 for size in _batch_sizes(trainer)):
         raise MisconfigurationException(
             "norm_stats='batch' and balance terms need several samples, and a dataloader has "
@@ -72,6 +78,10 @@ def check_trainer(
         )
     if settings.norm_stats == "batch" and not batch_norms(module):
         rank_zero_warn("norm_stats='batch' has no effect: the module has no BatchNorm layer.")
+
+
+def _synchronised(module: nn.Module) -> bool:
+    return any(isinstance(layer, nn.SyncBatchNorm) for layer in batch_norms(module))
 
 
 def _batch_sizes(trainer: Trainer) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What several tests share: small images in the real on-disk format of MNIST."""
+"""What all tests share: one thread, and small images in the real on-disk format of MNIST."""
 
 import gzip
 import struct
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
+torch.set_num_threads(1)  # in networks this small, threads only wait for each other
 
 
 def write_idx(path: Path, values: Tensor) -> None:

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from it3_lightning.engine import Forward
 
-torch.set_num_threads(1)  # in networks this small, threads only wait for each other
-
 
 def drawn(net: nn.Module, seed: int = 0) -> nn.Module:
     """Draw every parameter and buffer of a network anew, in float64 and evaluation mode."""

@@ -261,6 +261,13 @@ def test_single_last_sample_keeps_the_source_under_batch_statistics(reset: Any) 
         assert [torch.equal(a, b) for a, b in zip(adapted, plain, strict=True)] == [0, 0, 1]
 
 
+def test_an_untrained_conditioning_is_told() -> None:
+    model = IT3Net(**parts())
+    with pytest.warns(UserWarning, match="the conditioning has not been trained"):
+        predicted(model, adapting())
+
+
+@pytest.mark.filterwarnings("ignore:Every second prediction:UserWarning")
 def test_batch_statistics_without_batch_norm_warn() -> None:
     model = IT3Net(**parts())
     model.net.bn = nn.Identity()  # type: ignore[assignment]

@@ -91,6 +91,13 @@ def checked(strategy: Any, world_size: int, independent_ranks: bool = False, **a
     check_trainer(trainer, module, Settings(**args), independent_ranks)
 
 
+def test_batch_statistics_shared_between_processes_are_refused() -> None:
+    trainer: Any = Host(DDPStrategy(), 2)
+    module: Any = nn.SyncBatchNorm(2)
+    with pytest.raises(MisconfigurationException, match="SyncBatchNorm"):
+        check_trainer(trainer, module, Settings(norm_stats="batch"), False)
+
+
 def test_sharded_strategies_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="FSDPStrategy shards the weights"):
         checked(FSDPStrategy(), 2)

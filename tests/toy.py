@@ -21,8 +21,6 @@ from it3_lightning import (
     IT3TestTimeCallback,
 )
 
-torch.set_num_threads(1)  # in networks this small, threads only wait for each other
-
 Batch = tuple[Tensor, Tensor]
 
 
