@@ -74,6 +74,18 @@ def markdown(results: Results) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
+def by_shift(results: Results, stream: str) -> str:
+    """Return a table in Markdown: the gain over the baseline on each shift, mean over seeds."""
+    titles = ["training", "at test time", *results.shifts]
+    rows = [titles, ["---", "---", *["---:"] * len(results.shifts)]]
+    for row in results.rows:
+        gains = [results.gain(row, stream, shift) for shift in results.shifts]
+        cells = [f"{gain.mean:+.1f}" for gain in gains if gain is not None]
+        if cells:
+            rows.append([row.training, row.name, *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
 def show(results: Results, folder: Path) -> None:
     """Print the table and write ``table.md`` and ``page.html`` into the folder."""
     shown = table(results)
@@ -82,7 +94,9 @@ def show(results: Results, folder: Path) -> None:
     if needed > console.width:
         console = Console(width=needed)  # a table that wraps cannot be read
     console.print(shown)
-    (folder / "table.md").write_text(markdown(results) + "\n")
+    parts = [markdown(results)]
+    parts += [f"Gain by shift, {s} classes:\n\n{by_shift(results, s)}" for s in results.streams]
+    (folder / "table.md").write_text("\n\n".join(parts) + "\n")
     (folder / "page.html").write_text(page(results))
     console.print(f"Written to {folder}: page.html, results.csv, results.json, table.md")
 

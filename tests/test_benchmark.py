@@ -13,7 +13,7 @@ from it3_lightning.benchmark.rows import Recipe
 from it3_lightning.data import DigitsDataModule
 from it3_lightning.networks import MLP, SmallCNN
 from it3_lightning.objectives import Entropy, Idempotence
-from it3_lightning.report import headers, line, markdown, page
+from it3_lightning.report import by_shift, headers, line, markdown, page
 from it3_lightning.tasks import Classifier, IT3Classifier
 
 
@@ -186,6 +186,11 @@ def test_every_line_of_the_table_has_a_cell_for_every_title() -> None:
     assert all(len(line(results, row)) == len(headers(results)) for row in results.rows)
     assert markdown(results).count("\n") == len(results.rows) + 1
     assert "+4.0 ± 1.4" in markdown(results)
+
+
+def test_gains_by_shift_are_means_over_seeds_and_leave_unadapted_rows_out() -> None:
+    lines = by_shift(toy_results(), "equal").splitlines()
+    assert lines[2:] == ["| ordinary | Tent | +0.0 | +4.0 |"]  # clean: -1 and +1, noise: 3 and 5
 
 
 def test_page_holds_the_table_and_a_plot(finished: tuple[Path, Results]) -> None:
