@@ -49,7 +49,8 @@ def benchmark(arguments: list[str]) -> None:
 
     settings: Benchmark = cli.config_init.benchmark
     data = cli.datamodule  # the one of these settings; each new model brings another
-    show(settings.run(make_model, data), Path(settings.output))
+    model = cli.config.as_dict().get("model")
+    show(settings.run(make_model, data, model), Path(settings.output))
 
 
 def _cli(arguments: list[str], *, run: bool) -> IT3CLI:

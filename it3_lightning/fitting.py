@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from it3_lightning.posthoc import load_source
+from it3_lightning.selection import OWN
 from it3_lightning.targets import training_targets
 
 if TYPE_CHECKING:
@@ -58,11 +60,11 @@ class Fitting(Callback):
         module = _with_priors(pl_module)
         if module is None:
             return
-        if module.it3_source_due and module.it3_source_checkpoint is not None:
-            load_source(module, module.it3_source_checkpoint)
-            module.it3_source_due = False
-        own = list(module.it3_parts()[1].parameters())
-        _optimize(trainer, own, only=module.it3_train == "conditioning")
+        _load_due(module)
+        own, frozen = list(module.it3_parts()[1].parameters()), module.it3_train == "conditioning"
+        _optimize(trainer, own, only=frozen)
+        if frozen:
+            _warn_of_still_monitors(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what the prior must know of the targets; a frozen network goes into eval mode."""
@@ -74,6 +76,18 @@ class Fitting(Callback):
             prior.fit(training_targets(trainer, module.it3_target))
         if module.it3_frozen is not None:
             module.it3_frozen.stay_in_eval()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the network, where it is judged before it is fitted."""
+        _load_due(_with_priors(pl_module))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the network, where it is judged before it is fitted."""
+        _load_due(_with_priors(pl_module))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the network, where it is used before it is fitted."""
+        _load_due(_with_priors(pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Thaw the network."""
@@ -93,6 +107,24 @@ class Fitting(Callback):
 def _with_priors(module: LightningModule) -> IT3Mixin | None:
     """Return the module where it trains on priors: a Trainer may go on with another one."""
     return cast("IT3Mixin", module) if getattr(module, "it3_train", "off") != "off" else None
+
+
+def _load_due(module: IT3Mixin | None) -> None:
+    """Load the source checkpoint, once."""
+    if module is not None and module.it3_source_due and module.it3_source_checkpoint is not None:
+        load_source(module, module.it3_source_checkpoint)
+        module.it3_source_due = False
+
+
+def _warn_of_still_monitors(trainer: Trainer) -> None:
+    """Warn of callbacks that watch what a frozen network cannot improve."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str) and not monitor.startswith(OWN[:-1]):
+            rank_zero_warn(
+                f"{type(callback).__name__} monitors {monitor!r}, which stays the same while the "
+                "network is frozen. Monitor 'it3/label_loss', the loss of the conditioning."
+            )
 
 
 def _thaw(module: LightningModule) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from it3_lightning.conditioned import Conditioned
 from it3_lightning.engine import Settings
 from it3_lightning.engine.norm import batch_norms
 from it3_lightning.protocols import IT3Module, check_parts
@@ -22,6 +23,13 @@ _NEEDS_MIXIN = """IT3TestTimeCallback needs a module that predicts with a prior;
     wrong:  model = {name}(...)
     right:  class IT3Net(IT3Mixin, {name}): pass
             model = IT3Net(..., prior=ClassPrior(10), conditioning=FeatureInjection("layer"))"""
+
+
+_NEEDS_FORWARD = """{name} has no forward, so nothing tells how to predict from inputs alone.
+    wrong:  class IT3Net(IT3Mixin, {name}): pass
+    right:  class IT3Net(IT3Mixin, {name}):
+                def it3_forward(self, inputs):
+                    return self.net(inputs)  # as your steps do"""
 
 
 def checked_module(module: LightningModule, *, fitted: bool = True) -> IT3Module:
@@ -37,6 +45,9 @@ def checked_module(module: LightningModule, *, fitted: bool = True) -> IT3Module
     if not isinstance(module, IT3Module):
         raise MisconfigurationException(_NEEDS_MIXIN.format(name=type(module).__name__))
     check_parts(module)
+    own = getattr(type(module), "it3_forward", None)
+    if type(module).forward is LightningModule.forward and own is Conditioned.it3_forward:
+        raise MisconfigurationException(_NEEDS_FORWARD.format(name=type(module).__name__))
     if fitted and not module.it3_prior.fitted:
         raise MisconfigurationException(
             f"{type(module.it3_prior).__name__} does not know the mean and spread of the targets. "

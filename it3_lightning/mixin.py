@@ -14,6 +14,7 @@ from torch import Tensor
 from it3_lightning.conditioned import Conditioned
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.dual_pass import DualPass
+from it3_lightning.engine import batch_size
 from it3_lightning.fitting import Fitting, check_step
 from it3_lightning.hyperparameters import plain
 from it3_lightning.passes import run_passes
@@ -46,11 +47,12 @@ class IT3Mixin(Conditioned):
         prior: how labels and outputs become priors.
         conditioning: how a prior enters the network.
         train: ``"joint"``: all weights learn both passes, as published; ``"conditioning"``: the
-            network is frozen, in evaluation mode, and only the conditioning learns (post-hoc);
+            network is frozen, in evaluation mode, and only the conditioning learns (post-hoc),
+            its loss logged as ``it3/label_loss``;
             ``"off"``: the plain module. Default: ``"conditioning"`` where a ``source_checkpoint``
             is given, else ``"joint"``.
-        source_checkpoint: an ordinary checkpoint of the network, loaded when fitting starts for the
-            first time; not where a checkpoint of the module itself was loaded before.
+        source_checkpoint: an ordinary checkpoint of the network, loaded when a Trainer first fits,
+            tests or predicts; not where a checkpoint of the module itself was loaded before.
         dual_pass: settings of the label pass. Post-hoc default: half of the priors the network's
             own prediction, inputs perturbed by :class:`~it3_lightning.perturbations.RandomNoise`.
         conditioning_optimizer: makes the optimizer of post-hoc training; default Adam, 1e-3. It
@@ -115,6 +117,9 @@ class IT3Mixin(Conditioned):
         if self.it3_train == "off":
             return called(step, batch, *args, **kwargs)
         output, loss = run_passes(self, batch, lambda b: called(step, b, *args, **kwargs))
+        if self.it3_train == "conditioning" and loss is not None:
+            size = batch_size(self.it3_inputs(batch))
+            self.log("it3/label_loss", loss.detach(), on_epoch=True, batch_size=size)
         return with_loss(output, loss)
 
     def configure_model(self) -> None:
@@ -144,7 +149,7 @@ class IT3Mixin(Conditioned):
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Add what prepares fitting with priors and cleans up after it, once for each Trainer."""
         own = super().configure_callbacks()
-        if not self._it3_fitting:
+        if not self._it3_fitting and not (self.it3_source_due and self.it3_train != "off"):
             return own
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, Fitting) for callback in present):

@@ -25,9 +25,7 @@ class Frozen:
         own = set(conditioning.modules())
         kept = {id(p) for p in conditioning.parameters()}
         self._parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in kept]
-        self._modes = [
-            (m, m.training) for m in module.modules() if m is not module and m not in own
-        ]
+        self._modes = [(m, m.training) for m in module.modules() if m not in own]
         self.require_grad(False)
 
     def require_grad(self, need: bool) -> None:
@@ -36,7 +34,7 @@ class Frozen:
             parameter.requires_grad_(need)
 
     def stay_in_eval(self) -> None:
-        """Put every layer of the network into evaluation mode."""
+        """Put the module and every layer of the network into evaluation mode."""
         for module, _ in self._modes:
             module.training = False
 

@@ -75,7 +75,8 @@ class Snapshot:
     def restore_modes(self) -> None:
         """Put each submodule back into training or evaluation mode, as it was."""
         for module, before in self.attributes:
-            module.training = before["training"]
+            if "training" in before:  # a compiled module keeps it elsewhere
+                module.training = before["training"]
 
     def restore_parameters(self) -> None:
         """Put the first storage back behind each parameter, with its flags and its gradient."""

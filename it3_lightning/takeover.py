@@ -16,7 +16,7 @@ from torch import Tensor
 from it3_lightning.engine import Adaptation, BatchAdapter, Settings
 from it3_lightning.engine.randomness import undisturbed_rng
 from it3_lightning.host import normal
-from it3_lightning.muting import silent
+from it3_lightning.muting import muted
 from it3_lightning.protocols import IT3Module
 
 Step = Callable[..., Any]
@@ -68,7 +68,7 @@ def adapter_of(module: LightningModule, host: IT3Module, settings: Settings) -> 
     """
 
     def forward(inputs: Any, prior: Tensor | None) -> Tensor:
-        with silent(module):
+        with muted(module):
             return host.predict_with(inputs, prior)
 
     trainable = getattr(module, "it3_trainable", nullcontext)  # frozen while it is fitted
@@ -89,7 +89,7 @@ def adapter_of(module: LightningModule, host: IT3Module, settings: Settings) -> 
 @contextmanager
 def second_prior(module: LightningModule, host: IT3Module, inputs: Any) -> Iterator[None]:
     """Let every forward pass within see the first prediction as its prior."""
-    with torch.no_grad(), undisturbed_rng(), silent(module):
+    with torch.no_grad(), undisturbed_rng(), muted(module):
         outputs = host.predict_with(inputs, None)
     with host.it3_given(host.it3_prior.from_output(outputs)):
         yield

@@ -1,14 +1,17 @@
 """The benchmark: its rows, its arithmetic, its files, and that it goes on where it stopped."""
 
 import csv
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from it3_lightning import ClassPrior, FeatureInjection, IT3TestTimeCallback
+from it3_lightning import ClassPrior, DualPass, FeatureInjection, IT3TestTimeCallback
 from it3_lightning.benchmark import Benchmark, Record, Results, Row, rows_for
+from it3_lightning.benchmark.about import about
 from it3_lightning.benchmark.rows import Recipe
 from it3_lightning.data import DigitsDataModule
 from it3_lightning.networks import MLP, SmallCNN
@@ -147,6 +150,26 @@ def test_other_settings_are_run_again(tmp_path: Path) -> None:
         kept = json.loads((tmp_path / "seed_0.json").read_text())
         fingerprints.append(json.loads(kept["fingerprint"]))
     assert [f["benchmark"]["recipe"]["tent_lr"] for f in fingerprints] == [1e-4, 0.5]
+
+
+def test_kept_scores_hold_only_for_the_same_model(tmp_path: Path) -> None:
+    def settings(**args: Any) -> str:
+        given = {
+            "prior": ClassPrior(10),
+            "conditioning": FeatureInjection("network.dense1"),
+            **args,
+        }
+        model = IT3Classifier(SmallCNN(1, 10, 8, width=4, hidden=16), **given)
+        return json.dumps(about(benchmark(tmp_path), model, digits())["settings"], sort_keys=True)
+
+    assert settings() == settings()
+    changes: list[dict[str, Any]] = [
+        {"prior": ClassPrior(10, neutral="uniform")},
+        {"conditioning": FeatureInjection("network.dense1", mode="film")},
+        {"dual_pass": DualPass(own_share=0.5)},
+        {"optimizer": functools.partial(torch.optim.SGD, lr=0.1)},
+    ]
+    assert len({settings(), *(settings(**change) for change in changes)}) == 5
 
 
 def test_the_same_seed_gives_the_same_scores(tmp_path: Path) -> None:

@@ -339,3 +339,26 @@ def test_random_state_and_results_do_not_change_from_run_to_run() -> None:
     predictions(model, loader())
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_forward_collects_counts_once() -> None:
+    class Collects(IT3Net):
+        def __init__(self, **args: Any) -> None:
+            super().__init__(**args)
+            self.seen: list[int] = []
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen.append(len(images))
+            return super().forward(images)
+
+    model = net(Collects)
+    predictions(model, loader(), adapting(steps=3))
+    assert model.seen == [4, 4, 4]
+
+
+def test_a_compiled_network_adapts_like_the_plain_one() -> None:
+    model = net()
+    expected_ = torch.cat(predictions(model, loader(), adapting(steps=2)))
+    model.net.conv = torch.compile(model.net.conv, backend="eager")
+    compiled = torch.cat(predictions(model, loader(), adapting(steps=2)))
+    torch.testing.assert_close(compiled, expected_, rtol=0, atol=1e-9)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 from toy import (
@@ -103,7 +104,7 @@ def test_network_is_in_eval_mode_and_needs_no_gradient_while_training(
     network = {name: on for name, on in seen.modes.items() if name.startswith("net")}
     assert len(network) > 5
     assert not any(network.values())
-    assert seen.modes[""]
+    assert not seen.modes[""]
     assert seen.modes["it3_conditioning.embedders.net-dense"]
     assert seen.needing == seen.optimized == own(model)
 
@@ -265,3 +266,39 @@ def test_second_fit_goes_on_from_the_first_not_from_the_source(plain: tuple[LitN
     model.lr = 0.0
     quiet().fit(model, loader())
     assert [n for n, value in model.named_parameters() if not torch.equal(first[n], value)] == []
+
+
+def test_a_source_checkpoint_is_loaded_to_be_tested_before_any_fit(
+    plain: tuple[LitNet, str],
+) -> None:
+    images = samples(seed=5)[0]
+    model, adapt = post_hoc(plain), IT3TestTimeCallback(steps=0, measure=False)
+    quiet(callbacks=[adapt]).test(model, loader(), verbose=False)
+    for name, value in of_network(plain[0]).items():
+        assert torch.equal(value, of_network(model)[name]), name
+    assert torch.equal(model.eval()(images), plain[0].eval()(images))
+
+
+def test_the_loss_of_the_conditioning_is_logged(plain: tuple[LitNet, str]) -> None:
+    class Losses(Callback):
+        values: list[float]
+
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.values.append(float(trainer.callback_metrics["it3/label_loss_step"]))
+
+    model, losses = post_hoc(plain), Losses()
+    losses.values = []
+    trainer = quiet(callbacks=[losses], max_epochs=2)
+    trainer.fit(model, loader())
+    assert len(losses.values) == 6
+    last = float(trainer.callback_metrics["it3/label_loss"])
+    assert last == pytest.approx(sum(losses.values[3:]) / 3, abs=1e-6)
+
+
+def test_a_callback_that_watches_the_frozen_network_is_told(plain: tuple[LitNet, str]) -> None:
+    stops = EarlyStopping("train_loss", check_on_train_epoch_end=True, strict=False)
+    with pytest.warns(UserWarning, match=r"EarlyStopping monitors 'train_loss'.*it3/label_loss"):
+        quiet(callbacks=[stops]).fit(post_hoc(plain), loader())
+    quiet(callbacks=[EarlyStopping("it3/label_loss", check_on_train_epoch_end=True)]).fit(
+        post_hoc(plain), loader()
+    )

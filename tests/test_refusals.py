@@ -120,3 +120,12 @@ def test_refusal_leaves_the_module_as_it_was() -> None:
     assert "predict_step" not in vars(model)
     assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in model.parameters())
     assert not torch.is_inference_mode_enabled()
+
+
+def test_a_module_without_forward_is_shown_the_right_code() -> None:
+    class NoForward(IT3Net):
+        forward = LightningModule.forward
+
+    trainer = quiet(callbacks=[IT3TestTimeCallback()])
+    with pytest.raises(MisconfigurationException, match=r"def it3_forward\(self, inputs\):"):
+        trainer.test(NoForward(**parts()), loader(), verbose=False)

@@ -39,8 +39,8 @@ class Benchmark:
         rows: ``"main"``: each training's unadapted rows and the default objective; ``"all"``: also
             the published objective, the balance term and filtered entropy.
         recipe: settings that the rows share.
-        joint: the dual pass of joint training.
-        posthoc: the dual pass of post-hoc training; ``None``: the mixin's default.
+        joint: the dual pass of joint training; ``None``: the model's own.
+        posthoc: the dual pass of post-hoc training; ``None``: the default.
         output: folder of the results; what is there already, with the same settings, is kept.
         accelerator: as of a Trainer.
         precision: as of a Trainer.
@@ -56,7 +56,7 @@ class Benchmark:
     percent: bool = True
     rows: Literal["main", "all"] = "main"
     recipe: Recipe = field(default_factory=Recipe)
-    joint: DualPass = field(default_factory=DualPass)
+    joint: DualPass | None = None
     posthoc: DualPass | None = None
     output: str = "results"
     accelerator: str = "auto"
@@ -74,17 +74,21 @@ class Benchmark:
         if wrong or not self.streams:
             raise ValueError(f"Expected streams among equal, unequal, got {list(self.streams)}.")
 
-    def run(self, make_model: MakeModel, data: ShiftedImages) -> Results:
+    def run(
+        self, make_model: MakeModel, data: ShiftedImages, configuration: object = None
+    ) -> Results:
         """Run everything that has not been run and return all results.
 
         Args:
             make_model: returns a fresh model with priors, the same one for the same seed.
             data: gives the loaders of clean and shifted samples.
+            configuration: plain data that ``make_model`` depends on, for telling whether scores
+                that are there already still hold.
         """
         with quiet(), threads(self.threads):
             probe = with_priors(make_model())
             rows = self._rows(probe)
-            results = Results(self.metric, rows, about=about(self, probe, data))
+            results = Results(self.metric, rows, about=about(self, probe, data, configuration))
             with Progress(len(self.seeds), len(rows) * len(self.streams)) as progress:
                 for seed in self.seeds:
                     settings = results.about["settings"]

@@ -38,8 +38,11 @@ def train_models(
         say(f"seed {seed}: training, {training}")
         seed_everything(seed, verbose=False)
         model = with_priors(make_model())
+        if dual_pass is not None:
+            model.it3_dual_pass = dual_pass
+        elif model.it3_train == "conditioning":
+            model.it3_dual_pass = DualPass()
         model.it3_train = train
-        model.it3_dual_pass = dual_pass or model.it3_dual_pass
         return model
 
     data.stream = "equal"
