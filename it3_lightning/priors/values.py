@@ -27,7 +27,8 @@ class ValuePrior(Prior):
         neutral_value: see :class:`Prior`.
 
     Shapes:
-        targets and outputs ``(B,)`` or ``(B, C)``.
+        targets and outputs ``(B,)`` or ``(B, C)``, in the same units: a module that normalises its
+        targets inside ``training_step`` overrides ``it3_target`` to do so too.
 
     Raises:
         ValueError: only one of ``mean`` and ``std`` is given, one has another length than ``size``,
