@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from it3_lightning.posthoc import load_source
-from it3_lightning.selection import OWN
 from it3_lightning.targets import training_targets
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def _warn_of_still_monitors(trainer: Trainer) -> None:
     """Warn of callbacks that watch what a frozen network cannot improve."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
-        if isinstance(monitor, str) and not monitor.startswith(OWN[:-1]):
+        if isinstance(monitor, str) and not monitor.startswith("it3/"):
             rank_zero_warn(
                 f"{type(callback).__name__} monitors {monitor!r}, which stays the same while the "
                 "network is frozen. Monitor 'it3/label_loss', the loss of the conditioning."

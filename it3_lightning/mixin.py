@@ -149,7 +149,7 @@ class IT3Mixin(Conditioned):
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Add what prepares fitting with priors and cleans up after it, once for each Trainer."""
         own = super().configure_callbacks()
-        if not self._it3_fitting and not (self.it3_source_due and self.it3_train != "off"):
+        if self.it3_train == "off" or not (self._it3_fitting or self.it3_source_due):
             return own
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, Fitting) for callback in present):

@@ -45,6 +45,15 @@ class Frozen:
             module.training = mode
 
 
+def network_weights(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a state that are the network's own, and none of this library.
+
+    >>> network_weights({"net.weight": 1, "it3_prior.mean": 2})
+    {'net.weight': 1}
+    """
+    return {name: value for name, value in state.items() if not name.startswith(OWN)}
+
+
 def load_source(module: nn.Module, path: str) -> None:
     """Load the weights of an ordinary checkpoint of the same network.
 
@@ -57,8 +66,8 @@ def load_source(module: nn.Module, path: str) -> None:
         ValueError: it is a checkpoint of another network, or holds more than plain data.
     """
     saved = _read(path)
-    state = {k: v for k, v in saved.get("state_dict", saved).items() if not k.startswith(OWN)}
-    own = {k: v for k, v in module.state_dict().items() if not k.startswith(OWN)}
+    state = network_weights(saved.get("state_dict", saved))
+    own = network_weights(module.state_dict())
     wrong = _differences(own, state)
     if wrong:
         raise ValueError(

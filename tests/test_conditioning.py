@@ -240,16 +240,23 @@ def test_layers_inside_an_encoder_take_the_prior_with_and_without_gradients() ->
     assert not torch.allclose(found, encoder(x))
 
 
+def assert_samples_as_alone(
+    network: nn.Module, conditioning: Conditioning, x: Tensor, prior: Tensor
+) -> None:
+    """Check that samples along dimension 1 come out as each does by itself."""
+    with conditioning.given(prior):
+        together = network(x)
+    for index in range(len(prior)):
+        with conditioning.given(prior[index : index + 1]):
+            alone = network(x[:, index : index + 1])
+        torch.testing.assert_close(together[:, index : index + 1], alone)
+
+
 def test_tokens_inside_a_sequence_first_encoder_are_not_taken_for_samples() -> None:
     encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)  # (T, B, C)
     injection = attached(FeatureInjection("linear1"), encoder)
     x, prior = torch.randn(5, 5, 8), priors(5)
-    with injection.given(prior):
-        together = encoder(x)
-    for index in range(5):
-        with injection.given(prior[index : index + 1]):
-            alone = encoder(x[:, index : index + 1])
-        torch.testing.assert_close(together[:, index : index + 1], alone)
+    assert_samples_as_alone(encoder, injection, x, prior)
 
 
 def test_tokens_outside_a_sequence_first_block_are_batch_first() -> None:
@@ -662,12 +669,7 @@ def test_concat_on_a_sequence_first_layer_keeps_samples_apart() -> None:
 
     network, x, prior = Recurrent(), torch.randn(5, 5, 4), priors(5)  # as long as the batch
     concat = attached(InputConcat("first"), network)
-    with concat.given(prior):
-        together = network(x)
-    for index in range(5):
-        with concat.given(prior[index : index + 1]):
-            alone = network(x[:, index : index + 1])
-        torch.testing.assert_close(together[:, index : index + 1], alone)
+    assert_samples_as_alone(network, concat, x, prior)
 
 
 def test_concat_takes_inputs_by_keyword() -> None:

@@ -79,7 +79,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
-        warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
         warnings.filterwarnings("ignore", ".*`tensorboardX` has been removed.*")
         warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
         try:

@@ -39,20 +39,8 @@ class Row:
         """Return the callback that does it; ``None`` for the source row."""
         if self.settings is None:
             return None
-        s = self.settings
-        return IT3TestTimeCallback(
-            objective=s.objective,
-            steps=s.steps,
-            lr=s.lr,
-            optimizer=s.optimizer,
-            parameters=s.parameters,
-            reset=s.reset,
-            anchor=s.anchor,
-            ema_decay=s.ema_decay,
-            norm_stats=s.norm_stats,
-            measure=False,
-            prediction="second" if self.second else "first",
-        )
+        prediction: Literal["first", "second"] = "second" if self.second else "first"
+        return IT3TestTimeCallback(**vars(self.settings), prediction=prediction)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from it3_lightning.benchmark.rows import Training
 from it3_lightning.data import ShiftedImages
 from it3_lightning.dual_pass import DualPass
 from it3_lightning.mixin import IT3Mixin, Train
-from it3_lightning.posthoc import load_source
-from it3_lightning.selection import OWN
+from it3_lightning.posthoc import load_source, network_weights
 
 if TYPE_CHECKING:
     from it3_lightning.benchmark.run import Benchmark
@@ -54,8 +53,7 @@ def train_models(
     joint = fresh("joint", "joint", benchmark.joint)
     benchmark.trainer(max_epochs=benchmark.epochs).fit(joint, datamodule=data)
     posthoc = fresh("post-hoc", "conditioning", DualPass.of(benchmark.posthoc, post_hoc=True))
-    plain = {name: w for name, w in ordinary.state_dict().items() if not name.startswith(OWN)}
-    posthoc.load_state_dict(plain)
+    posthoc.load_state_dict(network_weights(ordinary.state_dict()))
     benchmark.trainer(max_epochs=benchmark.posthoc_epochs).fit(posthoc, datamodule=data)
     return {"ordinary": ordinary, "joint": joint, "post-hoc": posthoc}
 

@@ -13,6 +13,7 @@ from it3_lightning.priors.probabilities import (
     OutputKind,
     both,
     check_outputs,
+    floating,
     is_single,
     one_hot,
     probabilities,
@@ -61,8 +62,7 @@ class ClassPrior(Prior):
     def from_target(self, target: Tensor) -> Tensor:
         """Return ``(B, C)`` one-hot vectors, or the given probabilities."""
         if target.ndim == 2 and target.shape[1] == self.channels:
-            floating = target.is_floating_point()
-            return target if floating else target.to(torch.get_default_dtype())
+            return floating(target)
         if not is_single(target):
             raise ValueError(
                 f"ClassPrior({self.channels}) expected a target of shape (B,) or "

@@ -12,6 +12,7 @@ from it3_lightning.priors.probabilities import (
     OutputKind,
     check_outputs,
     check_range,
+    floating,
     one_hot,
     probabilities,
 )
@@ -56,7 +57,7 @@ class MaskPrior(Prior):
     def from_target(self, target: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` maps."""
         if self.channels > 1 and target.ndim == 4 and target.shape[1] == self.channels:
-            return _floating(target)
+            return floating(target)
         maps = target.squeeze(1) if target.ndim == 4 and target.shape[1] == 1 else target
         if maps.ndim != 3:
             raise ValueError(
@@ -66,7 +67,7 @@ class MaskPrior(Prior):
         if self.channels > 1:
             return one_hot(maps, self.channels)
         check_range(maps, 0, 1, "Give a binary mask of 0 and 1, or set num_classes.")
-        return _floating(maps.unsqueeze(1))
+        return floating(maps.unsqueeze(1))
 
     def from_output(self, output: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` probabilities."""
@@ -93,7 +94,3 @@ class MaskPrior(Prior):
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         return {"num_classes": self.channels, "outputs": self.outputs, **super().init_args()}
-
-
-def _floating(target: Tensor) -> Tensor:
-    return target if target.is_floating_point() else target.to(torch.get_default_dtype())

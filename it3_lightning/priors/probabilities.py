@@ -50,6 +50,11 @@ def probabilities(output: Tensor, classes: int, kind: OutputKind) -> Tensor:
     return output.softmax(dim=1) if kind == "logits" else output
 
 
+def floating(target: Tensor) -> Tensor:
+    """Return a target as floating numbers; one that has them is returned as it is."""
+    return target if target.is_floating_point() else target.to(torch.get_default_dtype())
+
+
 def is_single(values: Tensor) -> bool:
     """Whether there is one value per sample: ``(B,)`` or ``(B, 1)``."""
     return values.ndim == 1 or (values.ndim == 2 and values.shape[1] == 1)
