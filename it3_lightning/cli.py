@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from it3_lightning.benchmark import Benchmark
 from it3_lightning.benchmark.progress import quiet
-from it3_lightning.data import ShiftedImages
+from it3_lightning.data import ShiftedData
 from it3_lightning.report import show
 
 
@@ -37,9 +37,9 @@ def benchmark(arguments: list[str]) -> None:
     own = [a.replace("--ckpt_path", "--benchmark.ckpt_path", 1) for a in arguments]
     with quiet():
         cli = _cli(own, run=False)
-    if not isinstance(cli.datamodule, ShiftedImages):
+    if not isinstance(cli.datamodule, ShiftedData):
         raise TypeError(
-            f"The benchmark needs ShiftedImages data, got {type(cli.datamodule).__name__}."
+            f"The benchmark needs ShiftedData data, got {type(cli.datamodule).__name__}."
         )
 
     def make_model() -> LightningModule:

@@ -15,7 +15,7 @@ import torch
 import torchmetrics
 import torchvision
 
-from it3_lightning.data import ShiftedImages
+from it3_lightning.data import ShiftedData
 from it3_lightning.mixin import IT3Mixin
 from it3_lightning.specs import spec
 
@@ -27,7 +27,7 @@ _SET_BY_RUN = ("seed", "stream")
 
 
 def about(
-    benchmark: Benchmark, model: IT3Mixin, data: ShiftedImages, configuration: object = None
+    benchmark: Benchmark, model: IT3Mixin, data: ShiftedData, configuration: object = None
 ) -> dict[str, Any]:
     """Return plain data; its ``"settings"`` tell whether kept scores still hold.
 
@@ -78,7 +78,7 @@ def _digest(path: str | None) -> str | None:
     return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _plain_attributes(data: ShiftedImages) -> dict[str, Any]:
+def _plain_attributes(data: ShiftedData) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(data).items()

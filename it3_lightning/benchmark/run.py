@@ -15,7 +15,7 @@ from it3_lightning.benchmark.progress import Progress, quiet, threads
 from it3_lightning.benchmark.results import Record, Results
 from it3_lightning.benchmark.rows import Recipe, Row, rows_for
 from it3_lightning.benchmark.training import MakeModel, train_models, with_priors
-from it3_lightning.data import ShiftedImages
+from it3_lightning.data import ShiftedData
 from it3_lightning.dual_pass import DualPass
 from it3_lightning.engine.norm import batch_norms
 from it3_lightning.mixin import IT3Mixin
@@ -75,7 +75,7 @@ class Benchmark:
             raise ValueError(f"Expected streams among equal, unequal, got {list(self.streams)}.")
 
     def run(
-        self, make_model: MakeModel, data: ShiftedImages, configuration: object = None
+        self, make_model: MakeModel, data: ShiftedData, configuration: object = None
     ) -> Results:
         """Run everything that has not been run and return all results.
 
@@ -106,7 +106,7 @@ class Benchmark:
         seed: int,
         rows: list[Row],
         make_model: MakeModel,
-        data: ShiftedImages,
+        data: ShiftedData,
         progress: Progress,
         settings: Any,
     ) -> list[Record]:
@@ -132,7 +132,7 @@ class Benchmark:
         return records
 
     def _scored(
-        self, seed: int, stream: str, row: Row, model: IT3Mixin, data: ShiftedImages
+        self, seed: int, stream: str, row: Row, model: IT3Mixin, data: ShiftedData
     ) -> list[Record]:
         """Score one row on all loaders."""
         callback = row.callback()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import LightningModule, seed_everything
 
 from it3_lightning.benchmark.rows import Training
-from it3_lightning.data import ShiftedImages
+from it3_lightning.data import ShiftedData
 from it3_lightning.dual_pass import DualPass
 from it3_lightning.mixin import IT3Mixin, Train
 from it3_lightning.posthoc import load_source, network_weights
@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 
 def train_models(
-    benchmark: Benchmark, seed: int, make_model: MakeModel, data: ShiftedImages, say: Say
+    benchmark: Benchmark, seed: int, make_model: MakeModel, data: ShiftedData, say: Say
 ) -> dict[Training, IT3Mixin]:
     """Return the three trained models of a seed, each from the same first weights.
 

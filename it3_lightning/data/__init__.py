@@ -1,5 +1,6 @@
 """Data modules that test on clean and on shifted images, and the shifts themselves."""
 
+from it3_lightning.data.contract import ShiftedData
 from it3_lightning.data.digits import DigitsDataModule
 from it3_lightning.data.image_set import Batch, ImageSet
 from it3_lightning.data.mnist import FashionMNISTDataModule, MNISTDataModule
@@ -16,6 +17,7 @@ __all__ = [
     "ImageSet",
     "MNISTDataModule",
     "Shift",
+    "ShiftedData",
     "ShiftedImages",
     "unequal_stream",
 ]

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from it3_lightning.data.contract import ShiftedData
 from it3_lightning.data.image_set import Batch, ImageSet, loader, shifted
 from it3_lightning.data.sampling import seeded, subset, unequal_stream
 from it3_lightning.data.settings import (
@@ -17,7 +17,7 @@ from it3_lightning.data.settings import (
 from it3_lightning.data.shifts import SHIFTS, Shift
 
 
-class ShiftedImages(LightningDataModule):
+class ShiftedImages(ShiftedData):
     """Images for training, and the same held-out images clean and under shifts for testing.
 
     A subclass says in :meth:`load` where its images come from. ``test_dataloader`` and
@@ -93,11 +93,6 @@ class ShiftedImages(LightningDataModule):
         """Number of classes: one more than the largest label to train on."""
         self.setup("fit")
         return 1 + int(self._splits["train"].labels.max())
-
-    @property
-    def test_names(self) -> list[str]:
-        """Names of the test and prediction loaders, in their order."""
-        return ["clean", *self.shifts]
 
     def setup(self, stage: str) -> None:
         """Load and split the images, and shift them for the stages ``test`` and ``predict``."""

@@ -1,0 +1,34 @@
+"""What a benchmark needs of a data module: the same held-out samples, clean and under shifts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningDataModule
+
+from it3_lightning.data.settings import Split, Stream
+
+
+class ShiftedData(LightningDataModule):
+    """A LightningDataModule that tests on clean samples and on every shift of them.
+
+    ``test_dataloader`` and ``predict_dataloader`` return one loader for each of ``test_names``, all
+    of the same samples in the same order. All settings may be changed between runs; every loader
+    follows them.
+
+    Attributes:
+        seed: of the split, the subsets, the shifts, the stream and the order of training.
+        stream: ``"equal"``: the samples as they are; ``"unequal"``: some classes more frequent.
+        evaluate_on: ``"test"``, or ``"validation"`` for choosing settings.
+        shifts: names of the shifts.
+    """
+
+    seed: int
+    stream: Stream
+    evaluate_on: Split
+    shifts: Sequence[str]
+
+    @property
+    def test_names(self) -> list[str]:
+        """Names of the test and prediction loaders, in their order: clean first."""
+        return ["clean", *self.shifts]
