@@ -2,20 +2,67 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from it3_lightning.engine.adaptation import Adaptation
 from it3_lightning.engine.batch import BatchAdapter
-from it3_lightning.engine.evaluation import Forward, ToLabel, batch_size
+from it3_lightning.engine.evaluation import Forward, ToLabel
+from it3_lightning.engine.record import Enters
+from it3_lightning.engine.sample import SampleAdapter
+from it3_lightning.engine.samples import Answer, batch_size
 from it3_lightning.engine.settings import Settings
 
-__all__ = ["Adaptation", "BatchAdapter", "Forward", "Settings", "ToLabel", "adapt", "batch_size"]
+__all__ = [
+    "Adaptation",
+    "Answer",
+    "BatchAdapter",
+    "Enters",
+    "Forward",
+    "SampleAdapter",
+    "Settings",
+    "ToLabel",
+    "adapt",
+    "adapter",
+    "batch_size",
+]
+
+
+def adapter(
+    module: nn.Module,
+    forward: Forward,
+    to_label: ToLabel,
+    settings: Settings,
+    *,
+    enters: Enters = MappingProxyType({}),
+) -> BatchAdapter | SampleAdapter:
+    """Return what adapts a module to one batch after another, in the scope of the settings.
+
+    Args:
+        module: whose parameters adapt.
+        forward: ``(inputs, prior) -> outputs (B, ...)``; ``prior=None`` is the neutral one.
+        to_label: brings outputs into label space ``(B, C, ...)``.
+        settings: how to adapt.
+        enters: the layers at whose ``"input"`` or ``"output"`` the prior enters, by name: what
+            comes before them is not computed twice. Empty: unknown.
+
+    Raises:
+        ValueError: the selection of parameters matches nothing.
+    """
+    kind = SampleAdapter if settings.scope == "sample" else BatchAdapter
+    return kind(module, forward, to_label, settings, enters=enters)
 
 
 def adapt(
-    module: nn.Module, inputs: Any, *, forward: Forward, to_label: ToLabel, settings: Settings
+    module: nn.Module,
+    inputs: Any,
+    *,
+    forward: Forward,
+    to_label: ToLabel,
+    settings: Settings,
+    enters: Enters = MappingProxyType({}),
 ) -> Adaptation:
     r"""Adapt a module to one batch and return what came of it; the module is left as it was.
 
@@ -28,6 +75,7 @@ def adapt(
         forward: ``(inputs, prior) -> outputs (B, ...)``; ``prior=None`` is the neutral one.
         to_label: brings outputs into label space ``(B, C, ...)``.
         settings: how to adapt.
+        enters: see :func:`adapter`.
 
     Raises:
         ValueError: nothing is selected, what is selected has no influence on the prediction, or
@@ -52,5 +100,6 @@ def adapt(
             f"norm_stats='batch' and batch terms need at least two samples, got {size}. Use larger "
             "batches, or norm_stats='source' without a balance term."
         )
-    with BatchAdapter(module, forward, to_label, settings).adapted(inputs) as adaptation:
+    made = adapter(module, forward, to_label, settings, enters=enters)
+    with made.adapted(inputs) as adaptation:
         return adaptation

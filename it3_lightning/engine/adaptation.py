@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from it3_lightning.engine.samples import joined, written
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,15 @@ class Adaptation:
         skipped: ``(B,)`` booleans, the samples that got the source prediction.
         reason: why they were skipped.
         weights: the adapted weights by parameter name; empty where the batch was skipped. These are
-            the engine's own tensors, not copies: where weights are carried along (``reset`` other
-            than ``"batch"``) the next batch moves them in place. Clone what is to be kept, change
-            nothing.
+            the engine's own tensors, or the source's where no step was taken, not copies: the next
+            batch overwrites them. Clone what is to be kept, change nothing.
         forwards: forward passes run, those for measuring included.
         backwards: backward passes run.
+        answered: calls of modules in these passes that were not computed but answered from a record
+            of an earlier pass.
         seconds: time the steps took, measuring not included.
+        answers: in scope ``"sample"``, what was asked for with each sample's adapted weights.
+        gated: ``(B,)`` booleans, samples whose distance lies within the gate: not adapted to.
     """
 
     outputs: Tensor | None
@@ -39,4 +47,72 @@ class Adaptation:
     weights: dict[str, Tensor]
     forwards: int
     backwards: int
+    answered: int
     seconds: float
+    answers: Any = None
+    gated: Tensor | None = None
+
+
+_BY_SAMPLE = ("distance_source", "distance_adapted", "reliable", "skipped", "gated")
+
+
+def merged(parts: Sequence[Adaptation]) -> Adaptation:
+    """Return the adaptation to a batch from those to its parts, in order.
+
+    What is not known of a part, as of a skipped one, is NaN or ``False`` there.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    values: dict[str, Any] = {name: _column(name, parts) for name in _BY_SAMPLE}
+    return replace(
+        parts[0],
+        outputs=_whole([part.outputs for part in parts]),
+        source_outputs=_whole([part.source_outputs for part in parts]),
+        answers=_whole([part.answers for part in parts]),
+        reason=_together([part.reason for part in parts]),
+        **values,
+        **{name: sum(getattr(part, name) for part in parts) for name in _COUNTS},
+    )
+
+
+def replaced(whole: Adaptation, part: Adaptation, rows: Sequence[int]) -> Adaptation:
+    """Return an adaptation with what came of the samples in these rows put in."""
+    values: dict[str, Any] = {}
+    for name in _BY_SAMPLE:
+        old, new = getattr(whole, name), getattr(part, name)
+        if old is not None and new is not None:
+            values[name] = written(old, new, rows)
+    return replace(
+        whole,
+        outputs=written(whole.outputs, part.outputs, rows),
+        answers=written(whole.answers, part.answers, rows),
+        reason=_together([whole.reason, part.reason]),
+        **values,
+        **{name: getattr(whole, name) + getattr(part, name) for name in _COUNTS},
+    )
+
+
+_COUNTS = ("forwards", "backwards", "answered", "seconds")
+
+
+def _column(name: str, parts: Sequence[Adaptation]) -> Tensor | None:
+    """Join a field ``(b,)`` of the parts, filled in where it is not known."""
+    values: list[Tensor | None] = [getattr(part, name) for part in parts]
+    known = next((value for value in values if value is not None), None)
+    if known is None:
+        return None
+    fill = float("nan") if known.is_floating_point() else False
+    sizes = [part.skipped.numel() for part in parts]
+    filled = [
+        known.new_full((size,), fill) if value is None else value
+        for value, size in zip(values, sizes, strict=True)
+    ]
+    return torch.cat(filled)
+
+
+def _whole(parts: Sequence[Any]) -> Any:
+    return None if any(part is None for part in parts) else joined(parts)
+
+
+def _together(reasons: Sequence[str | None]) -> str | None:
+    return ", ".join(dict.fromkeys(reason for reason in reasons if reason)) or None

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from it3_lightning.engine.adaptation import Adaptation
+from it3_lightning.engine.chunks import bytes_kept
 from it3_lightning.engine.episode import adapt_state, keep_source
-from it3_lightning.engine.evaluation import Evaluator, Forward, Skip, ToLabel, batch_size
+from it3_lightning.engine.evaluation import Evaluator, Forward, Skip, ToLabel
+from it3_lightning.engine.first_step import single_step
 from it3_lightning.engine.norm import norm_statistics
-from it3_lightning.engine.randomness import undisturbed_rng
+from it3_lightning.engine.record import Enters, Record
+from it3_lightning.engine.samples import Answer, batch_size
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.state import State
+from it3_lightning.engine.untraced import untraced
 from it3_lightning.selection import select
 from it3_lightning.snapshot import Snapshot
 
@@ -32,6 +37,8 @@ class BatchAdapter:
         forward: ``(inputs, prior) -> outputs (B, ...)``, ``prior=None`` being the neutral one.
         to_label: brings outputs into label space, ``(B, C, ...)``: the prior of the second pass.
         settings: how to adapt.
+        enters: the layers at whose input or output the prior enters, by name; what comes before
+            them is not computed twice. Empty: unknown.
 
     Raises:
         ValueError: the selection of parameters matches nothing.
@@ -48,12 +55,22 @@ class BatchAdapter:
     """
 
     def __init__(
-        self, module: nn.Module, forward: Forward, to_label: ToLabel, settings: Settings
+        self,
+        module: nn.Module,
+        forward: Forward,
+        to_label: ToLabel,
+        settings: Settings,
+        *,
+        enters: Enters = MappingProxyType({}),
     ) -> None:
         self.selected = select(module, settings.parameters)
         self._module = module
         self._settings = settings
-        self._evaluate = Evaluator(module, self.selected, forward, to_label, settings.objective)
+        self.record = Record(module, enters, self.selected)
+        self._evaluate = Evaluator(
+            module, self.selected, forward, to_label, settings.objective, self.record
+        )
+        self._single = single_step(settings)
         self.restart()
 
     def restart(self) -> None:
@@ -62,7 +79,7 @@ class BatchAdapter:
         self._batches = 0
 
     @contextmanager
-    def adapted(self, inputs: Any) -> Iterator[Adaptation]:
+    def adapted(self, inputs: Any, answer: Answer | None = None) -> Iterator[Adaptation]:
         """Run the body with weights adapted to these inputs, then put the source back.
 
         A batch that cannot be adapted to (non-finite outputs, loss, gradients or weights; one
@@ -72,37 +89,41 @@ class BatchAdapter:
 
         Args:
             inputs: what ``forward`` takes: tensors ``(B, ...)``, possibly nested. Never labels.
+            answer: what to run with the adapted weights before the body, traceless: inputs to
+                outputs ``(B, ...)`` and what becomes :attr:`Adaptation.answers`.
 
         Raises:
             ValueError: the selected parameters have no influence on the prediction.
         """
-        self._evaluate.forwards = self._evaluate.backwards = 0
+        self._evaluate.restart()
         with ExitStack() as norm:
             norm.enter_context(norm_statistics(self._module, self._settings.norm_stats))
             snapshot = Snapshot.capture(self._module)
             try:
-                adaptation = self._attempt(inputs, snapshot)
+                adaptation = self._attempt(inputs, answer, snapshot)
                 if isinstance(adaptation, str):
                     snapshot.restore_parameters()
                     norm.close()
                     snapshot = Snapshot.capture(self._module)
-                    with _untraced(snapshot):
-                        adaptation = keep_source(inputs, self._evaluate, self._settings, adaptation)
+                    with untraced(snapshot):
+                        adaptation = keep_source(
+                            inputs, self._evaluate, self._settings, answer, adaptation
+                        )
                 yield adaptation
             finally:
                 snapshot.restore_parameters()
                 snapshot.restore_modes()
                 torch.clear_autocast_cache()
 
-    def _attempt(self, inputs: Any, snapshot: Snapshot) -> Adaptation | str:
+    def _attempt(self, inputs: Any, answer: Answer | None, snapshot: Snapshot) -> Adaptation | str:
         """Adapt, and leave the adapted weights in place; or say why the batch is skipped."""
         try:
-            with _untraced(snapshot):
-                return self._adapt(inputs)
+            with untraced(snapshot):
+                return self._adapt(inputs, answer)
         except Skip as reason:
             return str(reason)
 
-    def _adapt(self, inputs: Any) -> Adaptation:
+    def _adapt(self, inputs: Any, answer: Answer | None) -> Adaptation:
         settings = self._settings
         if settings.needs_batch and batch_size(inputs) < 2:
             raise Skip("batch statistics and batch terms need at least two samples")
@@ -110,29 +131,30 @@ class BatchAdapter:
         for parameter in self._module.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
-        adaptation = adapt_state(state, inputs, self._evaluate, settings, carried=carried)
+        adaptation = adapt_state(state, inputs, self._evaluate, settings, answer, carried=carried)
         if not settings.episodic:
             self._carried = state
             self._batches += 1
         return adaptation
+
+    def bytes_kept(self, inputs: Any) -> int:
+        """Return the bytes that the passes of a step keep for its backward pass."""
+        snapshot = Snapshot.capture(self._module)
+        with untraced(snapshot):
+            state, _ = self._start()
+            state.enter()
+            self._evaluate.restart()
+            try:
+                return bytes_kept(lambda: self._evaluate(inputs, state.anchor), self._module)
+            except Skip:
+                return 0
+            finally:
+                self._evaluate.restart()
 
     def _start(self) -> tuple[State, bool]:
         """Return the state this batch starts from, and whether an earlier batch has moved it."""
         reset = self._settings.reset
         due = isinstance(reset, int) and self._batches % reset == 0
         if self._carried is None or due:
-            return State(self.selected, self._settings), False
+            return State(self.selected, self._settings, self._single), False
         return self._carried, True
-
-
-@contextmanager
-def _untraced(snapshot: Snapshot) -> Iterator[None]:
-    """Undo what passes write into buffers and attributes, flags and the random state included."""
-    with torch.inference_mode(False), torch.enable_grad(), undisturbed_rng():
-        try:
-            yield
-        finally:
-            snapshot.restore_buffers()
-            snapshot.restore_attributes()
-            snapshot.restore_flags()
-            torch.clear_autocast_cache()

@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 from it3_lightning.engine.adaptation import Adaptation
-from it3_lightning.engine.evaluation import Evaluation, Evaluator, Skip, batch_size
+from it3_lightning.engine.evaluation import Evaluation, Evaluator
+from it3_lightning.engine.gate import Gate
+from it3_lightning.engine.samples import Answer, batch_size
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.state import State
 
 
 def adapt_state(
-    state: State, inputs: Any, evaluate: Evaluator, settings: Settings, *, carried: bool
+    state: State,
+    inputs: Any,
+    evaluate: Evaluator,
+    settings: Settings,
+    answer: Answer | None,
+    *,
+    carried: bool,
 ) -> Adaptation:
     """Adapt a state to one batch, its weights left in place; where that fails, as it was before.
 
@@ -29,9 +37,17 @@ def adapt_state(
     state.enter()
     try:
         started = time.perf_counter()
-        first = _steps(state, inputs, evaluate, settings.steps)
+        gate = None
+        if settings.gate is not None and settings.steps:
+            gate = Gate.of(settings.gate, state, inputs, evaluate, settings)
+        first = _steps(state, inputs, evaluate, settings.steps, gate, carried=carried)
         seconds = time.perf_counter() - started
-        last = evaluate.measured(inputs, state.anchor) if settings.measure else None
+        outputs, answers, last = None, None, None
+        if answer is not None:
+            outputs, answers = evaluate.answer(inputs, answer)
+        if settings.measure:
+            same = state.anchored_at_source and not carried
+            last = evaluate.measured(inputs, state.anchor, at_source=same, outputs=outputs)
     except BaseException:
         if backup is not None:
             state.rollback(backup)
@@ -39,7 +55,7 @@ def adapt_state(
     moved = first or last
     source = source if carried else moved
     return Adaptation(
-        outputs=None if last is None else last.outputs,
+        outputs=outputs if last is None else last.outputs,
         source_outputs=None if source is None else source.outputs,
         distance_source=None if source is None else source.objective.measure,
         distance_adapted=None if last is None else last.objective.measure,
@@ -51,14 +67,22 @@ def adapt_state(
         weights=dict(state.weights),
         forwards=evaluate.forwards,
         backwards=evaluate.backwards,
+        answered=evaluate.answered,
         seconds=seconds,
+        answers=answers,
+        gated=None if gate is None else gate.within.cpu(),
     )
 
 
-def keep_source(inputs: Any, evaluate: Evaluator, settings: Settings, reason: str) -> Adaptation:
+def keep_source(
+    inputs: Any, evaluate: Evaluator, settings: Settings, answer: Answer | None, reason: str
+) -> Adaptation:
     """Return what a skipped batch gets: the source prediction, and why."""
     outputs: Tensor | None = None
-    if settings.measure:
+    answers: Any = None
+    if answer is not None:
+        outputs, answers = evaluate.answer(inputs, answer, finite=False)
+    elif settings.measure:
         with torch.no_grad():
             outputs = evaluate.run(inputs, None)
     return Adaptation(
@@ -72,7 +96,9 @@ def keep_source(inputs: Any, evaluate: Evaluator, settings: Settings, reason: st
         weights={},
         forwards=evaluate.forwards,
         backwards=evaluate.backwards,
+        answered=evaluate.answered,
         seconds=0.0,
+        answers=answers,
     )
 
 
@@ -80,17 +106,28 @@ def _samples(outputs: Tensor | None, inputs: Any) -> int:
     return batch_size(inputs) if outputs is None else outputs.shape[0]
 
 
-def _steps(state: State, inputs: Any, evaluate: Evaluator, steps: int) -> Evaluation | None:
+def _steps(
+    state: State,
+    inputs: Any,
+    evaluate: Evaluator,
+    steps: int,
+    gate: Gate | None,
+    *,
+    carried: bool,
+) -> Evaluation | None:
     """Take the steps; return the evaluation before the first."""
     first: Evaluation | None = None
-    for _ in range(steps):
-        evaluation = evaluate(inputs, state.anchor)
+    movers = inputs if gate is None else gate.movers
+    for _ in range(0 if gate is not None and gate.closed else steps):
+        same = state.anchored_at_source and not carried
+        evaluation = evaluate(movers, state.anchor, at_source=same)
+        if gate is not None:
+            evaluation = gate.masked(evaluation)
         first = first or evaluation.detached()
         if not evaluation.objective.empty:
-            gradients = evaluate.gradients(evaluation.objective.loss())
-            if not state.step(gradients):
-                raise Skip("non-finite gradient")
+            state.step(evaluation.objective.loss(), evaluate)
         del evaluation  # and its graph, before the next is built
-    if steps and not state.finite():
-        raise Skip("non-finite weights")
-    return first
+    if gate is None:
+        return first
+    evaluate.forget()
+    return gate.whole(first)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from it3_lightning.engine.first_step import FirstStep
+from it3_lightning.engine.record import Record
+from it3_lightning.engine.samples import Answer
 from it3_lightning.engine.weights import Sites
 from it3_lightning.objectives import Objective, TestTimeObjective
 
@@ -45,6 +48,7 @@ class Evaluator:
         forward: ``(inputs, prior) -> outputs (B, ...)``, ``prior=None`` being the neutral one.
         to_label: brings outputs into label space.
         objective: what is evaluated.
+        record: of what need not be computed twice; ``None``: everything is.
     """
 
     def __init__(
@@ -54,30 +58,85 @@ class Evaluator:
         forward: Forward,
         to_label: ToLabel,
         objective: TestTimeObjective,
+        record: Record | None = None,
     ) -> None:
         self._sites = Sites(module, selected)
         self._selected = selected
         self._forward = forward
         self._to_label = to_label
         self._objective = objective
-        self.forwards = self.backwards = 0
+        self._record = record
+        self.restart()
 
-    def __call__(self, inputs: Any, anchor: Mapping[str, Tensor] | None) -> Evaluation:
-        """Evaluate, ready for a backward pass; the anchor ``None`` is the weights in place.
+    def restart(self) -> None:
+        """Begin with a new batch."""
+        self.forwards = self.backwards = 0
+        if self._record is not None:
+            self._record.answered = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin with other inputs: nothing is known of their passes."""
+        if self._record is not None:
+            self._record.clear()
+
+    @property
+    def answered(self) -> int:
+        """Calls of modules that were answered from the record, in this batch."""
+        return 0 if self._record is None else self._record.answered
+
+    def __call__(
+        self,
+        inputs: Any,
+        anchor: Mapping[str, Tensor] | None,
+        *,
+        at_source: bool = False,
+        outputs: Tensor | None = None,
+    ) -> Evaluation:
+        """Evaluate, ready for a backward pass.
+
+        Args:
+            inputs: of the network.
+            anchor: weights of the second pass; ``None``: those in place.
+            at_source: whether these are the weights that the first evaluation had in place.
+            outputs: of the first pass, where they are known.
 
         Raises:
             Skip: an output is not finite.
         """
-        outputs = self.run(inputs, None)
-        if not bool(outputs.isfinite().all()):
-            raise Skip("non-finite output")
-        second = partial(self._second, inputs, anchor)
+        if outputs is None:
+            with nullcontext() if self._record is None else self._record.first_pass(inputs):
+                outputs = self.run(inputs, None)
+            if not bool(outputs.isfinite().all()):
+                raise Skip("non-finite output")
+        second = partial(self._second, inputs, anchor, at_source)
         return Evaluation(outputs, self._objective(self._to_label(outputs), second))
 
     @torch.no_grad()
-    def measured(self, inputs: Any, anchor: Mapping[str, Tensor] | None) -> Evaluation:
-        """Evaluate without a graph."""
-        return self(inputs, anchor)
+    def measured(
+        self,
+        inputs: Any,
+        anchor: Mapping[str, Tensor] | None,
+        *,
+        at_source: bool = False,
+        outputs: Tensor | None = None,
+    ) -> Evaluation:
+        """Evaluate without a graph, from these outputs of the first pass where they are given."""
+        return self(inputs, anchor, at_source=at_source, outputs=outputs)
+
+    @torch.no_grad()
+    def answer(self, inputs: Any, answer: Answer, *, finite: bool = True) -> tuple[Tensor, Any]:
+        """Run something else than the forward pass with the weights in place.
+
+        Raises:
+            Skip: an output is not finite, but has to be.
+        """
+        self.forwards += 1
+        with nullcontext() if self._record is None else self._record.first_pass(inputs):
+            outputs, answers = answer(inputs)
+        if finite and not bool(outputs.isfinite().all()):
+            raise Skip("non-finite output")
+        return outputs.detach(), answers
 
     def gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
         """Return the loss's gradients by the selected parameters, ``None`` where it has none.
@@ -86,20 +145,40 @@ class Evaluator:
             Skip: the loss is not finite.
             ValueError: there are no gradients at all.
         """
+        self._check(loss)
+        parameters = list(self._selected.values())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        self.backwards += 1
+        if all(gradient is None for gradient in gradients):
+            raise self._uninfluenced()
+        return gradients
+
+    def backward(self, loss: Tensor, single: FirstStep) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the weights after the only step there is, where it moves them, and their sum.
+
+        Raises:
+            Skip: the loss is not finite.
+            ValueError: there are no gradients at all.
+        """
+        self._check(loss)
+        moved, total = single.backward(loss, self._selected)
+        self.backwards += 1
+        if not moved:
+            raise self._uninfluenced()
+        return moved, total
+
+    def _check(self, loss: Tensor) -> None:
         if not bool(loss.isfinite()):
             raise Skip("non-finite loss")
-        gradients: tuple[Tensor | None, ...] = ()
-        if loss.requires_grad:
-            parameters = list(self._selected.values())
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            self.backwards += 1
-        if all(gradient is None for gradient in gradients):
-            raise ValueError(
-                "None of the selected parameters influences the neutral prediction: "
-                f"{', '.join(list(self._selected)[:5])}. Select parameters of the network itself, "
-                "and let the forward pass keep its graph (no detach, no torch.no_grad)."
-            )
-        return gradients
+        if not loss.requires_grad:
+            raise self._uninfluenced()
+
+    def _uninfluenced(self) -> ValueError:
+        return ValueError(
+            "None of the selected parameters influences the neutral prediction: "
+            f"{', '.join(list(self._selected)[:5])}. Select parameters of the network itself, "
+            "and let the forward pass keep its graph (no detach, no torch.no_grad)."
+        )
 
     def run(self, inputs: Any, prior: Tensor | None) -> Tensor:
         """Run one forward pass and count it.
@@ -116,32 +195,13 @@ class Evaluator:
             )
         return outputs
 
-    def _second(self, inputs: Any, anchor: Mapping[str, Tensor] | None, y0: Tensor) -> Tensor:
+    def _second(
+        self, inputs: Any, anchor: Mapping[str, Tensor] | None, at_source: bool, y0: Tensor
+    ) -> Tensor:
         """Run the anchor: the loss moves what feeds it, ``y0``, and none of its weights."""
-        if anchor is None:
+        with ExitStack() as stack:
+            if anchor is not None:
+                stack.enter_context(self._sites.swapped(anchor))
+            if self._record is not None:
+                stack.enter_context(self._record.second_pass(same=at_source))
             return self._to_label(self.run(inputs, y0))
-        with self._sites.swapped(anchor):
-            return self._to_label(self.run(inputs, y0))
-
-
-def batch_size(inputs: Any) -> int:
-    """Return the size of dimension 0 of the first tensor in the inputs, or the number of graphs.
-
-    Raises:
-        ValueError: there is no tensor with a dimension in them, and no batch of graphs.
-
-    >>> batch_size({"image": torch.zeros(4, 3)})
-    4
-    """
-    for leaf in tree_leaves(inputs):
-        size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else _graphs(leaf)
-        if isinstance(size, int):
-            return size
-    raise ValueError(
-        f"Expected inputs with a tensor (B, ...) in them, got {type(inputs).__name__}."
-    )
-
-
-def _graphs(leaf: Any) -> Any:
-    """Return the number of graphs in a batch of them, by the names that graph libraries use."""
-    return getattr(leaf, "num_graphs", None) or getattr(leaf, "batch_size", None)

@@ -18,7 +18,11 @@ def undisturbed_rng() -> Iterator[None]:
     >>> torch.equal(before, torch.get_rng_state())
     True
     """
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = [torch.cuda.current_device()] if cuda else []
-    with torch.random.fork_rng(devices=devices):
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cpu, device = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+    try:
         yield
+    finally:
+        torch.set_rng_state(cpu)
+        if device is not None:
+            torch.cuda.set_rng_state(device)

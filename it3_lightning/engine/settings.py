@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -12,6 +13,8 @@ from it3_lightning.selection import Selection
 
 Anchor = Literal["frozen", "ema", "live"]
 Reset = Literal["batch", "never"] | int
+Scope = Literal["batch", "sample"]
+Backend = Literal["auto", "vectorised", "loop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,8 @@ class Settings:
     """How weights adapt at test time.
 
     Args:
+        scope: ``"batch"``: one set of adapted weights for a batch; ``"sample"``: each sample its
+            own, as if it had come alone.
         objective: what is minimised: :class:`~it3_lightning.objectives.Idempotence` or another.
         steps: optimizer steps per batch; 0 adapts nothing.
         lr: learning rate of a named optimizer.
@@ -37,15 +42,25 @@ class Settings:
         grad_clip: largest total gradient norm, or ``None``.
         measure: also measure the distance of the source and of the adapted weights: two more
             forward passes a batch, four where weights are carried along.
+        gate: distance that a sample must exceed to be adapted to; the others keep the source
+            prediction (scope ``"sample"``) or do not move the weights (scope ``"batch"``).
+        backend: of scope ``"sample"``: ``"vectorised"`` (``torch.func``), ``"loop"``, or the faster
+            one on the first batch.
+        chunk_size: samples that are vectorised at once; ``"auto"``: as many as the memory allows,
+            see :func:`~it3_lightning.engine.chunks.samples_within`.
+        memory: bytes that vectorising may need beyond the network and its batch.
+        compile: compile the vectorised step with ``torch.compile``.
 
     Raises:
-        ValueError: a value is out of range or a name unknown.
+        ValueError: a value is out of range, a name unknown, or a sample of its own is combined with
+            what needs several: batch statistics, batch terms, weights that are carried along.
 
     >>> Settings(steps=-1)
     Traceback (most recent call last):
     ValueError: Expected steps >= 0, got -1.
     """
 
+    scope: Scope = "batch"
     objective: TestTimeObjective = field(default_factory=Idempotence)
     steps: int = 1
     lr: float = 1e-4
@@ -57,6 +72,11 @@ class Settings:
     norm_stats: NormStats = "source"
     grad_clip: float | None = None
     measure: bool = True
+    gate: float | None = None
+    backend: Backend = "auto"
+    chunk_size: int | Literal["auto"] = "auto"
+    memory: int = 2**30
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -69,6 +89,8 @@ class Settings:
         for name, value, choices in (
             ("anchor", self.anchor, get_args(Anchor)),
             ("norm_stats", self.norm_stats, get_args(NormStats)),
+            ("scope", self.scope, get_args(Scope)),
+            ("backend", self.backend, get_args(Backend)),
         ):
             if value not in choices:
                 raise ValueError(f"Expected {name} in {', '.join(choices)}, got {value!r}.")
@@ -76,6 +98,34 @@ class Settings:
             raise ValueError(f"Expected ema_decay in [0, 1], got {self.ema_decay}.")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"Expected grad_clip > 0 or None, got {self.grad_clip}.")
+        if self.gate is not None and math.isnan(self.gate):
+            raise ValueError("Expected gate to be a distance or None, got NaN.")
+        if self.chunk_size != "auto" and not _positive(self.chunk_size):
+            raise ValueError(f"Expected chunk_size 'auto' or N >= 1, got {self.chunk_size!r}.")
+        if self.memory <= 0:
+            raise ValueError(f"Expected memory > 0 bytes, got {self.memory}.")
+        self._check_scope()
+
+    def _check_scope(self) -> None:
+        if self.scope == "batch":
+            if self.compile:
+                raise ValueError(
+                    "compile=True compiles the vectorised step of scope='sample'; scope='batch' "
+                    "runs your network as it is. Use scope='sample', or compile the network."
+                )
+            return
+        if self.needs_batch:
+            raise ValueError(
+                "scope='sample' adapts to each sample alone, but norm_stats='batch' and balance "
+                "terms need several. Use norm_stats='source' and balance=0, or scope='batch'."
+            )
+        if not self.episodic:
+            raise ValueError(
+                f"scope='sample' gives each sample its own weights, but reset={self.reset!r} "
+                "carries them along. Use reset='batch', or scope='batch'."
+            )
+        if self.compile and self.backend == "loop":
+            raise ValueError("compile=True compiles the vectorised step, not backend='loop'.")
 
     @property
     def episodic(self) -> bool:

@@ -1,0 +1,110 @@
+"""Single samples of nested inputs: taken out, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+Answer = Callable[[Any], tuple[Tensor, Any]]
+"""Inputs to outputs ``(B, ...)``, and what is answered with them, each leaf ``(B, ...)``."""
+
+
+def batch_size(inputs: Any) -> int:
+    """Return the size of dimension 0 of the first tensor in the inputs, or the number of graphs.
+
+    Raises:
+        ValueError: there is no tensor with a dimension in them, and no batch of graphs.
+
+    >>> batch_size({"image": torch.zeros(4, 3)})
+    4
+    """
+    for leaf in tree_flatten(inputs)[0]:
+        size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else _graphs(leaf)
+        if isinstance(size, int):
+            return size
+    raise ValueError(
+        f"Expected inputs with a tensor (B, ...) in them, got {type(inputs).__name__}."
+    )
+
+
+def batched(leaf: Any, size: int) -> bool:
+    """Whether a leaf is a tensor with one entry for each sample."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
+
+
+def taken(inputs: Any, indices: Sequence[int]) -> Any:
+    """Return the samples at these indices, a batch like the whole one.
+
+    Tensors ``(B, ...)`` and batches of graphs are indexed, everything else is handed on.
+
+    >>> taken((torch.arange(3), "mode"), [2])
+    (tensor([2]), 'mode')
+    """
+    size = batch_size(inputs)
+    if isinstance(indices, range) and len(indices) == size:
+        return inputs
+    run = isinstance(indices, range) and indices.step == 1
+
+    def of(leaf: Any) -> Any:
+        if batched(leaf, size):
+            return leaf[indices[0] : indices[-1] + 1] if run else leaf[list(indices)]
+        if _graphs(leaf) == size and hasattr(leaf, "get_example"):
+            return type(leaf).from_data_list([leaf.get_example(int(i)) for i in indices])
+        return leaf
+
+    return tree_map(of, inputs)
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Return the batch of which these are the parts, in order.
+
+    >>> joined([{"y": torch.zeros(1)}, {"y": torch.ones(2)}])
+    {'y': tensor([0., 1., 1.])}
+    """
+    flat = [tree_flatten(part) for part in parts]
+    leaves = [
+        torch.cat(same) if all(isinstance(leaf, Tensor) and leaf.ndim for leaf in same) else same[0]
+        for same in zip(*(leaves for leaves, _ in flat), strict=True)
+    ]
+    return tree_unflatten(leaves, flat[0][1])
+
+
+def written(whole: Any, part: Any, indices: Sequence[int]) -> Any:
+    """Return a batch with other samples at these indices.
+
+    >>> written(torch.zeros(3), torch.ones(1), [1])
+    tensor([0., 1., 0.])
+    """
+    size = len(indices)
+
+    def into(old: Any, new: Any) -> Any:
+        if not (batched(new, size) and isinstance(old, Tensor)):
+            return old
+        result = old.clone()
+        result[list(indices)] = new.to(old.dtype)
+        return result
+
+    return tree_map(into, whole, part)
+
+
+def cast_like(values: Any, model: Any) -> Any:
+    """Return the values in the data types of a model of the same structure.
+
+    >>> cast_like(torch.ones(1), torch.ones(5, dtype=torch.float64)).dtype
+    torch.float64
+    """
+
+    def cast(value: Any, like: Any) -> Any:
+        both = isinstance(value, Tensor) and isinstance(like, Tensor)
+        return value.to(like.dtype) if both else value
+
+    return tree_map(cast, values, model)
+
+
+def _graphs(leaf: Any) -> Any:
+    """Return the number of graphs in a batch of them, by the names that graph libraries use."""
+    return getattr(leaf, "num_graphs", None) or getattr(leaf, "batch_size", None)

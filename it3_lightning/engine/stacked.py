@@ -1,0 +1,159 @@
+"""The weights of many samples, stacked: moved together, each by its own gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn, optim
+
+from it3_lightning.engine.first_step import FirstStep, single_step
+from it3_lightning.engine.settings import Settings
+from it3_lightning.engine.updates import Updater, full_precision, optimizer_factory
+
+Weights = dict[str, Tensor]
+
+_ELEMENTWISE = (  # each element moves by its own gradients alone, so stacking changes nothing
+    optim.SGD,
+    optim.Adam,
+    optim.AdamW,
+    optim.RMSprop,
+    optim.Adagrad,
+    optim.Adadelta,
+    optim.Adamax,
+    optim.NAdam,
+    optim.RAdam,
+    optim.ASGD,
+    optim.Rprop,
+)
+
+
+class Stacked:
+    """Adapted weights ``(B, *shape)`` of ``B`` samples, their optimizer and anchor.
+
+    Args:
+        parameters: the adapting parameters by name, with the source weights in them.
+        settings: how to adapt.
+        size: ``B``.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], settings: Settings, size: int
+    ) -> None:
+        self._settings = settings
+        self._size = size
+        self._source: Weights = {name: p.detach() for name, p in parameters.items()}
+        self._single: FirstStep | None = single_step(settings)
+        self._updater: Updater | None = None
+        self._average: Weights = {}
+        self.weights = self._source
+        self.dim: int | None = None
+
+    @property
+    def anchor(self) -> Weights | None:
+        """The weights of the second pass; ``None`` where the adapted weights serve themselves."""
+        if self._settings.anchor == "live":
+            return None
+        if not self._average:
+            return self._source
+        return {name: a.to(self._source[name].dtype) for name, a in self._average.items()}
+
+    @property
+    def anchor_dim(self) -> int | None:
+        """Dimension of samples in the anchor: 0, or ``None`` where all share it."""
+        return 0 if self._average else None
+
+    def step(self, gradients: Weights, active: Tensor) -> Tensor:
+        """Move the active samples' weights; return ``(B,)`` on the CPU, whose are finite.
+
+        Args:
+            gradients: ``(B, *shape)``; overwritten.
+            active: ``(B,)`` booleans on the CPU; the other samples' weights stay.
+        """
+        still = (~active).nonzero()[:, 0].tolist()
+        before = {name: self._rows(name, still) for name in gradients} if still else {}
+        if self._single is not None:
+            total = self._move_once(gradients, self._single)
+        else:
+            self._move(self._clipped(gradients))
+            total = torch.stack([_by_sample(w) for w in self.weights.values()]).sum(0)
+        for name, rows in before.items():
+            self.weights[name].data[still] = rows
+        if self._settings.anchor == "ema" and self._updater is not None:
+            self._follow(active)
+        finite = total.isfinite().cpu() | ~active
+        for row in (~finite).nonzero()[:, 0].tolist():  # or is it only the sum that overflows?
+            finite[row] = all(bool(w[row].isfinite().all()) for w in self.weights.values())
+        return finite
+
+    def back_to_source(self, failed: Tensor) -> None:
+        """Give samples ``(B,)`` the source weights again."""
+        if self.dim is None or not failed.any():
+            return
+        rows = failed.nonzero()[:, 0].tolist()
+        for name, values in self.weights.items():
+            values.data[rows] = self._source[name]
+
+    def _rows(self, name: str, rows: list[int]) -> Tensor:
+        if self.dim is None:
+            return self._source[name]
+        return self.weights[name].detach()[rows]
+
+    def _move_once(self, gradients: Weights, single: FirstStep) -> Tensor:
+        seen: set[int] = set()
+        moved: Weights = {}
+        sums = []
+        for name, gradient in gradients.items():
+            shared = gradient.data_ptr() in seen or 0 in gradient.stride()
+            seen.add(gradient.data_ptr())
+            own = gradient.clone() if shared else gradient
+            sums.append(single.move(self._source[name], own, out=own))
+            moved[name] = own
+        self.weights, self.dim = moved, 0
+        return torch.stack(sums).sum(0)
+
+    def _move(self, gradients: Weights) -> None:
+        if self._updater is None:
+            stacked = {
+                name: nn.Parameter(w.expand(self._size, *w.shape).clone())
+                for name, w in self._source.items()
+            }
+            factory = optimizer_factory(self._settings.optimizer, self._settings.lr)
+            self._updater = Updater(list(stacked.values()), factory, None)
+            if not isinstance(self._updater.optimizer, _ELEMENTWISE):
+                raise NotImplementedError(
+                    f"{type(self._updater.optimizer).__name__} may mix the samples' weights"
+                )
+            self.weights, self.dim = dict(stacked), 0
+            if self._settings.anchor == "ema":
+                self._average = {
+                    name: full_precision(w.detach()).clone() for name, w in stacked.items()
+                }
+        self._updater.step([gradients[name] for name in self.weights])
+        self.weights = {name: w.detach() for name, w in self.weights.items()}
+
+    def _clipped(self, gradients: Weights) -> Weights:
+        clip = self._settings.grad_clip
+        if clip is None:
+            return gradients
+        norm = sum(_by_sample(full_precision(g).square()) for g in gradients.values())
+        assert isinstance(norm, Tensor)
+        scale = (clip / (norm.sqrt() + 1e-6)).clamp(max=1.0)
+        return {name: g * _like(scale, g).to(g.dtype) for name, g in gradients.items()}
+
+    def _follow(self, active: Tensor) -> None:
+        """Let the anchors of the active samples follow their weights."""
+        assert self._updater is not None
+        share = (1 - self._settings.ema_decay) * active
+        for average, values in zip(self._average.values(), self._updater.values, strict=True):
+            average.lerp_(values, _like(share.to(average), average))
+
+
+def _by_sample(values: Tensor) -> Tensor:
+    """Sum over everything but the samples: ``(B, ...) -> (B,)``."""
+    return values.flatten(1).sum(1) if values.ndim > 1 else values
+
+
+def _like(values: Tensor, other: Tensor) -> Tensor:
+    """Shape ``(B,)`` so that it broadcasts over ``(B, ...)``."""
+    return values.reshape(-1, *[1] * (other.ndim - 1))
