@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from it3_lightning import batches
+from it3_lightning.calibration import Calibration
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.hyperparameters import plain
 from it3_lightning.priors import Prior
@@ -42,6 +43,7 @@ class Conditioned(LightningModule):
         super().__init__(*args, **kwargs)
         self.it3_prior = built(given[0], Prior)  # type: ignore[type-abstract]
         self.it3_conditioning = built(given[1], Conditioning)  # type: ignore[type-abstract]
+        self.it3_calibration = Calibration()
         self._it3_attach(lazy=True)
 
     # What a user calls or overrides
@@ -101,10 +103,14 @@ class Conditioned(LightningModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load weights; a plain checkpoint may lack all ``it3_*`` keys, but no others."""
-        if strict and not any(key.startswith(OWN) for key in state_dict):
-            own = {k: v for k, v in self.state_dict().items() if k.startswith(OWN)}
-            state_dict = {**state_dict, **own}
+        """Load weights; a plain checkpoint may lack all ``it3_*`` keys, but no others.
+
+        What was kept before there was a calibration may lack that.
+        """
+        mine = OWN if not any(key.startswith(OWN) for key in state_dict) else "it3_calibration."
+        if strict:
+            own = {k: v for k, v in self.state_dict().items() if k.startswith(mine)}
+            state_dict = {**own, **state_dict}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

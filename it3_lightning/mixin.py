@@ -60,7 +60,7 @@ class IT3Mixin(Conditioned):
 
     Raises:
         TypeError: ``prior`` or ``conditioning`` is something else.
-        ValueError: ``train`` is unknown, the conditioning names a layer that does not exist, or a
+        ValueError: ``train`` is unknown or loads no checkpoint, the conditioning names a layer that does not exist, or a
             single pass is asked for where the network does not learn.
         MisconfigurationException: before any batch: prior or conditioning are missing (also when a
             checkpoint is loaded), or fitting finds a ``training_step`` that cannot be run twice.
@@ -85,6 +85,11 @@ class IT3Mixin(Conditioned):
         mode = train or ("conditioning" if source_checkpoint else "joint")
         if mode not in ("joint", "conditioning", "off"):
             raise ValueError(f"Expected train 'joint', 'conditioning' or 'off', got {train!r}.")
+        if mode == "off" and source_checkpoint is not None:
+            raise ValueError(
+                "train='off' loads no source_checkpoint. Give the plain module's checkpoint to the "
+                "Trainer, ckpt_path=..., or leave out train."
+            )
         self.it3_train: Train = mode
         self.it3_source_checkpoint = source_checkpoint
         self.it3_source_due = source_checkpoint is not None

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from it3_lightning.engine import Adaptation
+from it3_lightning.engine import Adaptation, BatchAdapter, SampleAdapter, Settings
 from it3_lightning.summary import Summary
 
 
@@ -19,19 +19,26 @@ class Recorder:
     Args:
         module: whose step runs; logs.
         summary: of the run.
+        settings: of the adaptation.
+        adapter: what adapts; says which backend it took.
         logs: whether the stage has logs: ``predict`` has none.
-        measured: whether distances are measured.
     """
 
     module: LightningModule
     summary: Summary
+    settings: Settings
+    adapter: BatchAdapter | SampleAdapter
     logs: bool
-    measured: bool
 
     def __call__(self, adaptation: Adaptation) -> None:
         """Add an adaptation to the summary, and log it."""
         if adaptation.reason is not None and adaptation.reason not in self.summary.reasons:
-            rank_zero_warn(f"IT3 keeps the source prediction of a batch: {adaptation.reason}.")
+            what = "a batch" if self.settings.scope == "batch" else "a sample"
+            rank_zero_warn(f"IT3 keeps the source prediction of {what}: {adaptation.reason}.")
+        choice = getattr(self.adapter, "choice", None)
+        if choice is not None and str(choice) != self.summary.backend:
+            self.summary.backend = str(choice)
+            rank_zero_info(f"IT3 takes {choice}")
         self.summary.add(adaptation)
         if self.logs:
             self._log(adaptation)
@@ -50,11 +57,17 @@ class Recorder:
             "source": adaptation.distance_source,
             "adapted": adaptation.distance_adapted,
         }
-        for name, values in distances.items() if self.measured else ():
-            mean = 0.0 if values is None else values.sum() / least
-            log(f"it3/distance_{name}", mean, batch_size=0 if values is None else weight)
+        for name, values in distances.items() if self.settings.measure else ():
+            known = None if values is None else values[~values.isnan()]
+            count = 0 if known is None else known.numel()
+            mean = 0.0 if known is None or count == 0 else known.sum() / count
+            log(f"it3/distance_{name}", mean, batch_size=count * ranks)
         reliable = adaptation.reliable
         moved = 0.0 if reliable is None else reliable.float().sum() / least
         log("it3/reliable", moved, batch_size=weight)
+        if self.settings.gate is not None:
+            gated = adaptation.gated
+            within = 0.0 if gated is None else gated.float().sum() / least
+            log("it3/gated", within, batch_size=weight)
         log("it3/skipped", float(adaptation.skipped.sum()), reduce_fx="sum", batch_size=weight)
         log("it3/ms_per_sample", 1000 * adaptation.seconds / least, batch_size=weight)

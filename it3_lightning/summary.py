@@ -22,12 +22,16 @@ class Summary:
         milliseconds: time spent adapting.
         distance_source: mean distance of the source weights, over the samples measured.
         distance_adapted: the same of the adapted weights.
+        gated: samples whose distance lay within the gate.
+        backend: of scope ``"sample"``, and why it was taken.
     """
 
     samples: int = 0
     skipped: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     reliable: int = 0
+    gated: int = 0
+    backend: str = ""
     milliseconds: float = 0.0
     _source: tuple[float, int] = (0.0, 0)
     _adapted: tuple[float, int] = (0.0, 0)
@@ -37,9 +41,12 @@ class Summary:
         size = adaptation.skipped.numel()
         self.samples += size
         self.milliseconds += 1000 * adaptation.seconds
+        skipped = int(adaptation.skipped.sum())
+        self.skipped += skipped
         if adaptation.reason is not None:
-            self.skipped += size
-            self.reasons[adaptation.reason] += size
+            self.reasons[adaptation.reason] += skipped
+        if adaptation.gated is not None:
+            self.gated += int(adaptation.gated.sum())
         if adaptation.reliable is not None:
             self.reliable += int(adaptation.reliable.sum())
         self._source = _added(self._source, adaptation.distance_source)
@@ -63,7 +70,8 @@ class Summary:
     def __str__(self) -> str:
         reasons = "".join(f", {count} for {reason}" for reason, count in self.reasons.items())
         return (
-            f"{self.samples} samples, {self.reliable} moved the weights, {self.skipped} skipped"
+            f"{self.samples} samples, {self.reliable} moved the weights, "
+            f"{f'{self.gated} within the gate, ' * (self.gated > 0)}{self.skipped} skipped"
             f"{reasons}; distance {self.distance_source:.4g} -> {self.distance_adapted:.4g}; "
             f"{self.ms_per_sample:.3g} ms a sample"
         )
@@ -72,7 +80,8 @@ class Summary:
 def _added(total: tuple[float, int], values: Tensor | None) -> tuple[float, int]:
     if values is None:
         return total
-    return total[0] + float(values.double().sum()), total[1] + values.numel()
+    known = values[~values.isnan()]
+    return total[0] + float(known.double().sum()), total[1] + known.numel()
 
 
 def _mean(total: tuple[float, int]) -> float:

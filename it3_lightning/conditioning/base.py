@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -22,6 +22,9 @@ class Conditioning(nn.Module, ABC):
     Raises:
         ValueError: there is no layer, or one is named twice.
     """
+
+    enters: Literal["input", "output"] = "output"
+    """Whether the prior enters its layers before or after they run."""
 
     def __init__(self, layers: Sequence[str]) -> None:
         super().__init__()

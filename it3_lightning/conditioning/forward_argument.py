@@ -36,6 +36,8 @@ class ForwardArgument(Conditioning):
     tensor([[0.5000, 0.5000]])
     """
 
+    enters = "input"
+
     def __init__(self, argument: str = "prior", *, layer: str = "") -> None:
         super().__init__([layer])
         self.argument = argument
