@@ -12,6 +12,8 @@ from it3_lightning.engine import Adaptation, BatchAdapter, Settings, adapt
 from it3_lightning.mixin import IT3Mixin
 from it3_lightning.objectives import Entropy, Idempotence, Objective, TestTimeObjective
 from it3_lightning.perturbations import RandomNoise
+from it3_lightning.prediction import Prediction
+from it3_lightning.predictor import IT3Predictor
 from it3_lightning.priors import ClassPrior, MaskPrior, Prior, ValuePrior
 from it3_lightning.selection import select
 from it3_lightning.snapshot import Snapshot
@@ -26,11 +28,13 @@ __all__ = [
     "FeatureInjection",
     "ForwardArgument",
     "IT3Mixin",
+    "IT3Predictor",
     "IT3TestTimeCallback",
     "Idempotence",
     "InputConcat",
     "MaskPrior",
     "Objective",
+    "Prediction",
     "Prior",
     "RandomNoise",
     "Settings",

@@ -19,7 +19,7 @@ from it3_lightning.protocols import IT3Module, check_parts
 
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
-_NEEDS_MIXIN = """IT3TestTimeCallback needs a module that predicts with a prior; {name} does not.
+_NEEDS_MIXIN = """Test-time adaptation needs a module that predicts with a prior; {name} does not.
     wrong:  model = {name}(...)
     right:  class IT3Net(IT3Mixin, {name}): pass
             model = IT3Net(..., prior=ClassPrior(10), conditioning=FeatureInjection("layer"))"""

@@ -1,0 +1,182 @@
+"""`IT3Predictor`: test-time adaptation without a Trainer, call by call, for serving."""
+
+from __future__ import annotations
+
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from it3_lightning.engine import Settings, batch_size
+from it3_lightning.host import checked_module, normal
+from it3_lightning.messages import unknown
+from it3_lightning.prediction import Prediction
+from it3_lightning.takeover import adapter_of
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+_AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class IT3Predictor:
+    """Adapts a module to each batch it is called on, predicts, and puts every weight back.
+
+    Calls may come from several threads: a lock lets one adapt after the other, and grad mode,
+    inference mode and autocast of the calling thread neither matter nor change. Make one predictor
+    of a module, and use the module nowhere else while it predicts; make it in the process that
+    predicts, as it cannot be pickled.
+
+    Where weights are carried along (``reset`` other than ``"batch"``), every call moves those that
+    the next one starts from, whichever client it comes from; :meth:`restart` forgets them.
+
+    Args:
+        module: a LightningModule with :class:`~it3_lightning.IT3Mixin`, or any that satisfies
+            :class:`~it3_lightning.protocols.IT3Module`. Moved to the device and put in evaluation
+            mode, once.
+        settings: how to adapt; default ``Settings()``. The samples of one call share their
+            statistics with ``norm_stats="batch"``, and a call on a single one is skipped there.
+        device: where to predict; default: where the module is.
+        precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``, as in a Trainer; outputs come
+            in the precision that the network puts out.
+
+    Raises:
+        ValueError: the precision is unknown, or the settings measure no distance.
+        MisconfigurationException: the module does not predict with a prior, its prior does not know
+            the targets yet, its ``source_checkpoint`` was never loaded, its weights were made in
+            inference mode, or the selection of parameters matches nothing.
+
+    >>> from it3_lightning import ClassPrior, FeatureInjection
+    >>> from it3_lightning.tasks import IT3Classifier
+    >>> module = IT3Classifier(
+    ...     torch.nn.Linear(1, 2), prior=ClassPrior(2), conditioning=FeatureInjection("network")
+    ... )
+    >>> for parameter in module.parameters():  # f(x, 0) = [0, 0], f(x, y) = [log 3, 0]
+    ...     _ = torch.nn.init.zeros_(parameter)
+    >>> last = module.it3_conditioning.embedders["network"].last
+    >>> last.bias.data = torch.tensor([3.0, 1.0]).log()
+    >>> prediction = IT3Predictor(module)(torch.ones(2, 1))
+    >>> prediction.distance  # (1/2 - 3/4)^2 + (1/2 - 1/4)^2
+    tensor([0.1250, 0.1250])
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        settings: Settings | None = None,
+        *,
+        device: str | torch.device | None = None,
+        precision: Precision = "32-true",
+    ) -> None:
+        if precision not in _AUTOCAST:
+            raise ValueError(unknown("precision", precision, _AUTOCAST))
+        self.settings = settings or Settings()
+        if not self.settings.measure:
+            raise ValueError("Expected settings with measure=True, for the distances, got False.")
+        host = checked_module(module)
+        _check_weights(module)
+        with torch.inference_mode(False):
+            self.module = module.eval() if device is None else module.eval().to(device)
+        self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self.precision = precision
+        self._adapter = adapter_of(module, host, self.settings)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        module_class: type[LightningModule],
+        *,
+        settings: Settings | None = None,
+        device: str | torch.device | None = None,
+        precision: Precision = "32-true",
+        **kwargs: Any,
+    ) -> IT3Predictor:
+        """Return a predictor of the module in a checkpoint that a Trainer wrote.
+
+        Args:
+            path: of the checkpoint.
+            module_class: of the module in it.
+            settings: see :class:`IT3Predictor`.
+            device: see :class:`IT3Predictor`.
+            precision: see :class:`IT3Predictor`.
+            kwargs: of ``module_class.load_from_checkpoint``: arguments of the module that the
+                checkpoint does not hold; ``weights_only=True`` (Lightning 2.6 or newer) for a file
+                that may not be trusted.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: no Trainer wrote it, or not to its end.
+        """
+        module = _loaded(path, module_class, {"map_location": device, **kwargs})
+        return cls(module, settings, device=device, precision=precision)
+
+    def __call__(self, x: Any) -> Prediction:
+        """Return the prediction for a batch, from weights adapted to it.
+
+        A batch that cannot be adapted to (a non-finite sample in it, say) gets the source
+        prediction; the :class:`Prediction` says so, and why.
+
+        Args:
+            x: what the network takes: tensors ``(B, ...)``, possibly nested; a tuple or a list is
+                spread over the arguments of its ``forward``. A batch dimension is needed for a
+                single sample too: ``image[None]``.
+
+        Raises:
+            ValueError: there is no tensor with a batch dimension in ``x``, or no sample.
+        """
+        if batch_size(x) == 0:
+            raise ValueError("Expected at least one sample in a batch, got none.")
+        home = next((leaf.device for leaf in tree_leaves(x) if isinstance(leaf, Tensor)), None)
+        dtype = _AUTOCAST[self.precision]
+        autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        with torch.inference_mode(False), torch.no_grad():
+            inputs = normal(move_data_to_device(x, self.device))
+            with self._lock, autocast, self._adapter.adapted(inputs) as adaptation:
+                pass
+            return Prediction.of(adaptation, home or self.device)
+
+    def restart(self) -> None:
+        """Forget the weights that were carried along: the next call starts from the source."""
+        with self._lock:
+            self._adapter.restart()
+
+
+def _loaded(
+    path: str | Path, module_class: type[LightningModule], kwargs: dict[str, Any]
+) -> LightningModule:
+    if Path(path).is_file() and not zipfile.is_zipfile(path):  # which Trainers write
+        raise ValueError(
+            f"Expected a checkpoint that a Trainer wrote, got another or a truncated file: {path}."
+        )
+    try:
+        with torch.inference_mode(False):
+            return module_class.load_from_checkpoint(path, **kwargs)
+    except KeyError as error:
+        if error.args != ("pytorch-lightning_version",):
+            raise
+        raise ValueError(
+            f"Expected a checkpoint that a Trainer wrote, got a file without {error}: {path}. Load "
+            "weights alone into a module, and make the predictor of that: IT3Predictor(module)."
+        ) from error
+
+
+def _check_weights(module: LightningModule) -> None:
+    """Refuse weights that cannot adapt, and those of a network that still waits for its own."""
+    if any(parameter.is_inference() for parameter in module.parameters()):
+        raise MisconfigurationException(
+            f"{type(module).__name__} was made in inference mode, where no weight can adapt. Make "
+            "or load it outside of torch.inference_mode()."
+        )
+    if getattr(module, "it3_source_due", False):
+        raise MisconfigurationException(
+            f"{type(module).__name__} has not loaded its source_checkpoint, nor trained its "
+            "conditioning. Fit it first, or load a checkpoint written after fitting: "
+            "IT3Predictor.from_checkpoint(path, ...)."
+        )
