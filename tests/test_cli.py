@@ -16,7 +16,6 @@ SMALL = [
     "--data.train_size=100",
     "--data.test_size=60",
     "--data.val_size=40",
-    "--data.shifts=[contrast]",
     "--trainer.max_epochs=1",
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
@@ -24,7 +23,16 @@ SMALL = [
 
 
 def root_arguments(config: str, images: Path) -> list[str]:
-    return [f"--data.root={images}"] if config != "digits" else []
+    tables = images / "tables"
+    return {
+        "adult": [f"--data.root={tables / 'adult'}", "--data.shifts=[missing]"],
+        "boston": [f"--data.path={tables / 'boston.csv'}", "--data.shifts=[zeroed]"],
+        "breast_cancer": ["--data.shifts=[zeroed]"],
+        "covertype": [f"--data.root={tables / 'covertype'}", "--data.shifts=[zeroed]"],
+        "csv": [f"--data.path={tables / 'houses.csv'}", "--data.shifts=[gaussian_noise]"],
+        "digits": ["--data.shifts=[contrast]"],
+        "fashion_mnist": [f"--data.root={images}", "--data.shifts=[contrast]"],
+    }[config]
 
 
 @pytest.fixture(params=sorted(path.stem for path in CONFIGS.glob("*.yaml")))
