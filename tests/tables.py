@@ -1,4 +1,4 @@
-"""Small tables in the formats that their publishers use, written without the code that reads them."""
+"""Small tables in the formats of their publishers, written without the code that reads them."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from it3_lightning.cli import main
 from it3_lightning.selection import OWN
@@ -102,6 +103,22 @@ def test_benchmark_writes_its_page(config: str, tmp_path: Path, idx_images: Path
     )
     names = {path.name for path in tmp_path.iterdir()}
     assert {"page.html", "results.csv", "results.json", "table.md"} <= names
+
+
+@pytest.mark.parametrize("config", ["adult", "covertype"])
+def test_fit_without_its_tables_names_the_files(
+    config: str, tmp_path: Path, idx_images: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"Expected .*(adult|covtype)\.data .*nowhere"):
+        run("fit", config, tmp_path, idx_images, f"--data.root={tmp_path / 'nowhere'}")
+
+
+def test_fit_with_a_network_of_other_sizes_than_the_table_names_both(
+    tmp_path: Path, idx_images: Path
+) -> None:
+    wrong = "--model.network.init_args.in_features=6"
+    with pytest.raises(MisconfigurationException, match=r"in_features to be 5, .* got 6"):
+        run("fit", "csv", tmp_path, idx_images, wrong)
 
 
 def test_an_unknown_objective_setting_is_named(

@@ -135,14 +135,13 @@ def _numbers(column: Any, file: str | Path) -> Tensor:
 
 def _codes(column: Any, file: str | Path, categories: tuple[str, ...], *, known: bool) -> Tensor:
     """Return codes ``(N,)``: positions among the categories, MISSING or UNKNOWN."""
-    pandas = needed("pandas")
     words = _words(column).reindex(column.index)
-    codes = pandas.Series(pandas.Categorical(words, categories=list(categories)).codes, words.index)
-    unknown = (codes < 0) & words.notna()
+    codes = words.map({name: code for code, name in enumerate(categories)})
+    unknown = codes.isna() & words.notna()
     if known:
         _refuse(column, unknown, file, f"one of {', '.join(categories[:_FEW])}")
-    codes = codes.astype("int64").mask(unknown, UNKNOWN).mask(words.isna(), MISSING)
-    return torch.tensor(codes.to_numpy())
+    filled = codes.astype("float64").mask(unknown, UNKNOWN).mask(words.isna(), MISSING)
+    return torch.tensor(filled.to_numpy(dtype="int64"))
 
 
 def _target(column: Any, file: str | Path, classes: tuple[str, ...] | None) -> Tensor:

@@ -63,7 +63,8 @@ class Preprocessing:
                 f"rows, got none of {', '.join(map(repr, empty))}. Leave such columns out with "
                 "exclude=[...], or train on more rows."
             )
-        std = torch.from_numpy(np.nanstd(numbers, axis=0))
+        constant = np.nanmax(numbers, axis=0) == np.nanmin(numbers, axis=0)
+        std = np.where(constant, 1.0, np.nanstd(numbers, axis=0))  # which rounding may make 1e-17
         counts = [
             torch.bincount(column[column >= 0], minlength=len(categories))
             for column, categories in zip(
@@ -73,7 +74,7 @@ class Preprocessing:
         return cls(
             table.schema,
             mean=torch.from_numpy(np.nanmean(numbers, axis=0)),
-            std=torch.where(std > 0, std, 1.0),
+            std=torch.from_numpy(std),
             median=torch.from_numpy(np.nanmedian(numbers, axis=0)),
             mode=torch.tensor([int(count.argmax()) for count in counts], dtype=torch.int64),
             seen=torch.cat([torch.empty(0, dtype=torch.bool), *(count > 0 for count in counts)]),

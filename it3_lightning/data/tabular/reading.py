@@ -6,6 +6,7 @@ import csv
 import gzip
 import importlib
 import io
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,19 +46,28 @@ def read(
     """
     pandas, file = needed("pandas"), Path(path)
     content = _content(file)
+    errors = pandas.errors
     try:
-        frame = pandas.read_csv(
-            io.BytesIO(content),
-            sep=separator,
-            header=0 if names is None else None,
-            comment=comment,
-            skipinitialspace=True,
-            keep_default_na=False,
-            na_values=list(MISSING_WORDS),
-            dtype=dict.fromkeys(text, object) if names is None else None,
-            low_memory=False,
-        )
-    except (UnicodeDecodeError, pandas.errors.EmptyDataError, pandas.errors.ParserError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", errors.ParserWarning)  # rows longer than the header
+            frame = pandas.read_csv(
+                io.BytesIO(content),
+                sep=separator,
+                header=0 if names is None else None,
+                index_col=False,
+                comment=comment,
+                skipinitialspace=True,
+                keep_default_na=False,
+                na_values=list(MISSING_WORDS),
+                dtype=dict.fromkeys(text, object) if names is None else None,
+                low_memory=False,
+            )
+    except (
+        UnicodeDecodeError,
+        errors.EmptyDataError,
+        errors.ParserError,
+        errors.ParserWarning,
+    ) as error:
         raise ValueError(
             f"Expected {file} to be a table with cells separated by {separator!r}, got "
             f"{len(content)} bytes that are none ({str(error).strip()}). It is empty, damaged or "
@@ -114,12 +124,11 @@ def _named(file: Path, frame: Any, names: Sequence[str]) -> Any:
 def _check_rows(
     file: Path, content: bytes, frame: Any, separator: str, comment: str | None
 ) -> None:
-    """Refuse rows of another length, which pandas fills up, or takes for rows with an index."""
+    """Refuse rows that are too short, which pandas fills up."""
     width = frame.shape[1]
     if not len(frame):
         raise ValueError(f"Expected rows in {file}, got a header alone. Fetch the file again.")
-    indexed = not isinstance(frame.index, needed("pandas").RangeIndex)
-    if not indexed and not frame.iloc[:, -1].isna().any():
+    if not frame.iloc[:, -1].isna().any():
         return  # a row that is too short lacks its last cell
     for number, cells in _rows(content, separator, comment):
         if cells != width:
