@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from sklearn.metrics import mean_absolute_error, roc_auc_score, root_mean_squared_error
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import Metric
 
 from it3_lightning import (
     ClassPrior,
@@ -185,6 +186,19 @@ def test_a_run_that_broke_off_leaves_nothing_in_the_next_ones_score() -> None:
     model.broken = False
     (logged,) = quiet().test(model, first, verbose=False)
     assert logged["test_rmse"] ** 2 == pytest.approx(logged["test_loss"])
+
+
+def test_batches_of_the_sanity_check_are_not_counted() -> None:
+    class Counts(Regressor):
+        begun = 0
+
+        def metrics(self) -> dict[str, Metric]:
+            self.begun += 1
+            return super().metrics()
+
+    model, (first, second) = Counts(MLP(3, 1, (8,))), loaders()
+    quiet(max_epochs=1, num_sanity_val_steps=2).fit(model, first, second)
+    assert model.begun == 1
 
 
 # --- sizes

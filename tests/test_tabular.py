@@ -147,6 +147,7 @@ def test_train_validation_and_test_share_no_row_and_hold_all() -> None:
     assert len(validation) == 20
     assert sorted(train + validation) == list(range(80))
     assert numbers(data.test_dataloader()[0]) == list(range(1000, 1060))
+    assert set(numbers(small(seed=1).val_dataloader())) != set(validation)
 
 
 def test_without_a_test_table_a_seeded_share_is_held_out() -> None:

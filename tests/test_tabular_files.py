@@ -200,6 +200,7 @@ def changed(row: int, cell: int, value: str) -> list[str]:
         (changed(4, 54, "0"), "one of the classes .*, got 0 in row 5"),
         (changed(4, 54, ""), "one of the classes .* in row 5"),
         (changed(2, 12, "2"), "one 1 and else 0 in the columns Wilderness_Area1 .* row 3"),
+        ([",".join(["2"] * 11 + ["0"] * 3 + ["1"] + ["0"] * 39 + ["1"])], "one 1 .* Wilderness"),
         ([",".join(["1"] * 55)], "one 1 and else 0 in the columns Wilderness_Area1"),
         (changed(2, 3, "far"), "a finite number in column 'Horizontal_Distance_To_Hyd.*got far"),
         ([line + ",1" for line in covertype_lines()], "55 columns .*, got 56"),
