@@ -84,6 +84,6 @@ class AdultDataModule(ShiftedTables):
     def _table(self, file: Path) -> Table:
         frame = read(file, names=COLUMNS, comment="|")
         if file.name == "adult.test":
-            frame["income"] = frame["income"].str.removesuffix(".")
+            frame["income"] = frame["income"].replace(r"\.$", "", regex=True)
         schema = Schema(NUMERIC, CATEGORIES, CLASSES)
         return to_table(frame, file, schema, "income", known=file.name == "adult.data")
