@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tables import write_tables
 from torch import Tensor
 
 torch.set_num_threads(1)  # in networks this small, threads only wait for each other
@@ -20,7 +21,7 @@ def write_idx(path: Path, values: Tensor) -> None:
 
 @pytest.fixture(scope="session")
 def idx_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 200 training and 80 test images of 28 x 28 in ten classes."""
+    """A folder with 200 training and 80 test images of 28 x 28 in ten classes; and tables."""
     folder = tmp_path_factory.mktemp("idx")
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 200), ("t10k", 80)):
@@ -28,4 +29,5 @@ def idx_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         labels = (torch.arange(count) % 10).to(torch.uint8)
         write_idx(folder / f"{split}-images-idx3-ubyte.gz", images)
         write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
+    write_tables(folder / "tables")
     return folder

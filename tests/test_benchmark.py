@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from it3_lightning import ClassPrior, DualPass, FeatureInjection, IT3TestTimeCallback
+from it3_lightning import ClassPrior, DualPass, FeatureInjection, IT3TestTimeCallback, ValuePrior
 from it3_lightning.benchmark import Benchmark, Record, Results, Row, rows_for
 from it3_lightning.benchmark.about import about
 from it3_lightning.benchmark.rows import Recipe
-from it3_lightning.data import DigitsDataModule
+from it3_lightning.data import BundledDataModule, DigitsDataModule
 from it3_lightning.networks import MLP, SmallCNN
 from it3_lightning.objectives import Entropy, Idempotence
-from it3_lightning.report import by_shift, headers, line, markdown, page
-from it3_lightning.tasks import Classifier, IT3Classifier
+from it3_lightning.report import by_shift, headers, line, markdown, page, table
+from it3_lightning.tasks import Classifier, IT3Classifier, IT3Regressor
 
 
 def make_model() -> IT3Classifier:
@@ -68,6 +68,62 @@ def test_gain_is_over_batch_statistics_of_the_same_model_seed_by_seed() -> None:
     assert worst[0] == "noise"
     assert worst[1] == pytest.approx(4.0)
     assert results.gain(results.rows[1], "equal") is None
+
+
+def test_where_lower_is_better_a_gain_is_how_much_lower() -> None:
+    results = toy_results()
+    results.higher_is_better, results.decimals = False, 2
+    gain, worst = results.gain(results.rows[2], "equal"), results.worst(results.rows[2], "equal")
+    assert gain is not None
+    assert worst is not None
+    assert gain.mean == worst[1] == pytest.approx(-4.0)
+    assert line(results, results.rows[2])[2:6] == [
+        "90.00 ± 1.41",
+        "64.00 ± 1.41",
+        "-4.00 ± 1.41",
+        "-4.00 noise",
+    ]
+    assert by_shift(results, "equal").splitlines()[2:] == ["| ordinary | Tent | +0.00 | -4.00 |"]
+    assert str(table(results).title).startswith("acc (lower is better)")
+    assert "<h1>IT3 benchmark: acc (lower is better)</h1>" in page(results)
+
+
+def test_a_benchmark_of_errors_reports_improvements(tmp_path: Path) -> None:
+    def make() -> IT3Regressor:
+        return IT3Regressor(
+            MLP(10, 1, (8,), output_mean=150.0, output_std=75.0),
+            prior=ValuePrior(),
+            conditioning=FeatureInjection("network.layer0"),
+        )
+
+    errors = benchmark(
+        tmp_path,
+        metric="test_mae",
+        percent=False,
+        higher_is_better=False,
+        recipe=Recipe(distance="l1", lr=0.01),
+    )
+    results = errors.run(make, BundledDataModule("diabetes", shifts=["zeroed"], severity=5))
+    rows = {(row.training, row.name): row for row in results.rows}
+    for name in ("second prediction", "default objective, online"):
+        row, source = rows["joint", name], rows["joint", "source"]
+        (mine,), (base,) = (results.scores(r, "equal", ["zeroed"]) for r in (row, source))
+        gain = results.gain(row, "equal")
+        assert gain is not None
+        assert gain.mean == pytest.approx(base - mine)
+        assert mine != base
+        assert 20 < base < 200  # in units of the target
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert (content["metric"], content["higher_is_better"]) == ("test_mae", False)
+
+
+def test_a_distance_of_probabilities_is_refused_for_values(tmp_path: Path) -> None:
+    def make() -> IT3Regressor:
+        conditioning = FeatureInjection("network.layer0")
+        return IT3Regressor(MLP(10, 1), prior=ValuePrior(), conditioning=conditioning)
+
+    with pytest.raises(ValueError, match=r"distance l1 or l2 for a model of values, got 'js'"):
+        benchmark(tmp_path, metric="test_mae").run(make, BundledDataModule("diabetes"))
 
 
 def test_mean_of_shifts_leaves_the_clean_samples_out() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from it3_lightning.cli import main
 from it3_lightning.selection import OWN
@@ -16,7 +17,6 @@ SMALL = [
     "--data.train_size=100",
     "--data.test_size=60",
     "--data.val_size=40",
-    "--data.shifts=[contrast]",
     "--trainer.max_epochs=1",
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
@@ -24,7 +24,16 @@ SMALL = [
 
 
 def root_arguments(config: str, images: Path) -> list[str]:
-    return [f"--data.root={images}"] if config != "digits" else []
+    tables = images / "tables"
+    return {
+        "adult": [f"--data.root={tables / 'adult'}", "--data.shifts=[missing]"],
+        "boston": [f"--data.path={tables / 'boston.csv'}", "--data.shifts=[zeroed]"],
+        "breast_cancer": ["--data.shifts=[zeroed]"],
+        "covertype": [f"--data.root={tables / 'covertype'}", "--data.shifts=[zeroed]"],
+        "csv": [f"--data.path={tables / 'houses.csv'}", "--data.shifts=[gaussian_noise]"],
+        "digits": ["--data.shifts=[contrast]"],
+        "fashion_mnist": [f"--data.root={images}", "--data.shifts=[contrast]"],
+    }[config]
 
 
 @pytest.fixture(params=sorted(path.stem for path in CONFIGS.glob("*.yaml")))
@@ -95,6 +104,22 @@ def test_benchmark_writes_its_page(config: str, tmp_path: Path, idx_images: Path
     )
     names = {path.name for path in tmp_path.iterdir()}
     assert {"page.html", "results.csv", "results.json", "table.md"} <= names
+
+
+@pytest.mark.parametrize("config", ["adult", "covertype"])
+def test_fit_without_its_tables_names_the_files(
+    config: str, tmp_path: Path, idx_images: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"Expected .*(adult|covtype)\.data .*nowhere"):
+        run("fit", config, tmp_path, idx_images, f"--data.root={tmp_path / 'nowhere'}")
+
+
+def test_fit_with_a_network_of_other_sizes_than_the_table_names_both(
+    tmp_path: Path, idx_images: Path
+) -> None:
+    wrong = "--model.network.init_args.in_features=6"
+    with pytest.raises(MisconfigurationException, match=r"in_features to be 5, .* got 6"):
+        run("fit", "csv", tmp_path, idx_images, wrong)
 
 
 def test_an_unknown_objective_setting_is_named(

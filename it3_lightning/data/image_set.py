@@ -93,12 +93,12 @@ def as_float(images: Tensor) -> Tensor:
 
 
 def whole_batch(batch: Any) -> Any:
-    """Pass a batch on as it is: ``ImageSet.__getitems__`` has collated it already."""
+    """Pass a batch on as it is: ``__getitems__`` of the data has collated it already."""
     return batch
 
 
 def loader(
-    source: ImageSet,
+    source: Dataset[Batch],
     batch_size: int,
     *,
     generator: Generator,

@@ -1,6 +1,6 @@
 """What the settings of a data module may be, and the errors for everything else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from it3_lightning.data.shifts import Shift
@@ -29,12 +29,26 @@ def check_choices(stream: str, evaluate_on: str) -> None:
         raise ValueError(unknown("evaluate_on", evaluate_on, get_args(Split)))
 
 
-def check_shifts(shifts: Sequence[str], severity: int) -> None:
+def check_share(name: str, value: float) -> None:
+    """Refuse what is no share of something: a number between 0 and 1, neither included."""
+    if not 0 < value < 1:
+        raise ValueError(
+            f"Expected {name} to be between 0 and 1, got {value!r}. Set {name}=0.2 for a fifth."
+        )
+
+
+def check_shifts(
+    shifts: Sequence[str],
+    severity: int,
+    shift: Callable[[str, int], object] = Shift,
+    *,
+    example: str = "fog",
+) -> None:
     """Refuse an unknown or repeated shift, a single string, and a severity outside 1 to 5."""
     if isinstance(shifts, str) or len(set(shifts)) != len(shifts):
         raise ValueError(
             f"Expected shifts to be a list of different names, got {shifts!r}. "
-            'Write for example shifts=["fog", "blur"].'
+            f'Write for example shifts=["{example}"].'
         )
-    for name in [*shifts, "fog"]:  # severity is checked though the list be empty
-        Shift(name, severity)
+    for name in [*shifts, example]:  # severity is checked though the list be empty
+        shift(name, severity)
