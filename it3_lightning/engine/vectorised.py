@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.func import grad, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from it3_lightning.engine.adaptation import Adaptation
+from it3_lightning.engine.compiled import Compiled
 from it3_lightning.engine.evaluation import Forward, ToLabel
 from it3_lightning.engine.record import Record
 from it3_lightning.engine.samples import Answer, batch_size, batched
@@ -70,6 +72,9 @@ class Vectorised:
         self._settings = settings
         self._record = record
         self._device = next(iter(selected.values())).device.type
+        self._compiled: dict[bool, Compiled] = {}
+        if settings.compile:
+            self._compiled = {r: Compiled(partial(self._step, r)) for r in (False, True)}
 
     def __call__(self, inputs: Any, answer: Answer) -> Adaptation:
         """Adapt to every sample of the inputs, and answer with its weights.
@@ -124,7 +129,21 @@ class Vectorised:
         self, stacked: Stacked, inputs: Any, *, at_source: bool
     ) -> tuple[Weights, _Seen]:
         """Return gradients ``(B, *shape)`` of every sample's loss by its weights."""
-        record = self._record if at_source and stacked.anchor is not None else None
+        recorded = at_source and stacked.anchor is not None
+        step = self._compiled.get(recorded) or partial(self._step, recorded)
+        given = (stacked.weights, stacked.dim), (stacked.anchor, stacked.anchor_dim)
+        gradients, seen = step(*given, inputs)
+        return gradients, _Seen(*seen)
+
+    def _step(
+        self,
+        recorded: bool,
+        weights: tuple[Weights, int | None],
+        anchor: tuple[Weights | None, int | None],
+        inputs: Any,
+    ) -> tuple[Weights, tuple[Tensor, ...]]:
+        """Return gradients, and what :class:`_Seen` holds; each given with its dimension."""
+        record = self._record if recorded else None
 
         def one(weights: Weights, anchor: Weights | None, sample: Any) -> Any:
             def loss(own: Weights) -> Any:
@@ -132,9 +151,9 @@ class Vectorised:
 
             return grad(loss, has_aux=True)(weights)
 
-        dims = (stacked.dim, stacked.anchor_dim)
-        gradients, seen = self._mapped(one, dims, stacked.weights, stacked.anchor, inputs)
-        return gradients, _Seen(*seen)
+        dims = (weights[1], anchor[1])
+        gradients, seen = self._mapped(one, dims, weights[0], anchor[0], inputs)
+        return gradients, seen
 
     def _loss(
         self, own: Weights, anchor: Weights | None, sample: Any, record: Record | None
