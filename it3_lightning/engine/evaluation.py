@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from it3_lightning.engine.weights import Sites
+from it3_lightning.graphs import graph_count
 from it3_lightning.objectives import Objective, TestTimeObjective
 
 Forward = Callable[[Any, Tensor | None], Tensor]
@@ -134,14 +135,9 @@ def batch_size(inputs: Any) -> int:
     4
     """
     for leaf in tree_leaves(inputs):
-        size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else _graphs(leaf)
+        size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else graph_count(leaf)
         if isinstance(size, int):
             return size
     raise ValueError(
         f"Expected inputs with a tensor (B, ...) in them, got {type(inputs).__name__}."
     )
-
-
-def _graphs(leaf: Any) -> Any:
-    """Return the number of graphs in a batch of them, by the names that graph libraries use."""
-    return getattr(leaf, "num_graphs", None) or getattr(leaf, "batch_size", None)

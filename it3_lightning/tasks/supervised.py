@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from it3_lightning.batches import inputs_of
+from it3_lightning.batches import inputs_of, target_of
 
 
 class Supervised(LightningModule):
@@ -59,7 +59,7 @@ class Supervised(LightningModule):
         return self.optimizer_callable(self.parameters())
 
     def _step(self, batch: Any, stage: str) -> Tensor:
-        inputs, target = batch
+        inputs, target = inputs_of(batch), target_of(batch)
         scores = self.scores(self(inputs), target)
         named = {f"{stage}_{name}": score for name, score in scores.items()}
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=len(target))
