@@ -9,22 +9,33 @@ from it3_lightning.cli import main
 from it3_lightning.selection import OWN
 
 # A checkpoint read into another folder: Lightning says what it leaves behind.
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+    pytest.mark.usefixtures("airfoil_data"),
+]
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = [
     "--data.train_size=100",
     "--data.test_size=60",
     "--data.val_size=40",
-    "--data.shifts=[contrast]",
     "--trainer.max_epochs=1",
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
 ]
 
 
-def root_arguments(config: str, images: Path) -> list[str]:
-    return [f"--data.root={images}"] if config != "digits" else []
+AIRFOILS = {
+    "airfoils_graph": ["--data.profiles=400", "--data.nodes=16", "--data.shifts=[shape_1,noise]"],
+    "airfoils_mlp": ["--data.profiles=400", "--data.shifts=[ratio_5,noise]"],
+    "airfoil_self_noise": ["--data.shifts=[high_1,noise]"],
+}
+
+
+def data_arguments(config: str, images: Path) -> list[str]:
+    if config in AIRFOILS:
+        return [f"--data.root={images}", *AIRFOILS[config]]
+    return ["--data.shifts=[contrast]", *([f"--data.root={images}"] if config != "digits" else [])]
 
 
 @pytest.fixture(params=sorted(path.stem for path in CONFIGS.glob("*.yaml")))
@@ -39,7 +50,7 @@ def run(command: str, config: str, folder: Path, images: Path, *more: str) -> No
             f"--config={CONFIGS / config}.yaml",
             *SMALL,
             f"--trainer.default_root_dir={folder}",
-            *root_arguments(config, images),
+            *data_arguments(config, images),
             *more,
         ]
     )
@@ -102,3 +113,8 @@ def test_an_unknown_objective_setting_is_named(
     with pytest.raises(SystemExit):
         run("test", "digits", tmp_path, idx_images, "--model.prior.init_args.num_clases=3")
     assert "num_clases" in capsys.readouterr().err
+
+
+def test_missing_data_is_named_before_any_training(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"airfoil_self_noise\.dat, got no such file"):
+        run("fit", "airfoil_self_noise", tmp_path, tmp_path)
