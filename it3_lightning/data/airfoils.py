@@ -43,12 +43,12 @@ AIRFOIL_TUNING_SHIFTS = tuple(_TUNING)
 class AirfoilDataModule(RangedData):
     """NACA 4-digit wing profiles and their lift-to-drag ratio at one angle of attack.
 
-    Camber, its position and thickness are drawn uniformly (see
-    :class:`~it3_lightning.data.profiles.ProfileSet`), lift and drag computed with NeuralFoil and
-    kept in ``root``: a few seconds, once. Profiles whose lift or drag is not finite, whose drag is
-    not positive, or of which NeuralFoil is not sure enough, are dropped; :attr:`dropped` counts
-    them. Training, validation and the clean test samples come from the inner part of the range of
-    all three parameters, less the profiles of highest lift-to-drag ratio there. Tested are
+    Camber (0 to 8 % of the chord), its position (20 to 70 %) and thickness (6 to 24 %) are drawn
+    uniformly, lift and drag computed with NeuralFoil and kept in ``root``: a few seconds, once.
+    Profiles whose lift or drag is not finite, whose drag is not positive, or of which NeuralFoil is
+    not sure enough, are dropped; :attr:`dropped` counts them. Training, validation and the clean
+    test samples come from the inner part of the range of all three parameters, less the profiles of
+    highest lift-to-drag ratio there. Tested are
 
     - ``clean``: held-out profiles inside both ranges;
     - ``shape_1`` to ``shape_5``: a parameter outside the inner part, from near to far;

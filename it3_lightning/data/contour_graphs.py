@@ -27,6 +27,12 @@ class ContourGraphs(Dataset[tuple[Any, Tensor]]):
 
     Raises:
         ImportError: torch_geometric is not installed.
+
+    Example:
+        >>> square = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]]])
+        >>> graph, target = ContourGraphs(square, torch.tensor([[7.0]]))[0]
+        >>> graph.edge_attr[:2].tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
 
     def __init__(self, contours: Tensor, targets: Tensor) -> None:
