@@ -10,7 +10,10 @@ from it3_lightning.cli import main
 from it3_lightning.selection import OWN
 
 # A checkpoint read into another folder: Lightning says what it leaves behind.
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+    pytest.mark.usefixtures("airfoil_data"),
+]
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = [
@@ -23,16 +26,24 @@ SMALL = [
 ]
 
 
-def root_arguments(config: str, images: Path) -> list[str]:
-    tables = images / "tables"
+def data_arguments(config: str, images: Path) -> list[str]:
+    tables, root = images / "tables", f"--data.root={images}"
     return {
         "adult": [f"--data.root={tables / 'adult'}", "--data.shifts=[missing]"],
+        "airfoil_self_noise": [root, "--data.shifts=[high_1,noise]"],
+        "airfoils_graph": [
+            root,
+            "--data.profiles=400",
+            "--data.nodes=16",
+            "--data.shifts=[shape_1,noise]",
+        ],
+        "airfoils_mlp": [root, "--data.profiles=400", "--data.shifts=[ratio_5,noise]"],
         "boston": [f"--data.path={tables / 'boston.csv'}", "--data.shifts=[zeroed]"],
         "breast_cancer": ["--data.shifts=[zeroed]"],
         "covertype": [f"--data.root={tables / 'covertype'}", "--data.shifts=[zeroed]"],
         "csv": [f"--data.path={tables / 'houses.csv'}", "--data.shifts=[gaussian_noise]"],
         "digits": ["--data.shifts=[contrast]"],
-        "fashion_mnist": [f"--data.root={images}", "--data.shifts=[contrast]"],
+        "fashion_mnist": [root, "--data.shifts=[contrast]"],
     }[config]
 
 
@@ -48,7 +59,7 @@ def run(command: str, config: str, folder: Path, images: Path, *more: str) -> No
             f"--config={CONFIGS / config}.yaml",
             *SMALL,
             f"--trainer.default_root_dir={folder}",
-            *root_arguments(config, images),
+            *data_arguments(config, images),
             *more,
         ]
     )
@@ -128,3 +139,8 @@ def test_an_unknown_objective_setting_is_named(
     with pytest.raises(SystemExit):
         run("test", "digits", tmp_path, idx_images, "--model.prior.init_args.num_clases=3")
     assert "num_clases" in capsys.readouterr().err
+
+
+def test_missing_data_is_named_before_any_training(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"airfoil_self_noise\.dat, got no such file"):
+        run("fit", "airfoil_self_noise", tmp_path, tmp_path)

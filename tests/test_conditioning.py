@@ -737,7 +737,9 @@ def test_forward_argument_takes_any_inputs_with_a_tensor(inputs: Any) -> None:
 def test_forward_argument_needs_a_tensor() -> None:
     network = Echo()
     attached(ForwardArgument(), network)
-    with pytest.raises(ValueError, match=r"called with a tensor \(B, ...\), got str"):
+    with pytest.raises(
+        ValueError, match=r"called with a tensor \(B, ...\) or a batch of graphs, got str"
+    ):
         network("text")
 
 

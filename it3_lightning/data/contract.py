@@ -13,8 +13,8 @@ class ShiftedData(LightningDataModule):
     """A LightningDataModule that tests on clean samples and on every shift of them.
 
     ``test_dataloader`` and ``predict_dataloader`` return one loader for each of ``test_names``, all
-    of the same samples in the same order. All settings may be changed between runs; every loader
-    follows them.
+    of the same samples in the same order, except for shifts that are other samples. All settings
+    may be changed between runs; every loader follows them.
 
     Attributes:
         seed: of the split, the subsets, the shifts, the stream and the order of training.

@@ -1,6 +1,6 @@
 """Labelled images in memory, handed to a DataLoader a whole batch at a time."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -10,6 +10,7 @@ from it3_lightning.data.sampling import seeded
 from it3_lightning.data.shifts import Shift
 
 Batch = tuple[Tensor, Tensor]
+T = TypeVar("T")
 
 _CHUNK = 1000  # images shifted at once: part of what a seed means, so it is no option
 
@@ -98,14 +99,16 @@ def whole_batch(batch: Any) -> Any:
 
 
 def loader(
-    source: Dataset[Batch],
+    source: Dataset[T],
     batch_size: int,
     *,
     generator: Generator,
     shuffle: bool = False,
     num_workers: int = 0,
-) -> DataLoader[Batch]:
+) -> DataLoader[T]:
     """Return a DataLoader with the usual samplers, so that a Trainer can distribute it.
+
+    The source hands over whole batches (``__getitems__``).
 
     Without a generator of its own, each pass over it would draw from the global random state.
     """

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from it3_lightning.graphs import graph_count
+
 Answer = Callable[[Any], tuple[Tensor, Any]]
 """Inputs to outputs ``(B, ...)``, and what is answered with them, each leaf ``(B, ...)``."""
 
@@ -23,7 +25,7 @@ def batch_size(inputs: Any) -> int:
     4
     """
     for leaf in tree_flatten(inputs)[0]:
-        size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else _graphs(leaf)
+        size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else graph_count(leaf)
         if isinstance(size, int):
             return size
     raise ValueError(
@@ -52,7 +54,7 @@ def taken(inputs: Any, indices: Sequence[int]) -> Any:
     def of(leaf: Any) -> Any:
         if batched(leaf, size):
             return leaf[indices[0] : indices[-1] + 1] if run else leaf[list(indices)]
-        if _graphs(leaf) == size and hasattr(leaf, "get_example"):
+        if graph_count(leaf) == size and hasattr(leaf, "get_example"):
             return type(leaf).from_data_list([leaf.get_example(int(i)) for i in indices])
         return leaf
 
@@ -103,8 +105,3 @@ def cast_like(values: Any, model: Any) -> Any:
         return value.to(like.dtype) if both else value
 
     return tree_map(cast, values, model)
-
-
-def _graphs(leaf: Any) -> Any:
-    """Return the number of graphs in a batch of them, by the names that graph libraries use."""
-    return getattr(leaf, "num_graphs", None) or getattr(leaf, "batch_size", None)

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from it3_lightning.batches import inputs_of
+from it3_lightning.batches import inputs_of, target_of
 from it3_lightning.tasks.sizes import check_sizes
 
 
@@ -88,7 +88,7 @@ class Supervised(LightningModule):
 
     def _step(self, batch: Any, stage: str) -> tuple[Tensor, Tensor, Tensor]:
         """Log the scores; return loss, outputs and target."""
-        inputs, target = batch
+        inputs, target = inputs_of(batch), target_of(batch)
         outputs = self(inputs)
         scores = self.scores(outputs, target)
         named = {f"{stage}_{name}": score for name, score in scores.items()}
