@@ -26,6 +26,8 @@ tr:hover { background: var(--soft); }
 pre { background: var(--soft); overflow-x: auto; padding: .8rem; }
 """
 
+_TOLD = "Telling shifted from clean samples: area under the ROC curve, in percent; 50 is chance."
+
 
 def headers(results: Results) -> list[str]:
     """Return the column titles of the table."""
@@ -68,22 +70,36 @@ def table(results: Results) -> Table:
 
 def markdown(results: Results) -> str:
     """Return the table in Markdown."""
-    titles = headers(results)
-    ruler = ["---" if index < 2 else "---:" for index in range(len(titles))]
-    rows = [titles, ruler, *(line(results, row) for row in results.rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return _as_markdown([headers(results), *(line(results, row) for row in results.rows)])
 
 
 def by_shift(results: Results, stream: str) -> str:
     """Return a table in Markdown: the gain over the baseline on each shift, mean over seeds."""
     titles = ["training", "at test time", *results.shifts]
-    rows = [titles, ["---", "---", *["---:"] * len(results.shifts)]]
+    rows = [titles]
     for row in results.rows:
         gains = [results.gain(row, stream, shift) for shift in results.shifts]
         cells = [f"{gain.mean:+.{results.decimals}f}" for gain in gains if gain is not None]
         if cells:
             rows.append([row.training, row.name, *cells])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return _as_markdown(rows)
+
+
+def separation(results: Results) -> list[list[str]]:
+    """Return a table: how well the distance tells each shift from clean samples, and its titles.
+
+    The area under the ROC curve in percent, 50 for not at all, for the distance of the un-adapted
+    network and beside it for the confidence of its prediction.
+    """
+    shifts = list(dict.fromkeys(record.shift for record in results.separations))
+    pairs = dict.fromkeys((record.training, record.row) for record in results.separations)
+    rows = [[*pair, *(str(results.separation(*pair, s)) for s in shifts)] for pair in pairs]
+    return [["training", "score", *shifts], *rows] if rows else []
+
+
+def _as_markdown(rows: list[list[str]]) -> str:
+    ruler = ["---" if index < 2 else "---:" for index in range(len(rows[0]))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [rows[0], ruler, *rows[1:]])
 
 
 def show(results: Results, folder: Path) -> None:
@@ -96,6 +112,8 @@ def show(results: Results, folder: Path) -> None:
     console.print(shown)
     parts = [f"{results.title}; a gain is an improvement.", markdown(results)]
     parts += [f"Gain by shift, {s} classes:\n\n{by_shift(results, s)}" for s in results.streams]
+    if told := separation(results):
+        parts.append(f"{_TOLD}\n\n{_as_markdown(told)}")
     (folder / "table.md").write_text("\n\n".join(parts) + "\n")
     (folder / "page.html").write_text(page(results))
     console.print(f"Written to {folder}: page.html, results.csv, results.json, table.md")
@@ -113,6 +131,8 @@ def page(results: Results) -> str:
         f"<h2>Gain by shift, {stream} classes</h2><div class=plot>{_plot(results, stream)}</div>"
         for stream in results.streams
     )
+    if told := separation(results):
+        plots += f"<h2>{_TOLD}</h2><div class=wide>{_as_html(told)}</div>"
     about = html.escape("\n".join(f"{k}: {v}" for k, v in _facts(results).items()))
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
@@ -125,6 +145,13 @@ def page(results: Results) -> str:
         f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
         f"</div>{plots}<h2>Made with</h2><pre>{about}</pre></html>"
     )
+
+
+def _as_html(rows: list[list[str]]) -> str:
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in rows[0])
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows[1:])
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _facts(results: Results) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Results:
         metric: name of the score.
         rows: in the order of the table.
         records: the scores.
+        separations: records of how well a score tells shifted samples from clean ones.
         about: versions, settings, seeds.
         higher_is_better: whether a larger score is the better one; gains are improvements.
         decimals: of scores and gains in tables.
@@ -80,6 +81,7 @@ class Results:
     metric: str
     rows: list[Row]
     records: list[Record] = field(default_factory=list)
+    separations: list[Record] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
     higher_is_better: bool = True
     decimals: int = 1
@@ -157,6 +159,11 @@ class Results:
         still = {r.name: r for r in self.rows if r.training == row.training}
         return still.get("batch statistics") or still["source"]
 
+    def separation(self, training: str, name: str, shift: str) -> Cell:
+        """Return the area under the ROC curve of a score, clean against shifted, in percent."""
+        wanted = (training, name, shift)
+        return Cell.of(r.score for r in self.separations if (r.training, r.row, r.shift) == wanted)
+
     def milliseconds(self, row: Row) -> float:
         """Return milliseconds of adaptation per sample, mean over everything."""
         mine = [
@@ -177,6 +184,7 @@ class Results:
             "about": self.about,
             "table": [self._summary(row) for row in self.rows],
             "records": [asdict(record) for record in self.records],
+            "separations": [asdict(record) for record in self.separations],
         }
         (folder / "results.json").write_text(json.dumps(content, indent=1))
 

@@ -14,13 +14,17 @@ from it3_lightning.benchmark.about import about
 from it3_lightning.benchmark.progress import Progress, quiet, threads
 from it3_lightning.benchmark.results import Record, Results
 from it3_lightning.benchmark.rows import Recipe, Row, rows_for
+from it3_lightning.benchmark.separation import separations
 from it3_lightning.benchmark.training import MakeModel, train_models, with_priors
 from it3_lightning.data import ShiftedData
 from it3_lightning.dual_pass import DualPass
 from it3_lightning.engine.norm import batch_norms
 from it3_lightning.mixin import IT3Mixin
+from it3_lightning.objectives import Idempotence
 from it3_lightning.priors import ClassPrior, ValuePrior
 from it3_lightning.selection import select
+
+_KEPT = ("records", "separations")  # of a seed, in its file
 
 
 @dataclass(kw_only=True)
@@ -103,7 +107,9 @@ class Benchmark:
             with Progress(len(self.seeds), len(rows) * len(self.streams)) as progress:
                 for seed in self.seeds:
                     settings = results.about["settings"]
-                    results.records += self._seed(seed, rows, make_model, data, progress, settings)
+                    scores = self._seed(seed, rows, make_model, data, progress, settings)
+                    results.records += scores[0]
+                    results.separations += scores[1]
         results.save(Path(self.output))
         return results
 
@@ -125,14 +131,15 @@ class Benchmark:
         data: ShiftedData,
         progress: Progress,
         settings: Any,
-    ) -> list[Record]:
-        """Return the records of one seed, from its file where that fits the settings."""
+    ) -> tuple[list[Record], list[Record]]:
+        """Return scores and separations of one seed, from its file where that fits the settings."""
         file = Path(self.output) / f"seed_{seed}.json"
         fingerprint = json.dumps(settings, sort_keys=True)
         kept = json.loads(file.read_text()) if file.is_file() else {}
         if kept.get("fingerprint") == fingerprint:
             progress.skip(f"seed {seed}: from {file}", len(rows) * len(self.streams))
-            return [Record(**record) for record in kept["records"]]
+            first, second = ([Record(**r) for r in kept.get(k, ())] for k in _KEPT)
+            return first, second
         data.seed = seed
         models = train_models(self, seed, make_model, data, progress.say)
         records: list[Record] = []
@@ -142,10 +149,12 @@ class Benchmark:
                 progress.say(f"seed {seed}, {stream} classes: {row.training}, {row.name}")
                 records += self._scored(seed, stream, row, models[row.training], data)
                 progress.advance()
+        data.stream = self.streams[0]  # type: ignore[assignment]
+        told = separations(models, data, Idempotence(self.recipe.distance))
         file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"fingerprint": fingerprint, "records": [asdict(r) for r in records]}
-        file.write_text(json.dumps(content))
-        return records
+        content = {k: [asdict(r) for r in v] for k, v in zip(_KEPT, (records, told), strict=True)}
+        file.write_text(json.dumps({"fingerprint": fingerprint, **content}))
+        return records, told
 
     def _scored(
         self, seed: int, stream: str, row: Row, model: IT3Mixin, data: ShiftedData
