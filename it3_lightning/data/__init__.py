@@ -1,20 +1,28 @@
 """Data modules that test on clean and on shifted images, and the shifts themselves."""
 
+from it3_lightning.data.cifar10 import CIFAR10DataModule
 from it3_lightning.data.contract import ShiftedData
+from it3_lightning.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
 from it3_lightning.data.digits import DigitsDataModule
-from it3_lightning.data.image_set import Batch, ImageSet
+from it3_lightning.data.image_set import ImageSet
+from it3_lightning.data.images import Batch, Images
 from it3_lightning.data.mnist import FashionMNISTDataModule, MNISTDataModule
 from it3_lightning.data.sampling import unequal_stream
 from it3_lightning.data.shifted import ShiftedImages
 from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Shift
 
 __all__ = [
+    "CORRUPTIONS",
+    "EXTRA_CORRUPTIONS",
     "SHIFTS",
     "TUNING_SHIFTS",
     "Batch",
+    "CIFAR10DataModule",
+    "Corruption",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageSet",
+    "Images",
     "MNISTDataModule",
     "Shift",
     "ShiftedData",

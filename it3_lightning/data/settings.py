@@ -1,6 +1,6 @@
 """What the settings of a data module may be, and the errors for everything else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from it3_lightning.data.shifts import Shift
@@ -8,6 +8,8 @@ from it3_lightning.messages import unknown
 
 Stream = Literal["equal", "unequal"]
 Split = Literal["test", "validation"]
+Severity = int | Literal["all"]
+SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def check_integer(name: str, value: object, least: int, *, optional: bool = False) -> None:
@@ -29,12 +31,32 @@ def check_choices(stream: str, evaluate_on: str) -> None:
         raise ValueError(unknown("evaluate_on", evaluate_on, get_args(Split)))
 
 
-def check_shifts(shifts: Sequence[str], severity: int) -> None:
-    """Refuse an unknown or repeated shift, a single string, and a severity outside 1 to 5."""
+def check_shifts(
+    shifts: Sequence[str], severity: Severity, change: Callable[[str, int], object] = Shift
+) -> None:
+    """Refuse an unknown or repeated shift, a single string, and a severity outside 1 to 5.
+
+    Args:
+        shifts: Names.
+        severity: 1 to 5, or ``"all"``.
+        change: Makes a shift of a name and a severity, and refuses what it does not know.
+    """
     if isinstance(shifts, str) or len(set(shifts)) != len(shifts):
         raise ValueError(
             f"Expected shifts to be a list of different names, got {shifts!r}. "
             'Write for example shifts=["fog", "blur"].'
         )
     for name in [*shifts, "fog"]:  # severity is checked though the list be empty
-        Shift(name, severity)
+        change(name, SEVERITIES[0] if severity == "all" else severity)
+
+
+def check_corrupted(corruptions: str, known: Sequence[str], evaluate_on: Split) -> None:
+    """Refuse an unknown source of corruptions, and files of test images for validation."""
+    if corruptions not in known:
+        raise ValueError(unknown("source of corruptions", corruptions, known))
+    if corruptions == "files" and evaluate_on == "validation":
+        raise ValueError(
+            'Expected evaluate_on="test" with corruptions="files", got "validation": the published '
+            "files hold test images alone. To choose settings without these, set "
+            f"corruptions={' or '.join(repr(k) for k in known if k != 'files')}."
+        )
