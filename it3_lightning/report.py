@@ -39,14 +39,14 @@ def headers(results: Results) -> list[str]:
 
 def line(results: Results, row: Row) -> list[str]:
     """Return the cells of one row, as text."""
-    cells = [row.training, row.name]
+    cells, style = [row.training, row.name], f".{results.decimals}f"
     for stream in results.streams:
         gain, worst = results.gain(row, stream), results.worst(row, stream)
         cells += [
-            str(results.clean(row, stream)),
-            str(results.shifted(row, stream)),
-            "" if gain is None else f"{gain.mean:+.1f} ± {gain.std:.1f}",
-            "" if worst is None else f"{worst[1]:+.1f} {worst[0]}",
+            format(results.clean(row, stream), style),
+            format(results.shifted(row, stream), style),
+            "" if gain is None else format(gain, f"+{style}"),
+            "" if worst is None else f"{worst[1]:+{style}} {worst[0]}",
         ]
     time = results.milliseconds(row)
     return [*cells, f"{time:.2f}" if time >= 0.005 else ""]
@@ -54,7 +54,7 @@ def line(results: Results, row: Row) -> list[str]:
 
 def table(results: Results) -> Table:
     """Return the aligned table of all rows; gains are over the same model's batch statistics."""
-    shown = Table(title=f"{results.metric}, mean ± std over seeds {results.seeds}")
+    shown = Table(title=f"{results.title}, mean ± std over seeds {results.seeds}")
     for index, title in enumerate(headers(results)):
         shown.add_column(title, justify="left" if index < 2 else "right", no_wrap=True)
     before = ""
@@ -80,7 +80,7 @@ def by_shift(results: Results, stream: str) -> str:
     rows = [titles, ["---", "---", *["---:"] * len(results.shifts)]]
     for row in results.rows:
         gains = [results.gain(row, stream, shift) for shift in results.shifts]
-        cells = [f"{gain.mean:+.1f}" for gain in gains if gain is not None]
+        cells = [f"{gain.mean:+.{results.decimals}f}" for gain in gains if gain is not None]
         if cells:
             rows.append([row.training, row.name, *cells])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
@@ -94,7 +94,7 @@ def show(results: Results, folder: Path) -> None:
     if needed > console.width:
         console = Console(width=needed)  # a table that wraps cannot be read
     console.print(shown)
-    parts = [markdown(results)]
+    parts = [f"{results.title}; a gain is an improvement.", markdown(results)]
     parts += [f"Gain by shift, {s} classes:\n\n{by_shift(results, s)}" for s in results.streams]
     (folder / "table.md").write_text("\n\n".join(parts) + "\n")
     (folder / "page.html").write_text(page(results))
@@ -117,11 +117,11 @@ def page(results: Results) -> str:
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width'><title>IT3 benchmark</title>"
-        f"<style>{_STYLE}</style><h1>IT3 benchmark: {html.escape(results.metric)}</h1>"
+        f"<style>{_STYLE}</style><h1>IT3 benchmark: {html.escape(results.title)}</h1>"
         f"<p>Mean ± standard deviation over seeds {results.seeds}. <em>shifts</em>: mean over "
-        f"{', '.join(s for s in results.shifts if s != 'clean')}. <em>gain</em>: over the same "
-        "model with batch statistics (its source where it has no BatchNorm), on the mean of the "
-        "shifts; <em>worst shift</em>: the smallest such gain.</p>"
+        f"{', '.join(s for s in results.shifts if s != 'clean')}. <em>gain</em>: the "
+        "improvement over the same model with batch statistics (its source where it has no "
+        "BatchNorm), on the mean of the shifts; <em>worst shift</em>: the smallest such gain.</p>"
         f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
         f"</div>{plots}<h2>Made with</h2><pre>{about}</pre></html>"
     )
@@ -154,7 +154,7 @@ def _plot(results: Results, stream: str) -> str:
             style = {"ordinary": ":", "post-hoc": "-"}[row.training]
             label = f"{row.training}: {row.name}"
             axes.plot(results.shifts, means, style, marker="o", ms=3, lw=1.4, label=label)
-    axes.set_ylabel("gain over batch statistics")
+    axes.set_ylabel("gain over the unadapted model")
     axes.tick_params(axis="x", rotation=30)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -56,8 +56,12 @@ class Cell:
         spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
         return cls(statistics.fmean(numbers), spread)
 
+    def __format__(self, spec: str) -> str:
+        """Write both numbers so; a sign in front of the mean alone."""
+        return f"{self.mean:{spec or '.1f'}} ± {self.std:{spec.lstrip('+') or '.1f'}}"
+
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.std:.1f}"
+        return f"{self}"
 
 
 @dataclass
@@ -69,12 +73,21 @@ class Results:
         rows: in the order of the table.
         records: the scores.
         about: versions, settings, seeds.
+        higher_is_better: whether a larger score is the better one; gains are improvements.
+        decimals: of scores and gains in tables.
     """
 
     metric: str
     rows: list[Row]
     records: list[Record] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+    higher_is_better: bool = True
+    decimals: int = 1
+
+    @property
+    def title(self) -> str:
+        """The name of the score, and its direction where smaller is better."""
+        return self.metric + (" (lower is better)" if not self.higher_is_better else "")
 
     @property
     def seeds(self) -> list[int]:
@@ -112,7 +125,8 @@ class Results:
     def gain(self, row: Row, stream: str, shift: str | None = None) -> Cell | None:
         """Return the gain over the same model's strongest unadapted row, seed by seed.
 
-        That is the row of its batch statistics, or its source where it has no BatchNorm.
+        That is the row of its batch statistics, or its source where it has no BatchNorm. A gain is
+        an improvement: how much higher the score is, or how much lower where that is better.
 
         Args:
             row: that adapts, or predicts otherwise; ``None`` comes back for an unadapted one.
@@ -124,7 +138,8 @@ class Results:
             return None
         shifts = self._shifted() if shift is None else [shift]
         mine, theirs = (self.scores(r, stream, shifts) for r in (row, base))
-        return Cell.of(a - b for a, b in zip(mine, theirs, strict=True))
+        sign = 1 if self.higher_is_better else -1
+        return Cell.of(sign * (a - b) for a, b in zip(mine, theirs, strict=True))
 
     def worst(self, row: Row, stream: str) -> tuple[str, float] | None:
         """Return the shift with the smallest gain over the baseline, mean over seeds."""
@@ -158,6 +173,7 @@ class Results:
             writer.writerows(asdict(record) for record in self.records)
         content = {
             "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
             "about": self.about,
             "table": [self._summary(row) for row in self.rows],
             "records": [asdict(record) for record in self.records],

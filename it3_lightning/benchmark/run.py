@@ -19,7 +19,7 @@ from it3_lightning.data import ShiftedData
 from it3_lightning.dual_pass import DualPass
 from it3_lightning.engine.norm import batch_norms
 from it3_lightning.mixin import IT3Mixin
-from it3_lightning.priors import ClassPrior
+from it3_lightning.priors import ClassPrior, ValuePrior
 from it3_lightning.selection import select
 
 
@@ -36,6 +36,9 @@ class Benchmark:
         streams: ``"equal"`` and ``"unequal"`` class frequencies.
         metric: key that the module's ``test_step`` logs; the score.
         percent: multiply scores by 100.
+        higher_is_better: whether a larger score is the better one; false for errors such as
+            ``"test_mae"``. Gains in the tables are improvements either way.
+        decimals: of scores and gains in the tables.
         rows: ``"main"``: each training's unadapted rows and the default objective; ``"all"``: also
             the published objective, the balance term and filtered entropy.
         recipe: settings that the rows share.
@@ -54,6 +57,8 @@ class Benchmark:
     streams: Sequence[str] = ("equal", "unequal")
     metric: str = "test_acc"
     percent: bool = True
+    higher_is_better: bool = True
+    decimals: int = 1
     rows: Literal["main", "all"] = "main"
     recipe: Recipe = field(default_factory=Recipe)
     joint: DualPass | None = None
@@ -88,7 +93,13 @@ class Benchmark:
         with quiet(), threads(self.threads):
             probe = with_priors(make_model())
             rows = self._rows(probe)
-            results = Results(self.metric, rows, about=about(self, probe, data, configuration))
+            results = Results(
+                self.metric,
+                rows,
+                about=about(self, probe, data, configuration),
+                higher_is_better=self.higher_is_better,
+                decimals=self.decimals,
+            )
             with Progress(len(self.seeds), len(rows) * len(self.streams)) as progress:
                 for seed in self.seeds:
                     settings = results.about["settings"]
@@ -97,7 +108,12 @@ class Benchmark:
         return results
 
     def _rows(self, model: IT3Mixin) -> list[Row]:
-        classes = isinstance(model.it3_prior, ClassPrior)
+        classes, distance = isinstance(model.it3_prior, ClassPrior), self.recipe.distance
+        if isinstance(model.it3_prior, ValuePrior) and distance not in ("l1", "l2"):
+            raise ValueError(
+                f"Expected recipe.distance l1 or l2 for a model of values, got {distance!r}, which "
+                "compares probabilities. Set benchmark.recipe.distance to one of the two."
+            )
         rows = rows_for(self.recipe, classes=classes, batch_norm=bool(batch_norms(model)))
         return [row for row in rows if row.main or self.rows == "all"]
 
