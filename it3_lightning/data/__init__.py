@@ -2,16 +2,21 @@
 
 from it3_lightning.data.cifar10 import CIFAR10DataModule
 from it3_lightning.data.contract import ShiftedData
+from it3_lightning.data.corruption_error import ALEXNET_ERRORS, mean_corruption_error
 from it3_lightning.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
 from it3_lightning.data.digits import DigitsDataModule
+from it3_lightning.data.image_files import ImageFiles
 from it3_lightning.data.image_set import ImageSet
+from it3_lightning.data.imagenet_c import ImageNetCDataModule
 from it3_lightning.data.images import Batch, Images
 from it3_lightning.data.mnist import FashionMNISTDataModule, MNISTDataModule
 from it3_lightning.data.sampling import unequal_stream
 from it3_lightning.data.shifted import ShiftedImages
 from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Shift
+from it3_lightning.data.utkface import UTKFaceDataModule
 
 __all__ = [
+    "ALEXNET_ERRORS",
     "CORRUPTIONS",
     "EXTRA_CORRUPTIONS",
     "SHIFTS",
@@ -21,11 +26,15 @@ __all__ = [
     "Corruption",
     "DigitsDataModule",
     "FashionMNISTDataModule",
+    "ImageFiles",
+    "ImageNetCDataModule",
     "ImageSet",
     "Images",
     "MNISTDataModule",
     "Shift",
     "ShiftedData",
     "ShiftedImages",
+    "UTKFaceDataModule",
+    "mean_corruption_error",
     "unequal_stream",
 ]

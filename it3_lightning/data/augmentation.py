@@ -6,7 +6,8 @@ workers inside the sample's index; every choice in the sample's view is a functi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Generator, Tensor
@@ -39,17 +40,15 @@ class DrawSampler(Sampler[int]):
         yield from (order + self.count * draws).tolist()
 
 
-class Augmented(Dataset[Batch]):
-    """Images, each changed at random as its draw says; a plain index stands for draw 0.
+class Views(Dataset[Batch], ABC):
+    """Random views of images, each as its draw says; a plain index stands for draw 0.
 
     Args:
         source: The images.
-        augment: Changes images ``(B, C, H, W)`` according to draws ``(B,)``, int64.
     """
 
-    def __init__(self, source: Images, augment: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, source: Images) -> None:
         self.source = source
-        self.augment = augment
 
     def __len__(self) -> int:
         return len(self.source)
@@ -61,9 +60,27 @@ class Augmented(Dataset[Batch]):
     def __getitems__(self, codes: list[int]) -> Batch:
         """Return a whole batch ``(B, C, H, W)`` and its labels."""
         pairs = [divmod(code, len(self)) for code in codes]
-        return self._views([row for _, row in pairs], [draw for draw, _ in pairs])
+        return self.views([row for _, row in pairs], [draw for draw, _ in pairs])
 
-    def _views(self, rows: list[int], draws: Sequence[int]) -> Batch:
+    @abstractmethod
+    def views(self, rows: list[int], draws: list[int]) -> Batch:
+        """Return a view of each of these samples, and their labels."""
+
+
+class Augmented(Views):
+    """Images, each changed at random.
+
+    Args:
+        source: The images.
+        augment: Changes images ``(B, C, H, W)`` according to draws ``(B,)``, int64.
+    """
+
+    def __init__(self, source: Images, augment: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(source)
+        self.augment = augment
+
+    def views(self, rows: list[int], draws: list[int]) -> Batch:
+        """Return changed images of these samples, and their labels."""
         images, labels = self.source.__getitems__(rows)
         return self.augment(images, torch.tensor(draws)), labels
 

@@ -1,12 +1,13 @@
-"""DataLoaders of image sets: whole batches, and no draw from the global random state."""
+"""DataLoaders that take whole batches and draw nothing from the global random state."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 
-from it3_lightning.data.augmentation import Augmented, DrawSampler
-from it3_lightning.data.images import Batch
+from it3_lightning.data.augmentation import DrawSampler, Views
+
+T = TypeVar("T")
 
 
 def whole_batch(batch: Any) -> Any:
@@ -15,24 +16,25 @@ def whole_batch(batch: Any) -> Any:
 
 
 def loader(
-    source: Dataset[Batch],
+    source: Dataset[T],
     batch_size: int,
     *,
     generator: Generator,
     shuffle: bool = False,
     num_workers: int = 0,
-) -> DataLoader[Batch]:
-    """Return a DataLoader with the usual samplers, so that a Trainer can distribute it.
+) -> DataLoader[T]:
+    """Return a DataLoader of a set that hands over whole batches (``__getitems__``).
 
-    Without a generator of its own, each pass over it would draw from the global random state.
-    Augmented images come with draws, from a sampler that a Trainer wraps to distribute it.
+    Its samplers are the usual ones, so that a Trainer can distribute it; random views come with
+    draws, from a sampler that a Trainer wraps. Without a generator of its own, each pass over it
+    would draw from the global random state.
     """
-    draws = isinstance(source, Augmented)
+    sampler = DrawSampler(len(source), generator) if isinstance(source, Views) else None
     return DataLoader(
         source,
         batch_size=batch_size,
-        shuffle=shuffle and not draws,
-        sampler=DrawSampler(len(source), generator) if isinstance(source, Augmented) else None,
+        shuffle=shuffle and sampler is None,
+        sampler=sampler,
         num_workers=num_workers,
         collate_fn=whole_batch,
         generator=generator,
