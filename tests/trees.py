@@ -113,3 +113,41 @@ def write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
     """Write one image (H, W, 3)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, "JPEG", quality=95)
+
+
+def face_name(age: int, number: int, end: str = ".jpg.chip.jpg") -> str:
+    """Return a name as the published ones are: age, gender, race, date and time."""
+    return f"{age}_{number % 2}_{number % 5}_201701{16_174_525_125 + number}{end}"
+
+
+def write_faces(folder: Path, ages: list[int], size: int = 40, end: str = ".jpg.chip.jpg") -> None:
+    """Write a face for each age; all are different images."""
+    for number, image in enumerate(pixels(len(ages), size, 5)):
+        write_jpeg(folder / face_name(ages[number], number, end), image)
+
+
+def image_name(number: int) -> str:
+    """Return the name of a validation image of ImageNet."""
+    return f"ILSVRC2012_val_{number:08}.JPEG"
+
+
+def write_imagenet(
+    root: Path, train: int = 6, val: int = 3, synsets: tuple[str, ...] = SYNSETS, size: int = 48
+) -> None:
+    """Write as many images for each synset into ``train`` and ``val``, no two alike."""
+    for part, count in (("train", train), ("val", val)):
+        images = iter(pixels(len(synsets) * count, size, count))
+        for row, synset in enumerate(synsets):
+            for number in range(count):
+                trained = f"{synset}_{number}.JPEG"
+                name = trained if part == "train" else image_name(10 * row + number)
+                write_jpeg(root / part / synset / name, next(images))
+
+
+def write_imagenet_c(root: Path, folder: Path, names: tuple[str, ...], size: int = 48) -> None:
+    """Write grey images of the names in ``val``: darker, the stronger the corruption."""
+    for name in names:
+        for severity in range(1, 6):
+            for image in sorted((root / "val").glob("*/*")):
+                grey = np.full((size, size, 3), 250 - 40 * severity, dtype=np.uint8)
+                write_jpeg(folder / name / str(severity) / image.parent.name / image.name, grey)

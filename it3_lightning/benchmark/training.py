@@ -46,10 +46,10 @@ def train_models(
 
     data.stream = "equal"
     ordinary = fresh("ordinary", "off")
-    if benchmark.ckpt_path is None:
-        benchmark.trainer(max_epochs=2 * benchmark.epochs).fit(ordinary, datamodule=data)
-    else:
+    if benchmark.ckpt_path is not None:
         load_source(ordinary, benchmark.ckpt_path)
+    elif not benchmark.pretrained:
+        benchmark.trainer(max_epochs=2 * benchmark.epochs).fit(ordinary, datamodule=data)
     joint = fresh("joint", "joint", benchmark.joint)
     benchmark.trainer(max_epochs=benchmark.epochs).fit(joint, datamodule=data)
     posthoc = fresh("post-hoc", "conditioning", DualPass.of(benchmark.posthoc, post_hoc=True))
