@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vision import SMALL_NETWORKS, vision_arguments
 
 from it3_lightning.cli import main
 from it3_lightning.selection import OWN
@@ -24,6 +25,8 @@ SMALL = [
 
 
 def root_arguments(config: str, images: Path) -> list[str]:
+    if config in SMALL_NETWORKS:
+        return vision_arguments(config, images)
     return [f"--data.root={images}"] if config != "digits" else []
 
 

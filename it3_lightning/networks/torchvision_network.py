@@ -20,7 +20,7 @@ class TorchvisionNetwork(nn.Module):
         num_classes: outputs ``C``. Where pretrained weights have another number, all but the last
             layer is taken from them.
         weights: name of pretrained weights, such as ``"DEFAULT"`` or ``"IMAGENET1K_V1"``, which
-            torchvision downloads once; ``None``: random weights.
+            torchvision downloads once; ``None``, or ``"none"`` on the command line: random weights.
         mean: of each channel in the training images; ImageNet's.
         std: standard deviation of the same.
 
@@ -60,7 +60,7 @@ class TorchvisionNetwork(nn.Module):
 
 def _built(name: str, num_classes: int, weights: str | None) -> nn.Module:
     """Return a network with as many outputs, its layers from the weights where these fit."""
-    if weights is None:
+    if weights is None or weights.lower() == "none":
         plain: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
         return plain
     known: Any = models.get_model_weights(name)
