@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import Tensor
 
 from it3_lightning.data import ImageSet
@@ -83,6 +84,21 @@ def test_views_are_new_in_every_epoch_and_repeat_with_the_seed() -> None:
     assert (ordered[0] != ordered[1]).flatten(1).any(1).sum() >= 9  # of 12, 1 in 50 by chance
     assert torch.equal(epochs(0)[1], second)
     assert not torch.equal(epochs(0, seed=1)[0], first)
+
+
+def test_processes_share_the_samples_of_an_epoch_and_their_draws() -> None:
+    ranks = [
+        DistributedSamplerWrapper(
+            DrawSampler(12, torch.Generator().manual_seed(0)), num_replicas=2, rank=rank
+        )
+        for rank in (0, 1)
+    ]
+    for _ in range(2):
+        first, second = (list(rank) for rank in ranks)
+        assert sorted(code % 12 for code in [*first, *second]) == list(range(12))
+    alone = DrawSampler(12, torch.Generator().manual_seed(0))
+    _, epoch = list(alone), list(alone)
+    assert sorted([*first, *second]) == sorted(epoch)
 
 
 def test_a_plain_index_gives_the_label_of_its_sample() -> None:

@@ -136,8 +136,8 @@ def test_no_weights_can_be_said_on_a_command_line() -> None:
 def test_a_prior_changes_what_a_network_predicts_and_no_prior_does_not(
     name: str, stem: Any, layer: str
 ) -> None:
-    size = {"image_size": 32} if "vit" in name else {}
-    network = TimmNetwork(name, num_classes=10, stem=stem, **size)
+    size = 32 if "vit" in name else None
+    network = TimmNetwork(name, num_classes=10, stem=stem, image_size=size)
     model = IT3Classifier(network, prior=ClassPrior(10), conditioning=FeatureInjection(layer))
     model.eval()
     plain = network(images())
@@ -155,7 +155,7 @@ def test_the_prior_of_ages_is_a_further_input_channel() -> None:
     model = IT3Regressor(network, prior=prior, conditioning=conditioning).eval()
     extra: Any = conditioning.extra["network-model-conv1"]
     nn.init.normal_(extra.weight, generator=torch.Generator().manual_seed(1))
-    first = network.model.get_submodule("conv1")
+    first: Any = network.model.get_submodule("conv1")
     wide = nn.Conv2d(5, 64, 7, stride=2, padding=3, bias=False)
     wide.weight.data = torch.cat([first.weight.data, extra.weight.data], dim=1)
     values = torch.tensor([1.5, 1.0]).view(1, 2, 1, 1).expand(2, 2, 32, 32)  # 45 years, present

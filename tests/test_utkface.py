@@ -73,12 +73,20 @@ MALFORMED = [
 ]
 
 
+def prepared(data: UTKFaceDataModule) -> list[Loader]:
+    """Do what a Trainer does for fitting and testing."""
+    data.prepare_data()
+    loaders = [data.train_dataloader()]
+    data.prepare_data()
+    return [*loaders, *data.test_dataloader()]
+
+
 def test_names_without_an_age_are_left_out_with_one_warning(root: Path) -> None:
     for name in MALFORMED:
         (root / "UTKFace" / name).write_bytes(b"never read")
     data = made(root)
     with pytest.warns(UserWarning, match=r"Left 7 of 67 images out .*, e\.g\. ") as caught:
-        loaders = [data.train_dataloader(), *data.test_dataloader()]
+        loaders = prepared(data)
     assert (len(caught), len(loaders)) == (1, 2)
     assert len(gather(data.test_dataloader()[0])[1]) == 12
 

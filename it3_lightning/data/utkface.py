@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -98,7 +99,12 @@ class UTKFaceDataModule(ShiftedImages):
 
     def load(self) -> tuple[ImageFiles, ImageFiles]:
         """Return the images to train and to test on, of the ages to train on."""
-        folder, names = utkface_files.find(Path(self.root))
+        folder, names, odd = utkface_files.find(Path(self.root))
+        if odd:
+            rank_zero_warn(
+                f"Left {len(odd)} of {len(names) + len(odd)} images out in {folder}: their names "
+                f"are not age_gender_race_datetime.jpg, e.g. {odd[0]}."
+            )
         decode: Decode = Resized(self.image_size)
         if self.in_memory:
             decode = InMemory(decode, [folder / name for name in names])

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 _NAME = re.compile(r"(\d{1,3})_[01]_[0-4]_\d+\s*\.jpg(\.chip\.jpg)?", re.IGNORECASE)
 
 
@@ -30,8 +28,8 @@ def age_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def find(root: Path) -> tuple[Path, list[str]]:
-    """Return the folder of the images and their paths in it, sorted, less those without an age.
+def find(root: Path) -> tuple[Path, list[str], list[str]]:
+    """Return the folder of the images, the paths in it that tell an age, and the others, sorted.
 
     Args:
         root: The folder, or the one that holds it as ``UTKFace``. The images lie in it, or in
@@ -44,7 +42,7 @@ def find(root: Path) -> tuple[Path, list[str]]:
     for folder in (root, root / "UTKFace"):
         names = _images(folder)
         if names:
-            return folder, _aged(folder, names)
+            return folder, *_aged(folder, names)
     raise FileNotFoundError(
         f"Expected images named like 25_0_1_20170116174525125.jpg in {root.resolve()}, in UTKFace "
         "of it, or in part1 to part3 of one of them, got none. Unpack UTKFace.tar.gz there, or set "
@@ -91,8 +89,8 @@ def _is_jpeg(file: Path) -> bool:
     return file.name.lower().endswith("jpg")
 
 
-def _aged(folder: Path, names: list[str]) -> list[str]:
-    """Return the names that hold an age; one warning counts the others."""
+def _aged(folder: Path, names: list[str]) -> tuple[list[str], list[str]]:
+    """Return the names that hold an age, and the others."""
     twice = [name for name, times in Counter(Path(n).name for n in names).items() if times > 1]
     if twice:
         raise ValueError(
@@ -106,9 +104,4 @@ def _aged(folder: Path, names: list[str]) -> list[str]:
             f"Expected names like 25_0_1_20170116174525125.jpg in {folder}, got {len(odd)} others, "
             f"e.g. {odd[0]}. The age is told by the name alone: keep the published names."
         )
-    if odd:
-        rank_zero_warn(
-            f"Left {len(odd)} of {len(names)} images out in {folder}: their names are not "
-            f"age_gender_race_datetime.jpg, e.g. {odd[0]}."
-        )
-    return kept
+    return kept, odd
