@@ -99,3 +99,20 @@ def test_without_the_package_the_error_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     with pytest.raises(ImportError, match=r"pip install 'it3_lightning\[vision\]'"):
         Corruption("fog", 1)(images())
+
+
+class NoDisplay:
+    """Fails as OpenCV does on a server without a display."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "imagecorruptions":
+            raise ImportError("libGL.so.1: cannot open shared object file")
+
+
+def test_without_a_display_the_error_names_the_package_for_servers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "imagecorruptions")
+    monkeypatch.setattr(sys, "meta_path", [NoDisplay(), *sys.meta_path])
+    with pytest.raises(ImportError, match=r"libGL.*and then: pip install opencv-python-headless"):
+        Corruption("fog", 1)(images())

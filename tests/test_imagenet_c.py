@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from it3_lightning.data import (
     ImageNetCDataModule,
     mean_corruption_error,
 )
+from it3_lightning.data.imagenet_files import synsets
 from it3_lightning.data.sampling import seeded
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
@@ -264,6 +266,16 @@ def test_made_corruptions_are_the_same_whatever_the_workers(root: Path) -> None:
     one, other = (made(root, shifts=shifts, num_workers=n, eval_batch_size=4 + n) for n in (0, 2))
     for first, second in zip(one.test_dataloader(), other.test_dataloader(), strict=True):
         assert torch.equal(gather(first)[0], gather(second)[0])
+
+
+@pytest.mark.parametrize("package", ["imagecorruptions", "timm.data.imagenet_info"])
+def test_a_missing_package_is_an_error_before_any_work(
+    root: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    synsets.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'it3_lightning\[vision\]'"):
+        made(root).prepare_data()
 
 
 def test_validation_images_can_be_corrupted_to_choose_settings(root: Path) -> None:

@@ -12,7 +12,12 @@ SMALL_IMAGES = ["--data.image_size=32", "--data.num_workers=0"]
 SMALL_SIZES = ["--data.train_size=24", "--data.val_size=8", "--data.test_size=12"]
 SMALL_NETWORKS = {
     "cifar10": [f"{NETWORK}.name=test_resnet", f"{LAYER}=network.model.layer2"],
-    "utkface": [f"{NETWORK}.weights=none", *SMALL_IMAGES],
+    "utkface": [
+        f"{NETWORK}.name=mobilenet_v3_small",
+        f"{NETWORK}.weights=none",
+        f"{LAYER}=network.model.features.0.0",
+        *SMALL_IMAGES,
+    ],
     "imagenet_c_resnet50": [
         f"{NETWORK}.name=mobilenet_v3_small",
         f"{NETWORK}.weights=none",

@@ -99,7 +99,7 @@ class Corruption:
                 "Expected colour images (B, 3, H, W) of at least 32 pixels a side, got "
                 f"{tuple(images.shape)}. Use larger images, or the library's own shifts."
             )
-        corrupt = _corrupt()
+        corrupt = corrupting()
         generator = generator or Generator().manual_seed(0)
         seeds = torch.randint(2**31, (len(images),), generator=generator).tolist()
         pixels = (images * 255).round().to(torch.uint8).movedim(1, -1).numpy()
@@ -112,8 +112,12 @@ class Corruption:
             return corrupt(pixels, severity=self.severity, corruption_name=self.name, **own)
 
 
-def _corrupt() -> Callable[..., _Pixels]:
-    """Return the package's function."""
+def corrupting() -> Callable[..., _Pixels]:
+    """Return the package's function.
+
+    Raises:
+        ImportError: The package, or what it needs, is not installed.
+    """
     try:
         from imagecorruptions import corrupt
     except ImportError as error:

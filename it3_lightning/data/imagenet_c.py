@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from it3_lightning.data.corruption_error import ALEXNET_ERRORS
-from it3_lightning.data.corruptions import CORRUPTIONS, Corruption
+from it3_lightning.data.corruptions import CORRUPTIONS, Corruption, corrupting
 from it3_lightning.data.decoding import CenterCropped
 from it3_lightning.data.image_files import ImageFiles
 from it3_lightning.data.imagenet_files import (
@@ -102,8 +102,10 @@ class ImageNetCDataModule(ShiftedImages):
         return ALEXNET_ERRORS if whole and self.corruptions == "files" else None
 
     def prepare_data(self) -> None:
-        """Refuse missing folders before any work; nothing is downloaded."""
+        """Refuse missing folders and packages before any work; nothing is downloaded."""
         self._check()
+        if self.corruptions == "made":
+            corrupting()
         for part in ("train", "val"):
             synset_folders(Path(self.root) / part)
         for name, severity in self._wanted().values() if self.corruptions == "files" else ():
