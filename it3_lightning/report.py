@@ -34,9 +34,14 @@ def headers(results: Results) -> list[str]:
     per_stream = [
         title
         for stream in results.streams
-        for title in (f"{stream}: clean", "shifts", "gain", "worst shift")
+        for title in (f"{stream}: clean", "shifts", "gain", "worst shift", *_error_title(results))
     ]
     return ["training", "at test time", *per_stream, "ms/sample"]
+
+
+def _error_title(results: Results) -> list[str]:
+    """Return the title of the mean corruption error, where there is a baseline for it."""
+    return [] if results.baseline_errors is None else ["mCE (lower is better)"]
 
 
 def line(results: Results, row: Row) -> list[str]:
@@ -44,11 +49,13 @@ def line(results: Results, row: Row) -> list[str]:
     cells, style = [row.training, row.name], f".{results.decimals}f"
     for stream in results.streams:
         gain, worst = results.gain(row, stream), results.worst(row, stream)
+        error = results.corruption_error(row, stream)
         cells += [
             format(results.clean(row, stream), style),
             format(results.shifted(row, stream), style),
             "" if gain is None else format(gain, f"+{style}"),
             "" if worst is None else f"{worst[1]:+{style}} {worst[0]}",
+            *([] if error is None else [format(error, style)]),
         ]
     time = results.milliseconds(row)
     return [*cells, f"{time:.2f}" if time >= 0.005 else ""]

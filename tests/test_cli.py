@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from vision import SMALL_NETWORKS, vision_arguments
 
 from it3_lightning.cli import main
 from it3_lightning.selection import OWN
@@ -27,6 +28,8 @@ SMALL = [
 
 
 def data_arguments(config: str, images: Path) -> list[str]:
+    if config in SMALL_NETWORKS:
+        return ["--data.shifts=[contrast]", *vision_arguments(config, images)]
     tables, root = images / "tables", f"--data.root={images}"
     return {
         "adult": [f"--data.root={tables / 'adult'}", "--data.shifts=[missing]"],

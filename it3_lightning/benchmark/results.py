@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from it3_lightning.benchmark.cell import Cell
 from it3_lightning.benchmark.rows import Row
+from it3_lightning.data import mean_corruption_error
+from it3_lightning.data.settings import SEVERITIES
 
 
 @dataclass(frozen=True)
@@ -38,32 +41,6 @@ class Record:
     adapted: int
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Mean over seeds and standard deviation over seeds (0 for one seed).
-
-    >>> print(Cell.of([1.0, 3.0]))
-    2.0 ± 1.4
-    """
-
-    mean: float
-    std: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Cell:
-        """Summarise one value per seed."""
-        numbers = list(values)
-        spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-        return cls(statistics.fmean(numbers), spread)
-
-    def __format__(self, spec: str) -> str:
-        """Write both numbers so; a sign in front of the mean alone."""
-        return f"{self.mean:{spec or '.1f'}} ± {self.std:{spec.lstrip('+') or '.1f'}}"
-
-    def __str__(self) -> str:
-        return f"{self}"
-
-
 @dataclass
 class Results:
     """All records of a benchmark, and what they were made with.
@@ -76,6 +53,7 @@ class Results:
         about: versions, settings, seeds.
         higher_is_better: whether a larger score is the better one; gains are improvements.
         decimals: of scores and gains in tables.
+        baseline_errors: see :class:`~it3_lightning.data.ShiftedData`.
     """
 
     metric: str
@@ -85,6 +63,7 @@ class Results:
     about: dict[str, Any] = field(default_factory=dict)
     higher_is_better: bool = True
     decimals: int = 1
+    baseline_errors: Mapping[str, float] | None = None
 
     @property
     def title(self) -> str:
@@ -143,6 +122,21 @@ class Results:
         sign = 1 if self.higher_is_better else -1
         return Cell.of(sign * (a - b) for a, b in zip(mine, theirs, strict=True))
 
+    def corruption_error(self, row: Row, stream: str) -> Cell | None:
+        """Return the mean corruption error over the severities 1 to 5 of every baseline error.
+
+        See :func:`~it3_lightning.data.mean_corruption_error`; ``None`` without a baseline.
+        """
+        if self.baseline_errors is None:
+            return None
+        scores = {
+            name: self.scores(row, stream, [f"{name}/{severity}" for severity in SEVERITIES])
+            for name in self.baseline_errors
+        }
+        by_seed = zip(*scores.values(), strict=True)
+        errors = [{n: 100 - s for n, s in zip(scores, seed, strict=True)} for seed in by_seed]
+        return Cell.of(mean_corruption_error(e, self.baseline_errors) for e in errors)
+
     def worst(self, row: Row, stream: str) -> tuple[str, float] | None:
         """Return the shift with the smallest gain over the baseline, mean over seeds."""
         gains = [
@@ -194,11 +188,12 @@ class Results:
     def _summary(self, row: Row) -> dict[str, Any]:
         summary: dict[str, Any] = {"training": row.training, "row": row.name}
         for stream in self.streams:
-            gain = self.gain(row, stream)
+            gain, error = self.gain(row, stream), self.corruption_error(row, stream)
             summary[stream] = {
                 "clean": asdict(self.clean(row, stream)),
                 "shifted": asdict(self.shifted(row, stream)),
                 "gain": None if gain is None else asdict(gain),
+                **({} if error is None else {"mean_corruption_error": asdict(error)}),
             }
         summary["ms_per_sample"] = self.milliseconds(row)
         return summary

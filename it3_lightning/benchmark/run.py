@@ -37,6 +37,8 @@ class Benchmark:
             many gradients.
         posthoc_epochs: of training the conditioning on the ordinary network.
         ckpt_path: an ordinary checkpoint to take instead of ordinary training.
+        pretrained: whether the model comes with trained weights: then ordinary training is left
+            out, and joint training starts from these weights.
         streams: ``"equal"`` and ``"unequal"`` class frequencies.
         metric: key that the module's ``test_step`` logs; the score.
         percent: multiply scores by 100.
@@ -58,6 +60,7 @@ class Benchmark:
     epochs: int = 6
     posthoc_epochs: int = 2
     ckpt_path: str | None = None
+    pretrained: bool = False
     streams: Sequence[str] = ("equal", "unequal")
     metric: str = "test_acc"
     percent: bool = True
@@ -103,6 +106,7 @@ class Benchmark:
                 about=about(self, probe, data, configuration),
                 higher_is_better=self.higher_is_better,
                 decimals=self.decimals,
+                baseline_errors=self._baseline_errors(data),
             )
             with Progress(len(self.seeds), len(rows) * len(self.streams)) as progress:
                 for seed in self.seeds:
@@ -112,6 +116,12 @@ class Benchmark:
                     results.separations += scores[1]
         results.save(Path(self.output))
         return results
+
+    def _baseline_errors(self, data: ShiftedData) -> dict[str, float] | None:
+        """Return the errors that those of an accuracy in per cent are compared with, if any."""
+        if data.baseline_errors is None or not (self.percent and self.higher_is_better):
+            return None
+        return dict(data.baseline_errors)
 
     def _rows(self, model: IT3Mixin) -> list[Row]:
         classes, distance = isinstance(model.it3_prior, ClassPrior), self.recipe.distance

@@ -1,9 +1,15 @@
 """Data modules that test on clean and on shifted samples, and the shifts themselves."""
 
 from it3_lightning.data.airfoils import AirfoilDataModule
+from it3_lightning.data.cifar10 import CIFAR10DataModule
 from it3_lightning.data.contract import ShiftedData
+from it3_lightning.data.corruption_error import ALEXNET_ERRORS, mean_corruption_error
+from it3_lightning.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
 from it3_lightning.data.digits import DigitsDataModule
-from it3_lightning.data.image_set import Batch, ImageSet
+from it3_lightning.data.image_files import ImageFiles
+from it3_lightning.data.image_set import ImageSet
+from it3_lightning.data.imagenet_c import ImageNetCDataModule
+from it3_lightning.data.images import Batch, Images
 from it3_lightning.data.mnist import FashionMNISTDataModule, MNISTDataModule
 from it3_lightning.data.sampling import unequal_stream
 from it3_lightning.data.self_noise import AirfoilSelfNoiseDataModule
@@ -20,8 +26,12 @@ from it3_lightning.data.tabular import (
     ShiftedTables,
     TabularShift,
 )
+from it3_lightning.data.utkface import UTKFaceDataModule
 
 __all__ = [
+    "ALEXNET_ERRORS",
+    "CORRUPTIONS",
+    "EXTRA_CORRUPTIONS",
     "SHIFTS",
     "TABULAR_SHIFTS",
     "TABULAR_TUNING_SHIFTS",
@@ -32,16 +42,23 @@ __all__ = [
     "Batch",
     "BostonDataModule",
     "BundledDataModule",
+    "CIFAR10DataModule",
     "CSVDataModule",
+    "Corruption",
     "CovertypeDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
+    "ImageFiles",
+    "ImageNetCDataModule",
     "ImageSet",
+    "Images",
     "MNISTDataModule",
     "Shift",
     "ShiftedData",
     "ShiftedImages",
     "ShiftedTables",
     "TabularShift",
+    "UTKFaceDataModule",
+    "mean_corruption_error",
     "unequal_stream",
 ]

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from it3_lightning.data.contract import ShiftedData
-from it3_lightning.data.image_set import loader
+from it3_lightning.data.loading import loader
 from it3_lightning.data.samples import Pool, Samples, deciles
 from it3_lightning.data.sampling import seeded, subset, unequal_stream
 from it3_lightning.data.settings import Split, Stream, check_choices, check_integer

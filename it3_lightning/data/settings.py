@@ -8,6 +8,8 @@ from it3_lightning.messages import unknown
 
 Stream = Literal["equal", "unequal"]
 Split = Literal["test", "validation"]
+Severity = int | Literal["all"]
+SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def check_integer(name: str, value: object, least: int, *, optional: bool = False) -> None:
@@ -39,16 +41,35 @@ def check_share(name: str, value: float) -> None:
 
 def check_shifts(
     shifts: Sequence[str],
-    severity: int,
-    shift: Callable[[str, int], object] = Shift,
+    severity: Severity,
+    change: Callable[[str, int], object] = Shift,
     *,
     example: str = "fog",
 ) -> None:
-    """Refuse an unknown or repeated shift, a single string, and a severity outside 1 to 5."""
+    """Refuse an unknown or repeated shift, a single string, and a severity outside 1 to 5.
+
+    Args:
+        shifts: Names.
+        severity: 1 to 5, or ``"all"``.
+        change: Makes a shift of a name and a severity, and refuses what it does not know.
+        example: Name of a shift that it knows.
+    """
     if isinstance(shifts, str) or len(set(shifts)) != len(shifts):
         raise ValueError(
             f"Expected shifts to be a list of different names, got {shifts!r}. "
             f'Write for example shifts=["{example}"].'
         )
     for name in [*shifts, example]:  # severity is checked though the list be empty
-        shift(name, severity)
+        change(name, SEVERITIES[0] if severity == "all" else severity)
+
+
+def check_corrupted(corruptions: str, known: Sequence[str], evaluate_on: Split) -> None:
+    """Refuse an unknown source of corruptions, and files of test images for validation."""
+    if corruptions not in known:
+        raise ValueError(unknown("source of corruptions", corruptions, known))
+    if corruptions == "files" and evaluate_on == "validation":
+        raise ValueError(
+            'Expected evaluate_on="test" with corruptions="files", got "validation": the published '
+            "files hold test images alone. To choose settings without these, set "
+            f"corruptions={' or '.join(repr(k) for k in known if k != 'files')}."
+        )

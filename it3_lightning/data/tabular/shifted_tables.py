@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch.utils.data import DataLoader
 
 from it3_lightning.data.contract import ShiftedData
-from it3_lightning.data.image_set import Batch, loader
+from it3_lightning.data.images import Batch
+from it3_lightning.data.loading import loader
 from it3_lightning.data.sampling import seeded
 from it3_lightning.data.settings import (
     Split,
