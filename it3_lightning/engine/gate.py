@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from it3_lightning.engine.evaluation import Evaluation, Evaluator
-from it3_lightning.engine.samples import taken
+from it3_lightning.engine.samples import divisible, taken
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.state import State
 
@@ -42,7 +42,7 @@ class Gate:
         before = evaluate.measured(inputs, state.anchor)
         evaluate.forget()
         within = before.objective.measure <= limit
-        alone = settings.norm_stats == "source"
+        alone = settings.norm_stats == "source" and divisible(inputs)
         rows = (~within).nonzero()[:, 0].tolist()
         movers = taken(inputs, rows) if alone and rows else inputs
         return cls(before, within, movers, alone and bool(rows))
