@@ -32,14 +32,21 @@ class Gate:
 
     @classmethod
     def of(
-        cls, limit: float, state: State, inputs: Any, evaluate: Evaluator, settings: Settings
+        cls,
+        limit: float,
+        state: State,
+        inputs: Any,
+        evaluate: Evaluator,
+        settings: Settings,
+        *,
+        at_source: bool,
     ) -> Gate:
-        """Measure a batch with the weights in place.
+        """Measure a batch with the weights in place; ``at_source``: both passes have the source's.
 
         Raises:
             Skip: an output is not finite.
         """
-        before = evaluate.measured(inputs, state.anchor)
+        before = evaluate.measured(inputs, state.anchor, at_source=at_source)
         evaluate.forget()
         within = before.objective.measure <= limit
         alone = settings.norm_stats == "source" and divisible(inputs)
