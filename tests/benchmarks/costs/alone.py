@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from costs.clock import Piece, side_by_side
 from costs.engines import LR, Ours
@@ -20,7 +22,7 @@ from costs.peer import Peer
 _FLOOR = "Scope batch against the passes it cannot do without, each timed alone"
 _GATE = "A gate that 95 % of clean samples stay under, against no gate"
 _MEMORY = "Memory at its peak beyond network and batch, scope batch"
-_QUANTILE = 0.95
+_SHARE = 0.95
 
 Scope = Literal["batch", "sample"]
 
@@ -29,19 +31,19 @@ def jobs(extent: Extent, device: torch.device) -> Iterator[Job]:
     """Yield every comparison that needs no peer."""
     entries: tuple[Entry, ...] = ("first", "late")
     scopes: tuple[Scope, ...] = ("batch", "sample")
+    sizes = 1, extent.batch
     for architecture in extent.networks:
         for entry in entries:
-            for size in (1, extent.batch):
+            for size in sizes:
                 label = f"floor: {architecture.name}, {entry}, batch {size}"
                 yield Job(label, partial(_floor, extent, architecture, entry, size, device))
     for architecture in extent.networks:
         for scope in scopes:
             label = f"gate: {architecture.name}, scope {scope}"
             yield Job(label, partial(_gate, extent, architecture, scope, device))
-    for size in (1, extent.batch):
-        architecture = extent.networks[-1]
-        label = f"memory: {architecture.name}, batch {size}"
-        yield Job(label, partial(_memory, architecture, size, device))
+    for size in sizes:
+        label = f"memory: {extent.large.name}, batch {size}"
+        yield Job(label, partial(_memory, extent.large, size, device))
 
 
 def _floor(
@@ -49,85 +51,84 @@ def _floor(
 ) -> list[Item]:
     subject = Subject.of(architecture, entry, device)
     images = subject.images(size)
-    ours, floor = Ours(subject), Floor(subject, images)
-    times = side_by_side([Piece("ours", lambda _: ours(images)), *floor.pieces()], extent.plan)
+    pieces = [Piece("ours", Ours(subject), lambda: images), *Floor(subject, images).pieces()]
+    times = side_by_side(pieces, extent.plan)
     parts = ", ".join(f"{name} {times.milliseconds(name):.3g}" for name in (*PARTS, UPDATE))
-    return [
-        Row(
-            section=_FLOOR,
-            case=f"{subject.name}, batch {size}",
-            against="its passes",
-            ours=times.milliseconds("ours"),
-            other=times.milliseconds(*PARTS),
-            ratio=times.ratio(["ours"], PARTS),
-            required=Required(1.1, at_most=True),
-            quartiles=times.spread(["ours"], PARTS),
-            rounds=times.rounds,
-            running=times.running,
-            with_update=times.ratio(["ours"], [*PARTS, UPDATE]),
-            note=f"ms: {parts}",
-        )
-    ]
+    row = Row.timed(
+        times,
+        section=_FLOOR,
+        case=f"{subject.name}, batch {size}",
+        against="its passes",
+        ours=["ours"],
+        other=PARTS,
+        required=Required(1.1, at_most=True),
+        note=f"ms: {parts}",
+    )
+    return [replace(row, with_update=times.ratio(["ours"], [*PARTS, UPDATE]))]
 
 
 def _gate(
     extent: Extent, architecture: Architecture, scope: Scope, device: torch.device
 ) -> list[Item]:
     subject = Subject.of(architecture, "first", device)
-    norm = scope == "sample" and architecture.name != "small CNN"
-    parameters = "norm" if norm else "all"
+    norm = scope == "sample" and architecture is extent.large
     batches = [subject.images(extent.batch, seed=1 + i) for i in range(extent.gated)]
-    still = Ours(subject, steps=0, measure=True).adapt(subject.images(extent.calibration))
-    assert still.distance_source is not None
-    gate = still.distance_source.quantile(_QUANTILE).item()
-    open_, gated = (
-        Ours(subject, scope=scope, parameters=parameters, gate=limit) for limit in (None, gate)
-    )
-    share = _moving(gated, batches)
+    limit = _quantile(subject, extent.calibration)
+    engines = {
+        name: Ours(subject, scope=scope, parameters="norm" if norm else "all", gate=gate)
+        for name, gate in (("gated", limit), ("open", None))
+    }
+    share = _moving(engines["gated"], batches)
     pieces = [
-        Piece(name, lambda _, run=run: [run(images) for images in batches], per=len(batches))  # type: ignore[misc]
-        for name, run in (("gated", gated), ("open", open_))
+        Piece(name, partial(_each, run), lambda: batches, len(batches))
+        for name, run in engines.items()
     ]
-    times = side_by_side(pieces, extent.plan)
     what = "norm layers" if norm else "all weights"
     return [
-        Row(
+        Row.timed(
+            side_by_side(pieces, extent.plan),
             section=_GATE,
             case=f"{subject.name}, {what}, scope {scope}, {extent.batch} samples",
             against="no gate",
-            ours=times.milliseconds("gated"),
-            other=times.milliseconds("open"),
-            ratio=times.ratio(["gated"], ["open"]),
+            ours=["gated"],
+            other=["open"],
             required=Required(0.5, at_most=True),
-            quartiles=times.spread(["gated"], ["open"]),
-            rounds=times.rounds,
-            running=times.running,
             note=f"{share:.1%} of the samples lie beyond the gate",
         )
     ]
 
 
-def _moving(gated: Ours, batches: list[torch.Tensor]) -> float:
+def _quantile(subject: Subject, number: int) -> float:
+    """Return the distance that a share of images that are not timed stay under."""
+    still = Ours(subject, steps=0, measure=True).adapt(subject.images(number))
+    assert still.distance_source is not None
+    return still.distance_source.quantile(_SHARE).item()
+
+
+def _moving(gated: Ours, batches: Sequence[Tensor]) -> float:
     """Return the share of samples that the gate lets adapt."""
     within = [gated.adapt(images).gated for images in batches]
     return 1 - torch.cat([mask for mask in within if mask is not None]).float().mean().item()
 
 
+def _each(run: Ours, batches: Sequence[Tensor]) -> list[Tensor]:
+    return [run(images) for images in batches]
+
+
 def _memory(architecture: Architecture, size: int, device: torch.device) -> list[Item]:
     subject = Subject.of(architecture, "first", device)
-    images, floor_images = subject.images(size), subject.images(size)
-    module = subject.conditioned
-    there = [*module.parameters(), *module.buffers(), images, floor_images]
-    floor = Floor(subject, floor_images)
+    images, module = subject.images(size), subject.conditioned
+    floor = Floor(subject, images)
+    there = [*module.parameters(), *module.buffers(), images]
     weights = sum(p.numel() * p.element_size() for p in module.net.parameters())
     limit = 2 * weights + kept_bytes(floor.loss, there)
     floor.gradients(floor.loss())
     ours = peak_bytes(partial(Ours(subject), images), there)
-    layer = architecture.layer("first")
-    peer = Peer(subject.plain, layer, images, steps=1, lr=LR)
+    peer = Peer(subject.plain, architecture.first, images, steps=1, lr=LR)
     peer(images)
-    plain = [*subject.plain.parameters(), *subject.plain.buffers(), images]
-    theirs = peak_bytes(partial(peer, images), plain)
+    theirs = peak_bytes(
+        partial(peer, images), [*subject.plain.parameters(), *subject.plain.buffers(), images]
+    )
     bounds = (
         ("2 x weights + activations", limit, Required(1.0, at_most=True)),
         ("torch-ttt", theirs, None),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from costs.engines import LR, Ours
 from costs.extent import Extent, large_networks
 from costs.items import Axis, Item, Job, Point
 from costs.networks import Architecture, Subject, small_cnn
-from costs.peer import Peer
+from costs.peer import Peer, one_by_one
 
 ENGINES = ("scope batch", "torch-ttt", "scope sample", "torch-ttt, one by one")
 _AT = 16  # samples where it is something else that varies
@@ -33,10 +32,8 @@ class _Place:
 
 def jobs(extent: Extent, device: torch.device) -> Iterator[Job]:
     """Yield every curve."""
-    networks = extent.networks
-    if device.type == "cuda":
-        networks = (*networks, *large_networks())
-    for network in networks:
+    on_gpu = large_networks() if device.type == "cuda" else ()
+    for network in (*extent.networks, *on_gpu):
         sizes = [_Place(n, network, n, 1) for n in extent.batches]
         steps = [_Place(n, network, min(_AT, extent.batch), n) for n in extent.steps]
         yield _job(extent, device, "batch size", sizes)
@@ -57,9 +54,10 @@ def _curve(extent: Extent, device: torch.device, axis: Axis, places: list[_Place
     last: dict[str, tuple[int, float]] = {}
     for place in places:
         subject = Subject.of(place.architecture, "first", device)
+        images = subject.images(place.samples)
         pieces = [
-            Piece(name, run)
-            for name, run in _engines(subject, place).items()
+            Piece(name, run, lambda images=images: images)  # type: ignore[misc]
+            for name, run in _engines(subject, place.steps).items()
             if _expected(last, name, place.at) <= extent.affordable
         ]
         last = {}
@@ -73,18 +71,12 @@ def _curve(extent: Extent, device: torch.device, axis: Axis, places: list[_Place
     return points
 
 
-def _engines(subject: Subject, place: _Place) -> Mapping[str, Callable[[Any], object]]:
-    images = subject.images(place.samples)
+def _engines(subject: Subject, steps: int) -> dict[str, Callable[[Tensor], object]]:
+    """Return what takes a batch, by name."""
     layer = subject.architecture.layer(subject.entry)
-    peer = Peer(subject.plain, layer, subject.images(1), steps=place.steps, lr=LR)
-    batch, sample = (Ours(subject, scope=s, steps=place.steps) for s in ("batch", "sample"))
-    single: list[Tensor] = list(images.split(1))  # type: ignore[no-untyped-call]
-    runs: tuple[Callable[[Any], object], ...] = (
-        lambda _: batch(images),
-        lambda _: peer(images),
-        lambda _: sample(images),
-        lambda _: [peer(image) for image in single],
-    )
+    peer = Peer(subject.plain, layer, subject.images(1), steps=steps, lr=LR)
+    batch, sample = (Ours(subject, scope=scope, steps=steps) for scope in ("batch", "sample"))
+    runs: tuple[Callable[[Tensor], object], ...] = batch, peer, sample, partial(one_by_one, peer)
     return dict(zip(ENGINES, runs, strict=True))
 
 

@@ -16,10 +16,11 @@ class Extent:
     Args:
         name: in the results.
         plan: rounds of each comparison.
-        networks: in all comparisons.
-        extra: further networks, in the comparison of scope ``"batch"`` with the peer.
+        small: a small network.
+        large: a large one, with norm layers.
+        extra: further ones, in the comparison of scope ``"batch"`` with the peer.
         batch: size of a large batch.
-        few: samples that adapt all weights of a ResNet by themselves.
+        few: samples that adapt all weights of the large network by themselves.
         gated: number of batches that pass the gate.
         calibration: number of samples that its threshold is taken from.
         curves: rounds of each point of a curve.
@@ -31,7 +32,8 @@ class Extent:
 
     name: str
     plan: Plan
-    networks: tuple[Architecture, ...]
+    small: Architecture
+    large: Architecture
     extra: tuple[Architecture, ...]
     batch: int
     few: int
@@ -43,6 +45,11 @@ class Extent:
     widths: tuple[int, ...]
     affordable: float = 2.0
 
+    @property
+    def networks(self) -> tuple[Architecture, Architecture]:
+        """The two that all comparisons are made on."""
+        return self.small, self.large
+
     def by_cpu_time(self) -> Extent:
         """Return the same, timed by the seconds that the process runs."""
         plan, curves = (replace(p, clock=time.process_time) for p in (self.plan, self.curves))
@@ -52,7 +59,8 @@ class Extent:
 FULL = Extent(
     name="full",
     plan=Plan(seconds=4.0, least=3, most=300),
-    networks=(small_cnn(), resnet18()),
+    small=small_cnn(),
+    large=resnet18(),
     extra=(resnet18(cifar=True),),
     batch=64,
     few=16,
@@ -67,7 +75,8 @@ FULL = Extent(
 QUICK = Extent(
     name="quick: too small to judge by",
     plan=Plan(seconds=0.2, least=2, most=20),
-    networks=(small_cnn(), resnet18()),
+    small=small_cnn(),
+    large=resnet18(),
     extra=(),
     batch=8,
     few=2,

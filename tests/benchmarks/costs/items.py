@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from costs.clock import Times
+
 Axis = Literal["batch size", "steps", "parameters"]
 
 
@@ -61,6 +63,46 @@ class Row:
     running: float = 1.0
     with_update: float | None = None
     note: str = ""
+
+    @classmethod
+    def timed(
+        cls,
+        times: Times,
+        *,
+        section: str,
+        case: str,
+        against: str,
+        ours: Sequence[str],
+        other: Sequence[str],
+        required: Required,
+        note: str = "",
+    ) -> Row:
+        """Return a row of times: ours over the other's where it may be at most so much, or back.
+
+        Args:
+            times: of all pieces.
+            section: see :class:`Row`, as all others.
+            case: what is timed.
+            against: what it is compared with.
+            ours: names of the pieces that are ours, to be summed.
+            other: the same of what they are compared with.
+            required: of the ratio.
+            note: what else there is to say.
+        """
+        above, below = (ours, other) if required.at_most else (other, ours)
+        return cls(
+            section=section,
+            case=case,
+            against=against,
+            ours=times.milliseconds(*ours),
+            other=times.milliseconds(*other),
+            ratio=times.ratio(above, below),
+            required=required,
+            quartiles=times.spread(above, below),
+            rounds=times.rounds,
+            running=times.running,
+            note=note,
+        )
 
     @property
     def verdict(self) -> Literal["ok", "missed", ""]:

@@ -45,3 +45,9 @@ class Peer:
         counting.remove()
         weights = sum(p.numel() for p in self._network.parameters() if p.requires_grad)
         return weights, len(forwards), self._steps, 0
+
+
+def one_by_one(peer: Peer, images: Tensor) -> list[Tensor]:
+    """Return logits of each image by itself, each from weights of its own."""
+    singles: tuple[Tensor, ...] = images.split(1)  # type: ignore[no-untyped-call]
+    return [peer(single) for single in singles]
