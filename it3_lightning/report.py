@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import html
-import io
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from it3_lightning.benchmark import Results, Row
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-th { border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom; }
-tr.first td { border-top: 1px solid var(--line); }
-tr:hover { background: var(--soft); }
-.wide { overflow-x: auto; } .plot svg { width: 100%; height: auto; background: #fff; }
-pre { background: var(--soft); overflow-x: auto; padding: .8rem; }
-"""
+from it3_lightning.display import document, fitting, svg
 
 _TOLD = "Telling shifted from clean samples: area under the ROC curve, in percent; 50 is chance."
 
@@ -112,10 +97,7 @@ def _as_markdown(rows: list[list[str]]) -> str:
 def show(results: Results, folder: Path) -> None:
     """Print the table and write ``table.md`` and ``page.html`` into the folder."""
     shown = table(results)
-    console = Console()
-    needed = Console(width=400).measure(shown).maximum
-    if needed > console.width:
-        console = Console(width=needed)  # a table that wraps cannot be read
+    console = fitting(shown)
     console.print(shown)
     parts = [f"{results.title}; a gain is an improvement.", markdown(results)]
     parts += [f"Gain by shift, {s} classes:\n\n{by_shift(results, s)}" for s in results.streams]
@@ -141,16 +123,15 @@ def page(results: Results) -> str:
     if told := separation(results):
         plots += f"<h2>{_TOLD}</h2><div class=wide>{_as_html(told)}</div>"
     about = html.escape("\n".join(f"{k}: {v}" for k, v in _facts(results).items()))
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width'><title>IT3 benchmark</title>"
-        f"<style>{_STYLE}</style><h1>IT3 benchmark: {html.escape(results.title)}</h1>"
+    return document(
+        "IT3 benchmark",
+        f"<h1>IT3 benchmark: {html.escape(results.title)}</h1>"
         f"<p>Mean ± standard deviation over seeds {results.seeds}. <em>shifts</em>: mean over "
         f"{', '.join(s for s in results.shifts if s != 'clean')}. <em>gain</em>: the "
         "improvement over the same model with batch statistics (its source where it has no "
         "BatchNorm), on the mean of the shifts; <em>worst shift</em>: the smallest such gain.</p>"
         f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
-        f"</div>{plots}<h2>Made with</h2><pre>{about}</pre></html>"
+        f"</div>{plots}<h2>Made with</h2><pre>{about}</pre>",
     )
 
 
@@ -193,6 +174,4 @@ def _plot(results: Results, stream: str) -> str:
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    text = io.StringIO()
-    figure.savefig(text, format="svg")
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    return svg(figure)
