@@ -7,6 +7,7 @@ is computed with weights adapted to each sample, and answered in the structure t
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,6 @@ from it3_lightning.engine import Adaptation, Settings
 from it3_lightning.host import normal
 from it3_lightning.protocols import IT3Module
 from it3_lightning.questions import Answers, Question, same
-from it3_lightning.returned import taken_apart
 from it3_lightning.standing_in import stood_in, told_of_calls
 
 _NEVER_ASKED = """{step} of {name} never called self(...), so nothing of it saw the adapted weights.
@@ -73,7 +73,7 @@ class Answering:
         self.adapter = self._answers.adapter
         ids = {id(parameter) for parameter in self.adapter.selected.values()}
         self._adapting = {
-            owner: name
+            id(owner): name  # the hash of a metric changes with its state
             for name, owner in module.named_modules()
             if any(id(parameter) in ids for parameter in owner.parameters(recurse=False))
         }
@@ -85,38 +85,29 @@ class Answering:
             MisconfigurationException: the step never calls the module.
             ValueError: it calls it with another number of samples.
         """
-        asking = _Asking(self._module, self._answers, normal(inputs), self._beside)
+        asking = _Asking(self._module, self._answers, normal(inputs))
         with asking.listening():
             output = step()
         if not asking.answered:
             raise MisconfigurationException(_NEVER_ASKED.format(**self._names))
+        layers = [self._adapting[id(m)] for m in asking.called if id(m) in self._adapting]
+        if layers:
+            rank_zero_warn(_BESIDE.format(**self._names, layer=layers[0]))
+            self._adapting = {}  # once is enough
         return output, asking.adaptation
-
-    def _beside(self, module: nn.Module) -> None:
-        """Warn, once, where the step runs adapting weights by itself."""
-        if module in self._adapting:
-            layer = self._adapting[module]
-            self._adapting = {}
-            rank_zero_warn(_BESIDE.format(**self._names, layer=layer))
 
 
 class _Asking:
     """What a step asks while it runs, and what it was answered."""
 
-    def __init__(
-        self,
-        module: LightningModule,
-        answers: Answers,
-        inputs: Any,
-        beside: Callable[[nn.Module], None],
-    ) -> None:
+    def __init__(self, module: LightningModule, answers: Answers, inputs: Any) -> None:
         self._module = module
         self._answers = answers
         self._inputs = inputs
-        self._beside = beside
         self._priors: list[Tensor | None] = []  # given by the step, innermost last
         self._stack = ExitStack()
         self.answered: list[tuple[Any, Any, Adaptation]] = []
+        self.called: list[nn.Module] = []  # modules that the step ran by itself
 
     @property
     def adaptation(self) -> Adaptation:
@@ -138,7 +129,7 @@ class _Asking:
         if "torch._dynamo" in sys.modules:  # a compiled step runs it as it is
             forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         self._stack.enter_context(stood_in(self._module, forward=forward, it3_given=self.given))
-        self._stack.enter_context(told_of_calls(self._beside))
+        self._stack.enter_context(told_of_calls(self.called.append))
 
     @contextmanager
     def given(self, prior: Tensor | None) -> Iterator[None]:
@@ -156,17 +147,11 @@ class _Asking:
         question = Question(self._inputs, *normal((args, kwargs, prior)))
         for former, answer, _ in self.answered:
             if same(former, (question[1:], given)):
-                return _cloned(answer)
+                return copy.deepcopy(answer)  # the step may write into it
         self._stack.close()
         try:
             answer, adaptation = self._answers.to(question, given=given)
         finally:
             self._listen()
         self.answered.append(((question[1:], given), answer, adaptation))
-        return _cloned(answer)
-
-
-def _cloned(answer: Any) -> Any:
-    """Copy an answer, so that what a step writes into it stays with that step."""
-    leaves, rebuild = taken_apart(answer)
-    return rebuild([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        return copy.deepcopy(answer)

@@ -121,7 +121,7 @@ class IT3TestTimeCallback(GatedGuest):
         check_trainer(trainer, pl_module, self.settings, self.independent_ranks)
         settings, name = self.gated(pl_module), STEPS[stage]
         runner: Runner
-        if settings.scope == "batch":
+        if settings.scope == "batch" or settings.steps == 0:
             adapter = adapter_of(pl_module, host, settings)
             runner = WholeBatch(pl_module, host, adapter, self.prediction)
         else:

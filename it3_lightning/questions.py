@@ -46,7 +46,7 @@ class Answers:
     Args:
         module: whose ``forward``.
         host: the same, as what predicts with a prior.
-        settings: how to adapt, with scope ``"sample"``.
+        settings: how to adapt, in at least one step for each sample.
         second: whether a call that gives no prior sees the first prediction as its prior.
 
     Raises:
@@ -60,7 +60,6 @@ class Answers:
         self._module = module
         self._host = host
         self._second = second
-        self._adapts = settings.steps > 0
 
     def to(self, question: Question, *, given: bool) -> tuple[Any, Adaptation]:
         """Return what ``forward`` returns with each sample's weights, and their adaptation.
@@ -86,7 +85,7 @@ class Answers:
                     outputs = self._host.predict_with(asked.inputs, None)
                     prior = self._host.it3_prior.from_output(outputs) if second else asked.prior
                     value = self._called(asked, prior)
-            returned.append(Returned(value, self._samples(asked)))
+            returned.append(Returned(value, _samples(asked)))
             returned[0].check(returned[-1])
             return outputs, returned[-1].tensors
 
@@ -142,11 +141,6 @@ class Answers:
         with nullcontext() if prior is None else self._host.it3_given(prior):
             return self._module.forward(*asked.args, **asked.kwargs)
 
-    def _samples(self, asked: Question) -> int | None:
-        """Return how many samples there are, where the first dimension must have as many."""
-        graphs = any(hasattr(leaf, "num_graphs") for leaf in tree_leaves(asked.inputs))
-        return batch_size(asked.inputs) if self._adapts and not graphs else None
-
     def _in_precision(
         self, tensors: list[Tensor], question: Question, answer: Callable[[Question], Any]
     ) -> list[Tensor]:
@@ -163,6 +157,12 @@ class Answers:
 
 class _Reached(BaseException):
     """The ``forward`` of a module was reached; carries its arguments."""
+
+
+def _samples(asked: Question) -> int | None:
+    """Return how many samples there are, or ``None``: outputs of graphs may be those of nodes."""
+    graphs = any(hasattr(leaf, "num_graphs") for leaf in tree_leaves(asked.inputs))
+    return None if graphs else batch_size(asked.inputs)
 
 
 def same(a: Any, b: Any) -> bool:

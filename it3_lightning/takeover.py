@@ -61,7 +61,7 @@ def adapting(step: Step, host: IT3Module, runner: Runner, record: Record) -> Ste
 
 
 class WholeBatch:
-    """Runs a step of scope ``"batch"``: the adapted weights are in place meanwhile.
+    """Runs a step of scope ``"batch"``, or of no steps: its weights are in place meanwhile.
 
     Args:
         module: whose step runs.
