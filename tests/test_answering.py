@@ -1,10 +1,8 @@
 """Scope ``"sample"``: what a step asks by ``self(...)`` is answered with each sample's weights."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +57,11 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
 
 
+def ones(x: Tensor) -> list[Tensor]:
+    """Each sample in a batch of its own."""
+    return [x[index : index + 1] for index in range(len(x))]
+
+
 def called(model: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a module's forward with other weights, in evaluation mode."""
     return functional_call(model.eval(), weights, args, kwargs)
@@ -73,7 +76,7 @@ def own_weights(model: Any, **settings: Any) -> list[dict[str, Tensor]]:
 
     records = adapt_stream(
         model,
-        samples()[0].split(1),
+        ones(samples()[0]),
         predict=predict,
         to_label=lambda y: y.softmax(1),
         lr=0.05,
@@ -118,164 +121,6 @@ def test_distances_are_those_of_samples_that_come_alone(prediction: Any) -> None
     close(callback.summary.distances[0], single.summary.distances[0])
     adapted = single.summary.distance_adapted
     assert callback.summary.distance_adapted == pytest.approx(adapted, abs=1e-9)
-
-
-# The structure that forward returns
-
-
-class Pair(NamedTuple):
-    logits: Tensor
-    features: Tensor
-
-
-@dataclass
-class Output:
-    logits: Tensor
-    extra: dict[str, Tensor]
-    name: str = "toy"
-
-
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    logits: Tensor
-    pair: Pair
-
-
-class Result(Mapping[str, Tensor]):
-    """A mapping of its own."""
-
-    def __init__(self, **items: Tensor) -> None:
-        self.items_ = items
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.items_[key]
-
-    def __setitem__(self, key: str, value: Tensor) -> None:
-        self.items_ = {**self.items_, key: value}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.items_)
-
-    def __len__(self) -> int:
-        return len(self.items_)
-
-
-STRUCTURES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
-    "dict": (lambda y: {"logits": y, "label": y.argmax(1)}, lambda r: r["logits"]),
-    "ordered": (lambda y: OrderedDict(b=y.exp(), a=y), lambda r: r["a"]),
-    "tuple": (lambda y: (y, [y.exp(), None], "name"), lambda r: r[0]),
-    "named tuple": (lambda y: Pair(y, y.exp()), lambda r: r.logits),
-    "dataclass": (lambda y: Output(y, {"exp": y.exp()}), lambda r: r.logits),
-    "frozen": (lambda y: Frozen(y, Pair(y.exp(), y[:, :1])), lambda r: r.logits),
-    "mapping": (lambda y: Result(logits=y, half=y / 2), lambda r: r["logits"]),
-    "halves": (lambda y: {"y": y, "half": y.bfloat16(), "big": y.argmax(1)}, lambda r: r["y"]),
-}
-
-
-def structured(name: str) -> tuple[Any, list[Any]]:
-    make, pick = STRUCTURES[name]
-
-    class Structured(IT3Net):
-        def forward(self, x: Tensor) -> Any:
-            return make(super().forward(x))
-
-        def it3_forward(self, inputs: Any) -> Tensor:
-            return pick(self(inputs))
-
-        def predict_step(self, batch: Batch, batch_idx: int) -> int:  # type: ignore[override]
-            kept.append(self(batch[0]))
-            return batch_idx
-
-    kept: list[Any] = []
-    return net(Structured), kept
-
-
-def tensors(value: Any) -> list[Any]:
-    """What is in a structure, depth first."""
-    if isinstance(value, Tensor | str | None):
-        return [value]
-    if isinstance(value, Mapping):
-        value = [item for pair in value.items() for item in pair]
-    elif not isinstance(value, tuple | list):
-        value = [getattr(value, field) for field in value.__dataclass_fields__]
-    return [leaf for item in value for leaf in tensors(item)]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", STRUCTURES)
-def test_answer_has_the_structure_and_types_that_forward_returns(name: str, backend: str) -> None:
-    make, pick = STRUCTURES[name]
-    model, answers = structured(name)
-    together(model, each(backend))
-    for answer, expected in zip(answers, alone(net()).split(4), strict=True):
-        close(pick(answer), expected)
-        built = make(pick(answer))
-        assert type(answer) is type(built)
-        for leaf, same in zip(tensors(answer), tensors(built), strict=True):
-            if isinstance(same, Tensor):
-                assert leaf.dtype == same.dtype
-                torch.testing.assert_close(leaf, same, rtol=0, atol=1e-9)
-                assert not leaf.requires_grad
-            else:
-                assert leaf == same
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_scalar_in_the_answer_is_the_mean_over_the_samples(backend: str) -> None:
-    class WithLoss(IT3Net):
-        def forward(self, x: Tensor) -> Any:
-            logits = super().forward(x)
-            return {"logits": logits, "penalty": logits.square().mean(), "two": torch.tensor(2)}
-
-        def it3_forward(self, inputs: Any) -> Tensor:
-            logits: Tensor = self(inputs)["logits"]
-            return logits
-
-    for answer in together(net(WithLoss), each(backend)):
-        assert answer["penalty"].shape == ()
-        close(answer["penalty"], answer["logits"].square().mean())
-        assert torch.equal(answer["two"], torch.tensor(2))
-    source = together(net(WithLoss), each(steps=0))
-    plain: Any = quiet().predict(net(WithLoss), loader())
-    for ours, theirs in zip(source, plain, strict=True):
-        assert torch.equal(ours["penalty"], theirs["penalty"])
-
-
-def returning(make: Callable[[Tensor, Any], Any]) -> Any:
-    class Returning(IT3Net):
-        def forward(self, x: Tensor) -> Any:
-            logits = super().forward(x)
-            return logits, make(logits, self)
-
-        def it3_forward(self, inputs: Any) -> Tensor:
-            logits: Tensor = self(inputs)[0]
-            return logits
-
-    return net(Returning)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda y, m: m.net.head.weight, ValueError, r"shape \(3, 8\) for 1 sample"),
-        (lambda y, m: torch.distributions.Normal(y, 1.0), TypeError, "returned a Normal, of which"),
-        (lambda y, m: y.detach().sum().item(), ValueError, "differs outside of tensors, such as"),
-        (
-            lambda y, m: (100 * y).sum().long(),
-            ValueError,
-            "an integer without a dimension of samples",
-        ),
-    ],
-    ids=["weights", "distribution", "number", "integer"],
-)
-def test_answer_that_cannot_be_told_by_sample_is_refused(
-    make: Any, error: type[Exception], message: str
-) -> None:
-    model = returning(make)
-    with pytest.raises(error, match=message):
-        together(model, each())
-    assert {"predict_step", "forward", "it3_given"} & set(vars(model)) == set()
-    together(model, each(steps=0))  # then it is all the module's own
 
 
 # What a step may ask
@@ -356,7 +201,7 @@ def test_other_inputs_are_answered_with_weights_adapted_to_those_of_the_batch(
     )
     answers = together(model, each(backend, parameters=parameters))
     views, plain = (torch.cat(parts) for parts in zip(*answers, strict=True))
-    for index, (x, own) in enumerate(zip(samples()[0].split(1), weights, strict=True)):
+    for index, (x, own) in enumerate(zip(ones(samples()[0]), weights, strict=True)):
         close(views[index], called(model, own, VIEWS[view](x))[0])
         close(plain[index], called(model, own, x)[0])
 
@@ -369,7 +214,7 @@ def test_inputs_changed_in_place_are_other_inputs() -> None:
     model = asking(ask)
     weights = own_weights(model)
     answers = torch.cat(together(model, each()))
-    for index, (x, own) in enumerate(zip(samples()[0].split(1), weights, strict=True)):
+    for index, (x, own) in enumerate(zip(ones(samples()[0]), weights, strict=True)):
         close(answers[index], called(model, own, x - 0.5)[0])
 
 
@@ -394,7 +239,7 @@ def test_inputs_that_it3_inputs_prepares_cost_no_pass_of_their_own() -> None:
 def test_second_prediction_of_other_inputs_sees_the_first_of_the_batch() -> None:
     model = asking(lambda m, x: m(x.flip(-1)))
     answers = torch.cat(together(model, each(prediction="second")))
-    for index, (x, own) in enumerate(zip(samples()[0].split(1), own_weights(model), strict=True)):
+    for index, (x, own) in enumerate(zip(ones(samples()[0]), own_weights(model), strict=True)):
         prior = called(model, own, x).softmax(1)
         with model.it3_given(prior):
             close(answers[index], called(model, own, x.flip(-1))[0])
@@ -414,7 +259,7 @@ def test_prior_that_the_step_gives_counts(prediction: Any, backend: str) -> None
     answers = together(model, each(backend, prediction=prediction))
     with_prior, inside, neutral = (torch.cat(parts) for parts in zip(*answers, strict=True))
     assert torch.equal(with_prior, inside)
-    for index, (x, own) in enumerate(zip(samples()[0].split(1), own_weights(model), strict=True)):
+    for index, (x, own) in enumerate(zip(ones(samples()[0]), own_weights(model), strict=True)):
         with model.it3_given(given[index % 4][None]):
             close(with_prior[index], called(model, own, x)[0])
         close(neutral[index], called(model, own, x)[0])
@@ -454,7 +299,7 @@ def test_tuple_of_inputs_and_other_arguments(ask: Any, expected: Any, backend: s
     answers = torch.cat(together(model, each(backend), DataLoader(whole, batch_size=None)))
     records = adapt_stream(
         model,
-        torch.cat([x, y], 1).split(1),
+        ones(torch.cat([x, y], 1)),
         predict=predict,
         to_label=lambda y: y.softmax(1),
         lr=0.05,
@@ -477,7 +322,7 @@ def test_forward_asked_twice_by_it3_forward_answers_each_view() -> None:
     model = net(Averages)
     answers = together(model, each())
     one, two, mean = (torch.cat(parts) for parts in zip(*answers, strict=True))
-    for index, (x, own) in enumerate(zip(samples()[0].split(1), own_weights(model), strict=True)):
+    for index, (x, own) in enumerate(zip(ones(samples()[0]), own_weights(model), strict=True)):
         close(one[index], called(model, own, x)[0])
         close(two[index], called(model, own, x.flip(-1))[0])
     close(mean, (one + two) / 2)
@@ -537,7 +382,7 @@ def test_forward_hooks_of_the_module_see_each_answer_once(backend: str) -> None:
         ),
         (lambda m, x: m(x[:2]), ValueError, "Asks was called with 2 samples in a batch of 4"),
         (lambda m, x: m(torch.cat([x, x])), ValueError, "with 8 samples in a batch of 4"),
-        (lambda m, x: m("image.png"), ValueError, "with 0 samples in a batch of 4"),
+        (lambda m, _: m("image.png"), ValueError, "with 0 samples in a batch of 4"),
     ],
     ids=["never", "half", "twice", "none"],
 )
@@ -554,7 +399,7 @@ def test_step_is_told_what_cannot_be_answered(
 
 def test_module_without_forward_is_refused_before_any_batch() -> None:
     class NoForward(IT3Net):
-        forward = LightningModule.forward  # type: ignore[assignment]
+        forward = LightningModule.forward
 
         def it3_forward(self, inputs: Any) -> Tensor:
             outputs: Tensor = self.net(inputs)

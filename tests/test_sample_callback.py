@@ -117,9 +117,7 @@ def test_checkpoint_written_in_a_step_holds_the_source_weights(tmp_path: Path) -
 
 def test_other_callbacks_see_the_source_weights() -> None:
     class Sees(Callback):
-        def on_predict_batch_end(
-            self, trainer: Trainer, module: LightningModule, *_: Any
-        ) -> None:
+        def on_predict_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
             seen.append(module.get_parameter("net.head.weight").detach().clone())
 
     seen: list[Tensor] = []
