@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine import BatchAdapter, Enters, SampleAdapter, Settings, adapter
+from it3_lightning.engine.untraced import untraced
 from it3_lightning.muting import muted
 from it3_lightning.protocols import IT3Module
+from it3_lightning.snapshot import Snapshot
 
 Adapter = BatchAdapter | SampleAdapter
 
@@ -54,6 +57,29 @@ def adapter_of(
     if not silent:
         rank_zero_info(_announced(made))
     return made
+
+
+def in_precision(
+    tensors: Sequence[Tensor],
+    ordinary: Callable[[], Sequence[Tensor]],
+    adapter: Adapter,
+    module: LightningModule,
+) -> list[Tensor]:
+    """Return tensors in the types of an ordinary pass: ``torch.func`` runs without autocast.
+
+    Args:
+        tensors: that came of an adaptation.
+        ordinary: what makes the same tensors, of any sample, in an ordinary pass.
+        adapter: what adapted.
+        module: whose pass it is; it is left as it was.
+    """
+    choice = getattr(adapter, "choice", None)
+    autocast = torch.is_autocast_enabled(next(iter(adapter.selected.values())).device.type)
+    if not autocast or choice is None or choice.backend == "loop":
+        return list(tensors)
+    with untraced(Snapshot.capture(module)), muted(module), torch.no_grad():
+        types = [tensor.dtype for tensor in ordinary()]
+    return [tensor.to(dtype) for tensor, dtype in zip(tensors, types, strict=True)]
 
 
 def _announced(made: Adapter) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -12,15 +11,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from it3_lightning.adapters import adapter_of
+from it3_lightning.adapters import adapter_of, in_precision
 from it3_lightning.engine import Adaptation, Settings, batch_size
 from it3_lightning.engine.randomness import undisturbed_rng
 from it3_lightning.engine.samples import taken
-from it3_lightning.engine.untraced import untraced
 from it3_lightning.muting import muted
 from it3_lightning.protocols import IT3Module
 from it3_lightning.returned import Returned
-from it3_lightning.snapshot import Snapshot
 from it3_lightning.standing_in import stood_in
 
 
@@ -90,8 +87,13 @@ class Answers:
             return outputs, returned[-1].tensors
 
         with self.adapter.adapted(question, answer) as adaptation:
-            tensors = self._in_precision(adaptation.answers, question, answer)
-        return returned[-1].filled(tensors), adaptation
+            structure = returned[-1]
+
+        def ordinary() -> list[Tensor]:
+            return answer(taken(question, range(1)))[1]
+
+        tensors = in_precision(adaptation.answers, ordinary, self.adapter, self._module)
+        return structure.filled(tensors), adaptation
 
     def _check(self, question: Question) -> None:
         size = batch_size(question.inputs)
@@ -140,19 +142,6 @@ class Answers:
     def _called(self, asked: Question, prior: Tensor | None) -> Any:
         with nullcontext() if prior is None else self._host.it3_given(prior):
             return self._module.forward(*asked.args, **asked.kwargs)
-
-    def _in_precision(
-        self, tensors: list[Tensor], question: Question, answer: Callable[[Question], Any]
-    ) -> list[Tensor]:
-        """Return tensors in the types of an ordinary pass: ``torch.func`` runs without autocast."""
-        choice = getattr(self.adapter, "choice", None)
-        if choice is None or choice.backend == "loop":
-            return tensors
-        if not torch.is_autocast_enabled(self._module.device.type):
-            return tensors
-        with untraced(Snapshot.capture(self._module)), torch.no_grad():
-            _, ordinary = answer(taken(question, range(1)))
-        return [t.to(o.dtype) for t, o in zip(tensors, ordinary, strict=True)]
 
 
 class _Reached(BaseException):
