@@ -65,11 +65,7 @@ def check_trainer(
         MisconfigurationException: sharded weights, carried weights or shared batch statistics on
             several processes, or single samples where several are needed.
     """
-    if isinstance(trainer.strategy, _SHARDED):
-        raise MisconfigurationException(
-            f"{type(trainer.strategy).__name__} shards the weights, which cannot be swapped. Use "
-            "one device or DDP for testing."
-        )
+    check_strategy(trainer)
     if trainer.world_size > 1 and not settings.episodic and not independent_ranks:
         raise MisconfigurationException(
             f"reset={settings.reset!r} carries weights along the stream, and {trainer.world_size} "
@@ -89,6 +85,19 @@ def check_trainer(
         )
     if settings.norm_stats == "batch" and not batch_norms(module):
         rank_zero_warn("norm_stats='batch' has no effect: the module has no BatchNorm layer.")
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse sharded weights.
+
+    Raises:
+        MisconfigurationException: they are.
+    """
+    if isinstance(trainer.strategy, _SHARDED):
+        raise MisconfigurationException(
+            f"{type(trainer.strategy).__name__} shards the weights, which cannot be swapped. Use "
+            "one device or DDP for testing."
+        )
 
 
 def _synchronised(module: nn.Module) -> bool:

@@ -56,8 +56,8 @@ def _kept(owner: nn.Module, clones: dict[int, Tensor]) -> Iterator[None]:
     contents = {k: v.copy() for k, v in saved.items() if type(v) in (list, dict, set)}
     tensors = isinstance(owner, Metric)
     for name, value in saved.items() if tensors else ():
-        if isinstance(value, Tensor):
-            saved[name] = clones.setdefault(id(value), value.detach().clone())
+        if isinstance(value, Tensor):  # which may be written into, and is what a metric goes by
+            attributes[name] = clones.setdefault(id(value), value.detach().clone())
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ class Prediction:
         distance_adapted: ``(B,)``, the same with the adapted weights.
         skipped: ``(B,)`` booleans, the samples that got the source prediction.
         reason: why they were skipped.
+        gated: ``(B,)`` booleans, the samples within the gate, which were not adapted to.
     """
 
     outputs: Tensor
@@ -34,6 +35,7 @@ class Prediction:
     distance_adapted: Tensor
     skipped: Tensor
     reason: str | None
+    gated: Tensor
 
     @classmethod
     def of(cls, adaptation: Adaptation, device: torch.device) -> Prediction:
@@ -42,6 +44,7 @@ class Prediction:
         assert outputs is not None
         assert source is not None
         nowhere = torch.full(adaptation.skipped.shape, float("nan"))
+        gated = adaptation.gated
         before, after = adaptation.distance_source, adaptation.distance_adapted
         return cls(
             outputs=outputs.to(device),
@@ -50,4 +53,5 @@ class Prediction:
             distance_adapted=(nowhere if after is None else after).to(device),
             skipped=adaptation.skipped.to(device),
             reason=adaptation.reason,
+            gated=(torch.zeros_like(adaptation.skipped) if gated is None else gated).to(device),
         )
