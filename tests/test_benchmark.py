@@ -141,6 +141,13 @@ def test_rows_without_classes_have_no_entropy_and_no_balance() -> None:
     assert "batch statistics" not in names
 
 
+def test_rows_of_maps_have_entropy_but_no_balance() -> None:
+    rows = rows_for(Recipe(), classes=True, batch_norm=True, balanced=False)
+    names = {row.name for row in rows}
+    assert {"Tent", "filtered entropy, online", "default objective, episodic"} <= names
+    assert not any("balance" in name for name in names)
+
+
 def test_filtered_entropy_and_the_default_differ_in_the_objective_alone() -> None:
     rows = {(r.training, r.name): r for r in rows_for(Recipe(), classes=True, batch_norm=True)}
     entropy = rows["ordinary", "filtered entropy, online"].settings
