@@ -1,10 +1,13 @@
 """The command line: every command on every configuration, and checkpoints through it."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from road_files import ROADS, road_arguments
 from vision import SMALL_NETWORKS, vision_arguments
 
 from it3_lightning.cli import main
@@ -28,6 +31,8 @@ SMALL = [
 
 
 def data_arguments(config: str, images: Path) -> list[str]:
+    if config in ROADS:
+        return ["--data.shifts=[contrast]", *road_arguments(config, images)]
     if config in SMALL_NETWORKS:
         return ["--data.shifts=[contrast]", *vision_arguments(config, images)]
     tables, root = images / "tables", f"--data.root={images}"
@@ -134,6 +139,21 @@ def test_fit_with_a_network_of_other_sizes_than_the_table_names_both(
     wrong = "--model.network.init_args.in_features=6"
     with pytest.raises(MisconfigurationException, match=r"in_features to be 5, .* got 6"):
         run("fit", "csv", tmp_path, idx_images, wrong)
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    tmp_path: Path, idx_images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    with pytest.raises(SystemExit):
+        run("fit", "roads_procedural", tmp_path, idx_images)
+    assert "pip install 'it3_lightning[vision]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", ["massachusetts_roads", "roadtracer"])
+def test_a_missing_folder_of_roads_is_named(config: str, tmp_path: Path, idx_images: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Set root to the folder of the data"):
+        run("fit", config, tmp_path, idx_images, f"--data.root={tmp_path / 'nowhere'}")
 
 
 def test_an_unknown_objective_setting_is_named(

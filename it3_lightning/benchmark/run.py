@@ -21,7 +21,7 @@ from it3_lightning.dual_pass import DualPass
 from it3_lightning.engine.norm import batch_norms
 from it3_lightning.mixin import IT3Mixin
 from it3_lightning.objectives import Idempotence
-from it3_lightning.priors import ClassPrior, ValuePrior
+from it3_lightning.priors import ClassPrior, MaskPrior, ValuePrior
 from it3_lightning.selection import select
 
 _KEPT = ("records", "separations")  # of a seed, in its file
@@ -124,13 +124,17 @@ class Benchmark:
         return dict(data.baseline_errors)
 
     def _rows(self, model: IT3Mixin) -> list[Row]:
-        classes, distance = isinstance(model.it3_prior, ClassPrior), self.recipe.distance
-        if isinstance(model.it3_prior, ValuePrior) and distance not in ("l1", "l2"):
+        prior, distance = model.it3_prior, self.recipe.distance
+        maps = isinstance(prior, MaskPrior) and prior.channels > 1
+        classes, batch_norm = isinstance(prior, ClassPrior) or maps, bool(batch_norms(model))
+        values = isinstance(prior, ValuePrior) or (isinstance(prior, MaskPrior) and not maps)
+        if values and distance not in ("l1", "l2"):
             raise ValueError(
                 f"Expected recipe.distance l1 or l2 for a model of values, got {distance!r}, which "
-                "compares probabilities. Set benchmark.recipe.distance to one of the two."
+                "compares probabilities. Set benchmark.recipe.distance to one of the two; for "
+                "binary masks, num_classes of MaskPrior to 2 does as well."
             )
-        rows = rows_for(self.recipe, classes=classes, batch_norm=bool(batch_norms(model)))
+        rows = rows_for(self.recipe, classes=classes, batch_norm=batch_norm, balanced=not maps)
         return [row for row in rows if row.main or self.rows == "all"]
 
     def _seed(

@@ -11,9 +11,13 @@ from it3_lightning.data.image_set import ImageSet
 from it3_lightning.data.imagenet_c import ImageNetCDataModule
 from it3_lightning.data.images import Batch, Images
 from it3_lightning.data.mnist import FashionMNISTDataModule, MNISTDataModule
+from it3_lightning.data.road_scenes import RoadScenesDataModule
+from it3_lightning.data.roads import RoadsDataModule
 from it3_lightning.data.sampling import unequal_stream
+from it3_lightning.data.scenes import RoadScenes
 from it3_lightning.data.self_noise import AirfoilSelfNoiseDataModule
 from it3_lightning.data.shifted import ShiftedImages
+from it3_lightning.data.shifted_masks import ROAD_SHIFTS, ROAD_TUNING_SHIFTS, ShiftedMasks
 from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Shift
 from it3_lightning.data.tabular import (
     TABULAR_SHIFTS,
@@ -32,6 +36,8 @@ __all__ = [
     "ALEXNET_ERRORS",
     "CORRUPTIONS",
     "EXTRA_CORRUPTIONS",
+    "ROAD_SHIFTS",
+    "ROAD_TUNING_SHIFTS",
     "SHIFTS",
     "TABULAR_SHIFTS",
     "TABULAR_TUNING_SHIFTS",
@@ -53,9 +59,13 @@ __all__ = [
     "ImageSet",
     "Images",
     "MNISTDataModule",
+    "RoadScenes",
+    "RoadScenesDataModule",
+    "RoadsDataModule",
     "Shift",
     "ShiftedData",
     "ShiftedImages",
+    "ShiftedMasks",
     "ShiftedTables",
     "TabularShift",
     "UTKFaceDataModule",
