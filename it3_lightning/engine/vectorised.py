@@ -96,7 +96,7 @@ class Vectorised:
         try:
             with (
                 torch.autocast(self._device, enabled=False),
-                vmappable(self._module, self._device),
+                vmappable(self._module),
             ):
                 return self._adapt(inputs, answer)
         finally:
