@@ -89,12 +89,12 @@ def test_every_requirement_is_a_row_of_its_section(found: dict[str, Any]) -> Non
             f"{place}, batch {size}": 1.1 for place in places for size in (1, 4)
         },
         "A gate that 95 % of clean samples stay under, against no gate": {
-            f"{place}, {what} samples": 0.5
-            for place, what in (
-                (first, "all weights, scope batch, 4"),
-                (first, "all weights, scope sample, 4"),
-                (larger_first, "all weights, scope batch, 4"),
-                (larger_first, "norm layers, scope sample, 4"),
+            f"{place}, {what}": 0.5
+            for place, weights in ((first, "all weights"), (larger_first, "norm layers"))
+            for what in (
+                "all weights, scope batch, batch 1",
+                "all weights, scope batch, batch 4",
+                f"{weights}, scope sample, batch 4",
             )
         },
         "Memory at its peak beyond network and batch, scope batch": {
