@@ -6,7 +6,8 @@
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 Distance: TypeAlias = Literal["l2", "l1", "js", "kl", "cross_entropy"]
 Reset: TypeAlias = Literal["batch", "never"] | int
-Predict: TypeAlias = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+Predict: TypeAlias = Callable[[nn.Module, Any, Tensor | None], Tensor]
 Weights: TypeAlias = dict[str, Tensor]
 
 EPS = 1e-12
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": partial(torch.optim.AdamW, weight_decay=0.0),
+    "rmsprop": torch.optim.RMSprop,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+}
 
 
 def _log(p: Tensor) -> Tensor:
@@ -128,13 +135,13 @@ def _follow(anchor: nn.Module, net: nn.Module, decay: float) -> None:
 
 def adapt_stream(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Any],
     *,
     predict: Predict,
     to_label: Callable[[Tensor], Tensor],
     lr: float,
     steps: int = 1,
-    optimizer: Literal["sgd", "adam"] = "sgd",
+    optimizer: str = "sgd",
     distance: Distance = "l2",
     filtered: bool = False,
     confidence: float = 0.6,

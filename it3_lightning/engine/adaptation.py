@@ -76,12 +76,17 @@ def merged(parts: Sequence[Adaptation]) -> Adaptation:
 
 
 def replaced(whole: Adaptation, part: Adaptation, rows: Sequence[int]) -> Adaptation:
-    """Return an adaptation with what came of the samples in these rows put in."""
+    """Return an adaptation with what came of the samples in these rows put in.
+
+    What is known of some samples only is NaN or ``False`` for the others.
+    """
     values: dict[str, Any] = {}
     for name in _BY_SAMPLE:
         old, new = getattr(whole, name), getattr(part, name)
-        if old is not None and new is not None:
-            values[name] = written(old, new, rows)
+        if old is not None or new is not None:
+            known = new if old is None else old
+            old = _unknown(known, whole.skipped.numel()) if old is None else old
+            values[name] = written(old, _unknown(known, len(rows)) if new is None else new, rows)
     return replace(
         whole,
         outputs=written(whole.outputs, part.outputs, rows),
@@ -101,13 +106,17 @@ def _column(name: str, parts: Sequence[Adaptation]) -> Tensor | None:
     known = next((value for value in values if value is not None), None)
     if known is None:
         return None
-    fill = float("nan") if known.is_floating_point() else False
     sizes = [part.skipped.numel() for part in parts]
     filled = [
-        known.new_full((size,), fill) if value is None else value
+        _unknown(known, size) if value is None else value
         for value, size in zip(values, sizes, strict=True)
     ]
     return torch.cat(filled)
+
+
+def _unknown(like: Tensor, size: int) -> Tensor:
+    """Return what a field ``(b,)`` holds where nothing is known."""
+    return like.new_full((size,), float("nan") if like.is_floating_point() else False)
 
 
 def _whole(parts: Sequence[Any]) -> Any:

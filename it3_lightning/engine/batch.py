@@ -122,6 +122,8 @@ class BatchAdapter:
                 return self._adapt(inputs, answer)
         except Skip as reason:
             return str(reason)
+        finally:
+            self._evaluate.forget()
 
     def _adapt(self, inputs: Any, answer: Answer | None) -> Adaptation:
         settings = self._settings

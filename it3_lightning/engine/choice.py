@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from it3_lightning.engine.adaptation import Adaptation
 from it3_lightning.engine.samples import batch_size, taken
@@ -18,7 +19,9 @@ Run = Callable[[Any], Adaptation]
 
 _LOOPED = 4  # samples that the loop is timed on: its cost per sample is always the same
 _VECTORISED = 64  # at most, as many as come at once
-_TOLERANCE = 1e-2  # between the backends' outputs, in standard deviations of the outputs
+_ROUNDING = 1e3  # units of rounding that the backends' outputs may lie apart, at least
+_MOVEMENT = 0.02  # or this share of how far the steps moved them
+_LOW = 1e-3  # unit of rounding of TF32; half precision has larger ones
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,14 @@ def chosen(backend: Backend, chunk_size: int, inputs: Any, *, loop: Run, vectori
     try:
         found = vectorised(many)
     except Exception as error:  # torch.func has no class of errors of its own
-        return _fallen_back(chunk_size, f"{type(error).__name__}: {str(error).strip()}")
-    difference = _difference(expected, found)
-    if not difference < _TOLERANCE:
-        return _fallen_back(chunk_size, f"its outputs differ by {difference:.2g} deviations")
+        return fallen_back(chunk_size, said(error))
+    apart = _apart(expected, found)
+    if apart is None:
+        return Choice("loop", chunk_size, 0, "no finite sample yet to compare by")
+    difference, allowed = apart
+    if not difference <= allowed:
+        cause = f"its outputs differ by {difference:.2g}, where {allowed:.2g} may be rounding."
+        return fallen_back(chunk_size, cause)
     if backend == "vectorised":
         return Choice("vectorised", chunk_size, tried, "as asked for")
     times = _milliseconds(loop, few), _milliseconds(vectorised, many)
@@ -77,7 +84,13 @@ def chosen(backend: Backend, chunk_size: int, inputs: Any, *, loop: Run, vectori
     return Choice(found_faster, chunk_size, tried, reason)
 
 
-def _fallen_back(chunk_size: int, cause: str) -> Choice:
+def said(error: Exception) -> str:
+    """Return an error in words."""
+    return f"{type(error).__name__}: {str(error).strip()}"
+
+
+def fallen_back(chunk_size: int, cause: str) -> Choice:
+    """Return the loop, for good, and warn why."""
     cause = " ".join(cause.split())[:300]
     warnings.warn(
         f"The network cannot be vectorised, so samples are adapted to one by one. {cause} "
@@ -87,17 +100,31 @@ def _fallen_back(chunk_size: int, cause: str) -> Choice:
     return Choice("loop", chunk_size, 2**62, f"cannot be vectorised: {cause}")
 
 
-def _difference(expected: Adaptation, found: Adaptation) -> float:
-    """Return the largest difference of the samples both have, in standard deviations."""
-    assert expected.outputs is not None
-    assert found.outputs is not None
-    mine = found.outputs[: len(expected.outputs)].float()
-    theirs = expected.outputs.float()
-    finite = mine.isfinite() & theirs.isfinite()
+def _apart(expected: Adaptation, found: Adaptation) -> tuple[float, float] | None:
+    """Return by how much the outputs differ of samples that both have, and what is allowed."""
+    count = min(expected.skipped.numel(), found.skipped.numel())
+    kept = (expected.outputs, expected.source_outputs, found.outputs)
+    theirs, source, mine = (t[:count] for t in kept if t is not None)
+    finite = mine.isfinite() & theirs.isfinite() & source.isfinite()
     if not finite.any():
-        return 0.0
-    spread = theirs[finite].std(correction=0) + 1e-3 * theirs[finite].abs().mean() + 1e-12
-    return float((mine - theirs)[finite].abs().max() / spread)
+        return None
+    mine, theirs, source = (t[finite].double() for t in (mine, theirs, source))
+    spread = theirs.std(correction=0) + 1e-3 * theirs.abs().mean() + 1e-12
+    moved = (theirs - source).abs().max()
+    unit = _unit(expected.outputs, found.outputs)
+    share = _MOVEMENT if unit < _LOW else 10 * _MOVEMENT
+    allowed = torch.maximum(min(_ROUNDING * unit, 0.05) * spread, share * moved)
+    return float((mine - theirs).abs().max()), float(allowed)
+
+
+def _unit(*outputs: Tensor | None) -> float:
+    """Return the unit of rounding of the arithmetic that made these outputs."""
+    units = [_LOW if t.device.type != "cpu" else 0.0 for t in outputs if t is not None]
+    units += [torch.finfo(t.dtype).eps for t in outputs if t is not None]
+    for device in {t.device.type for t in outputs if t is not None}:
+        if torch.is_autocast_enabled(device):
+            units.append(torch.finfo(torch.get_autocast_dtype(device)).eps)
+    return max(units)
 
 
 def _milliseconds(run: Run, inputs: Any) -> float:

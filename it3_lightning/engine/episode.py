@@ -39,14 +39,16 @@ def adapt_state(
         started = time.perf_counter()
         gate = None
         if settings.gate is not None and settings.steps:
-            gate = Gate.of(settings.gate, state, inputs, evaluate, settings)
+            same = state.anchored_at_source and not carried
+            gate = Gate.of(settings.gate, state, inputs, evaluate, settings, at_source=same)
         first = _steps(state, inputs, evaluate, settings.steps, gate, carried=carried)
         seconds = time.perf_counter() - started
         outputs, answers, last = None, None, None
         if answer is not None:
             outputs, answers = evaluate.answer(inputs, answer)
         if settings.measure:
-            same = state.anchored_at_source and not carried
+            whole = gate is None or gate.closed  # else the first pass known is with moved weights
+            same = whole and state.anchored_at_source and not carried
             last = evaluate.measured(inputs, state.anchor, at_source=same, outputs=outputs)
     except BaseException:
         if backup is not None:

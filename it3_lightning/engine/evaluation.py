@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from it3_lightning.engine.first_step import FirstStep
 from it3_lightning.engine.record import Record
-from it3_lightning.engine.samples import Answer
+from it3_lightning.engine.samples import Answer, Plain
 from it3_lightning.engine.weights import Sites
 from it3_lightning.objectives import Objective, TestTimeObjective
 
@@ -126,13 +126,14 @@ class Evaluator:
 
     @torch.no_grad()
     def answer(self, inputs: Any, answer: Answer, *, finite: bool = True) -> tuple[Tensor, Any]:
-        """Run something else than the forward pass with the weights in place.
+        """Run an answer with the weights in place; other passes than the first have no record.
 
         Raises:
             Skip: an output is not finite, but has to be.
         """
         self.forwards += 1
-        with nullcontext() if self._record is None else self._record.first_pass(inputs):
+        record = self._record if isinstance(answer, Plain) else None
+        with nullcontext() if record is None else record.first_pass(inputs):
             outputs, answers = answer(inputs)
         if finite and not bool(outputs.isfinite().all()):
             raise Skip("non-finite output")

@@ -80,8 +80,10 @@ class FirstStep:
                 use_up(name, parameter)
         elif rest:
             small = self._move_together(rest)
-            sums.append(torch.stack(torch._foreach_norm(list(small.values()))).sum())
+            sums += torch._foreach_norm(list(small.values()))
             moved.update(small)
+        for parameter in rest.values():
+            parameter.grad = None
         ordered = {name: moved[name] for name in parameters if name in moved}
         return ordered, torch.stack([s.to(loss.device) for s in sums]).sum() if sums else loss
 
@@ -91,26 +93,26 @@ class FirstStep:
         Gradients and ``out`` may have a dimension of samples in front of that of the weights; then
         so has the sum.
         """
-        if weights.dtype in HALF:
-            total = self.move(weights.float(), gradients.float(), out=(full := out.float()))
-            out.copy_(full)
-            return total
         if weights.ndim < gradients.ndim:
             rows = max(1, _CHUNK // max(1, weights.numel()))
             samples = zip(_split(gradients, rows), _split(out, rows), strict=True)
             return torch.cat([self._move_rows(weights, g, its) for g, its in samples])
-        parts = (weights, gradients, out)
+        order = sorted(range(out.ndim), key=out.stride, reverse=True)  # as it lies in memory
+        parts = [part.permute(order) for part in (weights, gradients, out)]
         if out.numel() > _CHUNK and all(part.is_contiguous() for part in parts):
             pieces = zip(*(_split(part.view(-1), _CHUNK) for part in parts), strict=True)
-            return torch.stack([self._move(*piece).sum() for piece in pieces]).sum()
-        return self._move(*parts).sum()
+            return torch.stack([_sum(self._move(*piece)) for piece in pieces]).sum()
+        return _sum(self._move(weights, gradients, out))
 
     def _move_rows(self, weights: Tensor, gradients: Tensor, out: Tensor) -> Tensor:
         if len(out) == 1:
             return self.move(weights, gradients[0], out=out[0])[None]
-        return self._move(weights, gradients, out).reshape(len(out), -1).sum(1)
+        return _sum(self._move(weights, gradients, out).reshape(len(out), -1), 1)
 
     def _move(self, weights: Tensor, gradients: Tensor, out: Tensor) -> Tensor:
+        if weights.dtype in HALF:
+            full = gradients.float()
+            return out.copy_(self._move(weights.float(), full, full))
         if self._share is None:
             return torch.add(weights, gradients, alpha=-self._lr, out=out)
         size = gradients.abs()
@@ -136,9 +138,19 @@ class FirstStep:
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
         kept = self._buffers.get(name)
-        if kept is None or kept.device != like.device:
+        if kept is None or _kind(kept) != _kind(like):
             kept = self._buffers[name] = torch.empty_like(like, requires_grad=False)
         return kept
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    """Return what memory for moved weights must have in common with them."""
+    return tensor.device, tensor.dtype, tensor.shape
+
+
+def _sum(values: Tensor, dim: int | None = None) -> Tensor:
+    """Sum in full precision: what overflows must be a weight, not the sum of many."""
+    return values.sum(dim, dtype=torch.float32 if values.dtype in HALF else None)
 
 
 def _split(tensor: Tensor, size: int) -> tuple[Tensor, ...]:

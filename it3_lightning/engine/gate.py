@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from it3_lightning.engine.evaluation import Evaluation, Evaluator
-from it3_lightning.engine.samples import taken
+from it3_lightning.engine.samples import divisible, taken
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.state import State
 
@@ -32,17 +32,24 @@ class Gate:
 
     @classmethod
     def of(
-        cls, limit: float, state: State, inputs: Any, evaluate: Evaluator, settings: Settings
+        cls,
+        limit: float,
+        state: State,
+        inputs: Any,
+        evaluate: Evaluator,
+        settings: Settings,
+        *,
+        at_source: bool,
     ) -> Gate:
-        """Measure a batch with the weights in place.
+        """Measure a batch with the weights in place; ``at_source``: both passes have the source's.
 
         Raises:
             Skip: an output is not finite.
         """
-        before = evaluate.measured(inputs, state.anchor)
+        before = evaluate.measured(inputs, state.anchor, at_source=at_source)
         evaluate.forget()
         within = before.objective.measure <= limit
-        alone = settings.norm_stats == "source"
+        alone = settings.norm_stats == "source" and divisible(inputs)
         rows = (~within).nonzero()[:, 0].tolist()
         movers = taken(inputs, rows) if alone and rows else inputs
         return cls(before, within, movers, alone and bool(rows))

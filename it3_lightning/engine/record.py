@@ -8,33 +8,23 @@ recorded; everything else runs. Where that would not be exact, nothing is record
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from it3_lightning.engine.traces import Traces
-from it3_lightning.selection import OWN
+from it3_lightning.engine.calls import Call, Calls, Place, recordable
+from it3_lightning.engine.traces import Marks, Traces, differ, state
+from it3_lightning.engine.uses import told_of_uses
 
 Enters = Mapping[str, Literal["input", "output"]]
 Moment = Literal["prior", "weights"]
 
-_PLAIN = (Tensor, int, float, str, type(None))
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A finished call of a module: its output, and the version of each tensor in it."""
-
-    module: nn.Module
-    output: Any
-    versions: tuple[int, ...]
+_MOMENTS: tuple[Moment, ...] = ("prior", "weights")
 
 
 class Record:
@@ -51,30 +41,42 @@ class Record:
         self, module: nn.Module, enters: Enters, selected: Mapping[str, nn.Parameter]
     ) -> None:
         named = dict(module.named_modules(remove_duplicate=False))
-        self._module = module
-        self._wrapped = {m: self._wrap(m) for m in _recordable(module)}
-        self._entries = {named[name]: where for name, where in enters.items()}
-        self._known = bool(enters) and all(m in self._wrapped for m in self._entries)
         ids = {id(parameter) for parameter in selected.values()}
-        self._adapting = {
-            m for m in module.modules() if any(id(p) in ids for p in m.parameters(recurse=False))
-        }
-        self._patched: Sequence[nn.Module] = list(self._wrapped)
+        self._module = module
+        self._selected = list(selected.values())
+        self._calls = Calls(module, self._begun, self._finished)
+        self._entries = {named[name]: where for name, where in enters.items()}
+        self._owners = [
+            m for m in module.modules() if any(id(p) in ids for p in m._parameters.values())
+        ]
+        self._inside = {m: tuple(m.modules())[1:] for m in recordable(module)}
+        self._readable = {module, *self._inside}
+        self._useful: list[nn.Module] | None = None
         self._probed = False
         self._written_into: set[nn.Module] = set()
-        self._functional = False
-        self.exact = True
-        self.answered = 0
+        self.exact = bool(self._inside)
         self.clear()
+
+    @property
+    def answered(self) -> int:
+        """Calls that were answered since this was last set to 0."""
+        return self._calls.answered
+
+    @answered.setter
+    def answered(self, count: int) -> None:
+        self._calls.answered = count
 
     def clear(self) -> None:
         """Forget the last batch."""
         self._functional = False
-        self._calls: list[_Call] = []
-        self._before: dict[Moment, list[_Call]] = {}
+        self._finished_calls: list[Call] = []
+        self._before: dict[Moment, list[Call]] = {}
+        self._entered: set[nn.Module] = set()
+        self._states: list[Marks | None] = []
+        self._traces: Traces | None = None
         self._taken = False
-        self._mode: Literal["take", "answer", "run"] = "run"
-        self._cursor = 0
+        if self._useful is not None:
+            self._calls.watched = self._useful
 
     def vectorised(self) -> Record | None:
         """Begin a pass inside ``torch.func``, where only what ordinary passes taught is known.
@@ -95,11 +97,13 @@ class Record:
         if not self.exact:
             yield
         elif self._taken:
-            with self._answering(self._before.get("weights", [])):
+            with self._answering(self._before["weights"]):
                 yield
-        else:
+        elif self._repeatable(inputs):
             with self._taking(inputs):
                 yield
+        else:
+            yield
 
     @contextmanager
     def second_pass(self, *, same: bool) -> Iterator[None]:
@@ -109,127 +113,109 @@ class Record:
             same: whether the anchor has the weights of the recorded pass; else only what comes
                 before the adapting weights, too, is answered.
         """
-        calls = self._before.get("prior", [])
-        if not same:
-            calls = min(calls, self._before.get("weights", []), key=len)
-        with self._answering(calls if self.exact else []):
+        if not (self.exact and self._taken):
             yield
+            return
+        earlier = next(iter(self._before))
+        with self._answering(self._before["prior" if same else earlier], prior=True):
+            yield
+
+    def _repeatable(self, inputs: Any) -> bool:
+        """Whether another pass would do the same: not with dropout, nor where writes go unseen."""
+        if any(m.training and not isinstance(m, _BatchNorm) for m in self._module.modules()):
+            return False
+        leaves = tree_leaves(inputs)
+        return not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves)
 
     @contextmanager
     def _taking(self, inputs: Any) -> Iterator[None]:
-        if any(m.training and not isinstance(m, _BatchNorm) for m in self._module.modules()):
-            yield  # dropout and the like: each pass draws its own
-            return
         traces = None if self._functional else Traces(self._module, inputs, not self._probed)
-        self._before = {} if self._known else {"prior": []}
-        if (
-            self._functional or not torch.is_grad_enabled()
-        ):  # nothing tells what depends on the adapting weights
-            self._close("weights")
-        with self._installed("take"):
+        if not (self._entries and all(map(self._calls.sees, self._entries))):
+            self._close("prior")
+        with ExitStack() as stack:
+            if self._functional or not torch.is_grad_enabled():
+                self._close("weights")  # nothing tells what depends on them
+            elif not self._readable.issuperset(self._owners):
+                self._close("weights")
+            else:
+                stack.enter_context(
+                    told_of_uses(self._owners, self._selected, lambda: self._close("weights"))
+                )
+            stack.enter_context(self._calls.taken())
             yield
-        self._before = {"prior": [], "weights": [], **self._before}
+        if self._entered != set(self._entries):  # it may enter earlier, where it is given
+            self._before.pop("prior", None)
+        for moment in _MOMENTS:
+            if moment not in self._before:
+                self._before = {moment: [], **self._before}
         self._taken = True
-        if traces is None:
-            return
+        if traces is not None:
+            self._judge(traces)
+
+    def _judge(self, traces: Traces) -> None:
+        """Find out whether the pass can be recorded, thoroughly after the first."""
         if not self._probed:
-            self.exact = not traces.written()
+            self.exact &= not traces.written()
             self._probed = True
-            self._patched = self._useful()
-        if not self.exact or traces.disturbed():
-            self._before = {}
-            self.exact = False
+        self.exact &= not traces.disturbed()
+        self._traces = traces
+        self._finished_calls = []
+        if self._useful is None and torch.is_grad_enabled():
+            calls = [call.module for kept in self._before.values() for call in kept]
+            self._useful = list(dict.fromkeys([*calls, *self._entries]))
 
     @contextmanager
-    def _answering(self, calls: Sequence[_Call]) -> Iterator[None]:
+    def _answering(self, calls: Sequence[Call], *, prior: bool = False) -> Iterator[None]:
         """Answer these calls, except where an output was written into after its module finished."""
         if not self._functional:
-            changed = {c.module for c in calls if _versions(c.output) != c.versions}
-            self._written_into |= changed
-        self._answers = [call for call in calls if call.module not in self._written_into]
-        self._cursor = 0
-        if not self._answers:
+            if self._traces is not None and self._traces.spoilt():
+                self.exact, calls = False, []
+            self._written_into |= {call.module for call in calls if call.written_into}
+        kept = [call for call in calls if call.module not in self._written_into]
+        with self._calls.answering(kept, copied=kept[-1] if kept and prior else None):
             yield
+
+    def _begun(self, module: nn.Module) -> None:
+        if self._entries.get(module) == "input":
+            self._enter(module)
+        watched = len(self._before) < 2 and not self._probed and _own_code(module)
+        self._states.append(state(self._module) if watched else None)
+
+    def _finished(self, module: nn.Module, place: Place, output: Any) -> None:
+        before = self._states.pop()
+        if len(self._before) < 2:
+            if before is not None and differ(before, state(self._module)):
+                self.exact = False  # it leaves to others what they would miss
+            if _needs_grad(output):
+                self._close("weights")
+            self._keep(module, place, output)
+        if self._entries.get(module) == "output":
+            self._enter(module)
+
+    def _keep(self, module: nn.Module, place: Place, output: Any) -> None:
+        """Keep a call instead of those inside it, unless hooks of theirs would miss it."""
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self._inside[module]):
             return
-        with self._installed("answer"):
-            yield
+        call = Call.of(module, place, output)
+        if call is None:
+            return
+        while self._finished_calls and self._finished_calls[-1].place[: len(place)] == place:
+            self._finished_calls.pop()
+        self._finished_calls.append(call)
 
-    @contextmanager
-    def _installed(self, mode: Literal["take", "answer"]) -> Iterator[None]:
-        """Put the wrappers in the place of the modules' own ``forward``."""
-        patched = [m for m in self._patched if "forward" not in vars(m)]
-        for m in patched:
-            vars(m)["forward"] = self._wrapped[m]
-        self._mode = mode
-        try:
-            yield
-        finally:
-            self._mode = "run"
-            for m in patched:
-                del vars(m)["forward"]
-
-    def _wrap(self, module: nn.Module) -> Callable[..., Any]:
-        own = module.forward
-
-        @wraps(own)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._mode == "answer":
-                return self._answer(module, own, args, kwargs)
-            if self._mode == "take":
-                return self._take(module, own, args, kwargs)
-            return own(*args, **kwargs)
-
-        return forward
-
-    def _answer(self, module: nn.Module, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._cursor == len(self._answers) or self._answers[self._cursor].module is not module:
-            return own(*args, **kwargs)
-        call = self._answers[self._cursor]
-        self._cursor += 1
-        self.answered += 1
-        return tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, call.output)
-
-    def _take(self, module: nn.Module, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        start = len(self._calls)
-        if module in self._adapting:
-            self._close("weights")
-        where = self._entries.get(module)
-        if where == "input":
-            self._close("prior")
-        output = own(*args, **kwargs)
-        if len(self._before) == 2:
-            return output
-        if _needs_grad(output):
-            self._close("weights")
-        if all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(output)):
-            self._calls[start:] = [_Call(module, output, _versions(output))]
-        if where == "output":
-            self._close("prior")
-        return output
+    def _enter(self, module: nn.Module) -> None:
+        self._entered.add(module)
+        self._close("prior")
 
     def _close(self, moment: Moment) -> None:
         """Keep what has finished by now."""
-        self._before.setdefault(moment, list(self._calls))
-
-    def _useful(self) -> list[nn.Module]:
-        """Return the modules that need to be watched from now on."""
-        calls = [call.module for kept in self._before.values() for call in kept]
-        return list(dict.fromkeys([*calls, *(m for m in self._entries if m in self._wrapped)]))
+        self._before.setdefault(moment, list(self._finished_calls))
 
 
-def _recordable(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the submodules, but not this library's own, nor what is inside compiled ones."""
-    for name, child in module.named_children():
-        if name.startswith(OWN) or isinstance(child, torch.jit.ScriptModule):
-            continue
-        yield child
-        if not hasattr(child, "_orig_mod"):
-            yield from _recordable(child)
+def _own_code(module: nn.Module) -> bool:
+    """Whether a module's forward is not torch's, which writes nothing that buffers do not show."""
+    return not type(module).__module__.startswith("torch.nn.")
 
 
 def _needs_grad(output: Any) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output))
-
-
-def _versions(output: Any) -> tuple[int, ...]:
-    return tuple(leaf._version for leaf in tree_leaves(output) if isinstance(leaf, Tensor))

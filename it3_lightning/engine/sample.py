@@ -13,16 +13,16 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from it3_lightning.engine.adaptation import Adaptation, merged, replaced
 from it3_lightning.engine.batch import BatchAdapter
-from it3_lightning.engine.choice import Choice, chosen
+from it3_lightning.engine.choice import Choice, chosen, fallen_back, said
 from it3_lightning.engine.chunks import samples_within
 from it3_lightning.engine.evaluation import Forward, ToLabel
 from it3_lightning.engine.first_step import single_step
 from it3_lightning.engine.record import Enters
-from it3_lightning.engine.samples import Answer, batch_size, taken
+from it3_lightning.engine.samples import Answer, Plain, batch_size, taken
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.untraced import untraced
 from it3_lightning.engine.vectorised import Vectorised
@@ -86,29 +86,38 @@ class SampleAdapter:
             answer: what to run with each sample's adapted weights: inputs to outputs ``(B, ...)``
                 and what becomes :attr:`Adaptation.answers`. Default: the neutral forward pass.
         """
-        answer = answer or self._plain
-        if self._settings.steps == 0:
-            adaptation = self._source(inputs, answer)
-        elif self._settings.gate is None:
-            adaptation = self._each(inputs, answer)
-        else:
-            adaptation = self._gated(inputs, answer, self._settings.gate)
+        with torch.inference_mode(False), torch.no_grad():  # samples taken out must be ordinary
+            adaptation = self._adapt(inputs, answer or Plain(self._forward))
         yield adaptation
 
-    def _plain(self, inputs: Any) -> tuple[Tensor, Any]:
-        return self._forward(inputs, None), None
+    def _adapt(self, inputs: Any, answer: Answer) -> Adaptation:
+        if self._settings.steps == 0:
+            return self._source(inputs, answer)
+        if self._settings.gate is None:
+            return self._each(inputs, answer)
+        return self._gated(inputs, answer, self._settings.gate)
 
     def _source(self, inputs: Any, answer: Answer) -> Adaptation:
+        """Predict with the source weights; measure the samples whose prediction is finite."""
         with self._still.adapted(inputs, answer) as source:
+            pass
+        if source.reason is None or source.outputs is None:
             return source
+        rows = source.outputs.isfinite().flatten(1).all(1).nonzero()[:, 0].tolist()
+        if not rows:
+            return source
+        with self._still.adapted(taken(inputs, rows), answer) as finite:
+            pass
+        both = replaced(source, finite, rows)
+        return replace(both, outputs=source.outputs, answers=source.answers)
 
     def _gated(self, inputs: Any, answer: Answer, gate: float) -> Adaptation:
         """Adapt to the samples beyond the gate; the others keep the source prediction."""
         source = self._source(inputs, answer)
-        if source.distance_source is None:  # a sample is not finite: each by itself
-            return self._each(inputs, answer)
+        if source.distance_source is None:  # no sample is finite
+            return source
         within = source.distance_source <= gate
-        rows = (~within).nonzero()[:, 0].tolist()
+        rows = (~within.cpu() & ~source.skipped).nonzero()[:, 0].tolist()
         source = replace(source, reliable=torch.zeros_like(within), gated=within.cpu())
         if not rows:
             return source
@@ -121,9 +130,13 @@ class SampleAdapter:
         if self.choice.backend == "loop":
             return self._looped(inputs, answer)
         chunk = self.choice.chunk_size
-        starts = range(0, size, chunk)
-        parts = [range(start, min(start + chunk, size)) for start in starts]
-        return merged([self._at_once(taken(inputs, part), answer) for part in parts])
+        parts = [range(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+        try:
+            return merged([self._at_once(taken(inputs, part), answer) for part in parts])
+        except Exception as error:  # of a batch unlike the one the choice was made by
+            looped = self._looped(inputs, answer)  # raises what is no fault of torch.func
+            self.choice = fallen_back(chunk, said(error))
+            return looped
 
     def _looped(self, inputs: Any, answer: Answer) -> Adaptation:
         """Adapt to one sample after the other."""
@@ -147,7 +160,14 @@ class SampleAdapter:
             return adaptation
         rows = bad.nonzero()[:, 0].tolist()
         kept = self._source(taken(inputs, rows), answer)
-        kept = replace(kept, skipped=torch.ones_like(kept.skipped), reason="non-finite output")
+        kept = replace(
+            kept,
+            skipped=torch.ones_like(kept.skipped),
+            reason="non-finite output",
+            distance_source=None,
+            distance_adapted=None,
+            reliable=None,
+        )
         return replaced(adaptation, kept, rows)
 
     def _choose(self, inputs: Any, answer: Answer) -> Choice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,21 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 Answer = Callable[[Any], tuple[Tensor, Any]]
 """Inputs to outputs ``(B, ...)``, and what is answered with them, each leaf ``(B, ...)``."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The neutral forward pass as an answer: the same pass as the first of a step.
+
+    Args:
+        forward: ``(inputs, prior) -> outputs (B, ...)``.
+    """
+
+    forward: Callable[[Any, Tensor | None], Tensor]
+
+    def __call__(self, inputs: Any) -> tuple[Tensor, Any]:
+        """Return the outputs, and nothing else."""
+        return self.forward(inputs, None), None
 
 
 def batch_size(inputs: Any) -> int:
@@ -23,7 +39,7 @@ def batch_size(inputs: Any) -> int:
     4
     """
     for leaf in tree_flatten(inputs)[0]:
-        size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else _graphs(leaf)
+        size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else graphs(leaf)
         if isinstance(size, int):
             return size
     raise ValueError(
@@ -41,6 +57,9 @@ def taken(inputs: Any, indices: Sequence[int]) -> Any:
 
     Tensors ``(B, ...)`` and batches of graphs are indexed, everything else is handed on.
 
+    Raises:
+        ValueError: a batch of graphs gives no single graphs out.
+
     >>> taken((torch.arange(3), "mode"), [2])
     (tensor([2]), 'mode')
     """
@@ -52,11 +71,26 @@ def taken(inputs: Any, indices: Sequence[int]) -> Any:
     def of(leaf: Any) -> Any:
         if batched(leaf, size):
             return leaf[indices[0] : indices[-1] + 1] if run else leaf[list(indices)]
-        if _graphs(leaf) == size and hasattr(leaf, "get_example"):
-            return type(leaf).from_data_list([leaf.get_example(int(i)) for i in indices])
-        return leaf
+        if isinstance(leaf, Tensor) or graphs(leaf) != size:
+            return leaf
+        if not hasattr(leaf, "get_example"):
+            raise ValueError(
+                f"Expected batches whose samples can be told apart: tensors (B, ...), or graphs as "
+                f"torch_geometric batches them, with get_example(i), got {type(leaf).__name__}."
+            )
+        return type(leaf).from_data_list([leaf.get_example(int(i)) for i in indices])
 
     return tree_map(of, inputs)
+
+
+def divisible(inputs: Any) -> bool:
+    """Whether single samples can be taken out.
+
+    >>> divisible(torch.zeros(2, 3))
+    True
+    """
+    leaves = tree_flatten(inputs)[0]
+    return all(isinstance(v, Tensor) or not graphs(v) or hasattr(v, "get_example") for v in leaves)
 
 
 def joined(parts: Sequence[Any]) -> Any:
@@ -105,6 +139,6 @@ def cast_like(values: Any, model: Any) -> Any:
     return tree_map(cast, values, model)
 
 
-def _graphs(leaf: Any) -> Any:
+def graphs(leaf: Any) -> Any:
     """Return the number of graphs in a batch of them, by the names that graph libraries use."""
     return getattr(leaf, "num_graphs", None) or getattr(leaf, "batch_size", None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
@@ -100,37 +102,55 @@ class Stacked:
         return self.weights[name].detach()[rows]
 
     def _move_once(self, gradients: Weights, single: FirstStep) -> Tensor:
-        seen: set[int] = set()
+        users = Counter(gradient.untyped_storage().data_ptr() for gradient in gradients.values())
         moved: Weights = {}
         sums = []
         for name, gradient in gradients.items():
-            shared = gradient.data_ptr() in seen or 0 in gradient.stride()
-            seen.add(gradient.data_ptr())
-            own = gradient.clone() if shared else gradient
-            sums.append(single.move(self._source[name], own, out=own))
-            moved[name] = own
+            shared = users[gradient.untyped_storage().data_ptr()] > 1 or 0 in gradient.stride()
+            moved[name] = torch.empty_like(gradient) if shared else gradient
+            sums.append(single.move(self._source[name], gradient, out=moved[name]))
         self.weights, self.dim = moved, 0
         return torch.stack(sums).sum(0)
 
     def _move(self, gradients: Weights) -> None:
+        """Take a step of the optimizer; parameters without gradients have no influence."""
         if self._updater is None:
             stacked = {
                 name: nn.Parameter(w.expand(self._size, *w.shape).clone())
                 for name, w in self._source.items()
             }
-            factory = optimizer_factory(self._settings.optimizer, self._settings.lr)
-            self._updater = Updater(list(stacked.values()), factory, None)
-            if not isinstance(self._updater.optimizer, _ELEMENTWISE):
-                raise NotImplementedError(
-                    f"{type(self._updater.optimizer).__name__} may mix the samples' weights"
-                )
+            self._updater = Updater(list(stacked.values()), self._optimizer, None)
             self.weights, self.dim = dict(stacked), 0
             if self._settings.anchor == "ema":
                 self._average = {
                     name: full_precision(w.detach()).clone() for name, w in stacked.items()
                 }
-        self._updater.step([gradients[name] for name in self.weights])
+        self._updater.step([gradients.get(name) for name in self.weights])
         self.weights = {name: w.detach() for name, w in self.weights.items()}
+
+    def _optimizer(self, stacked: Iterable[Any]) -> optim.Optimizer:
+        """Return the optimizer that one sample would get, for the weights of all.
+
+        Raises:
+            NotImplementedError: it may mix the weights of different samples.
+        """
+        many = list(stacked)
+        one = [nn.Parameter(weights.detach()[0]) for weights in many]  # shapes may decide
+        optimizer = optimizer_factory(self._settings.optimizer, self._settings.lr)(one)
+        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        if type(optimizer) not in _ELEMENTWISE or hooks:
+            raise NotImplementedError(
+                f"{type(optimizer).__name__} may mix the samples' weights, as optimizers of one's "
+                "own and those with hooks may"
+            )
+        all_of = {id(alone): weights for alone, weights in zip(one, many, strict=True)}
+        groups = [
+            {**group, "params": [all_of[id(p)] for p in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        kind: Any = type(optimizer)
+        made: optim.Optimizer = kind(groups)
+        return made
 
     def _clipped(self, gradients: Weights) -> Weights:
         clip = self._settings.grad_clip
@@ -139,14 +159,14 @@ class Stacked:
         norm = sum(_by_sample(full_precision(g).square()) for g in gradients.values())
         assert isinstance(norm, Tensor)
         scale = (clip / (norm.sqrt() + 1e-6)).clamp(max=1.0)
-        return {name: g * _like(scale, g).to(g.dtype) for name, g in gradients.items()}
+        return {name: full_precision(g) * _like(scale, g) for name, g in gradients.items()}
 
     def _follow(self, active: Tensor) -> None:
         """Let the anchors of the active samples follow their weights."""
         assert self._updater is not None
-        share = (1 - self._settings.ema_decay) * active
         for average, values in zip(self._average.values(), self._updater.values, strict=True):
-            average.lerp_(values, _like(share.to(average), average))
+            share = (1 - self._settings.ema_decay) * active.to(average)
+            average.lerp_(values, _like(share, average))
 
 
 def _by_sample(values: Tensor) -> Tensor:

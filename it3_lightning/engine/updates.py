@@ -90,7 +90,7 @@ class Updater:
             scale = (self._clip / (norm + 1e-6)).clamp(max=1.0)
             full = [None if g is None else g * scale.to(g.device) for g in full]
         for master, gradient in zip(self._masters, full, strict=True):
-            master.grad = gradient
+            master.grad = None if gradient is None else _laid_out(gradient, master)
         self.optimizer.step()
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             master.grad = None
@@ -117,6 +117,13 @@ class Updater:
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().float()) if parameter.dtype in HALF else parameter
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """Return a gradient that lies in memory as its parameter does: fused optimizers rely on it."""
+    if gradient.stride() == like.stride():
+        return gradient
+    return torch.empty_like(like, requires_grad=False).copy_(gradient)
 
 
 def _cloned(value: Any) -> Any:

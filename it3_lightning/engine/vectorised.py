@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from it3_lightning.engine.adaptation import Adaptation
 from it3_lightning.engine.evaluation import Forward, ToLabel
 from it3_lightning.engine.record import Record
-from it3_lightning.engine.samples import Answer, batch_size, batched
+from it3_lightning.engine.samples import Answer, batch_size, batched, graphs
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.stacked import Stacked, Weights
+from it3_lightning.engine.vmappable import vmappable, without_graph
 from it3_lightning.engine.weights import Sites
 
 _REASONS = ("non-finite output", "non-finite loss", "non-finite gradient or weights")
@@ -34,6 +37,7 @@ class _Seen:
     outputs: Tensor
     measure: Tensor
     reliable: Tensor
+    moves: Tensor
     loss: Tensor
 
     def trouble(self) -> Tensor:
@@ -63,6 +67,7 @@ class Vectorised:
         settings: Settings,
         record: Record,
     ) -> None:
+        self._module = module
         self._selected = selected
         self._sites = Sites(module, selected)
         self._forward = forward
@@ -70,6 +75,8 @@ class Vectorised:
         self._settings = settings
         self._record = record
         self._device = next(iter(selected.values())).device.type
+        self._unused: frozenset[str] | None = None if callable(settings.optimizer) else frozenset()
+        self._forwards = 0
 
     def __call__(self, inputs: Any, answer: Answer) -> Adaptation:
         """Adapt to every sample of the inputs, and answer with its weights.
@@ -77,8 +84,17 @@ class Vectorised:
         Raises:
             Exception: whatever ``torch.func`` says of a network that cannot be vectorised.
         """
-        with torch.autocast(self._device, enabled=False):
-            return self._adapt(inputs, answer)
+        if any(graphs(leaf) for leaf in tree_leaves(inputs)):
+            raise NotImplementedError("torch.func takes tensors, not batches of graphs.")
+        self._forwards = 0
+        try:
+            with (
+                torch.autocast(self._device, enabled=False),
+                vmappable(self._module, self._device),
+            ):
+                return self._adapt(inputs, answer)
+        finally:
+            self._record.clear()
 
     def _adapt(self, inputs: Any, answer: Answer) -> Adaptation:
         size = batch_size(inputs)
@@ -91,29 +107,30 @@ class Vectorised:
             gradients, seen = self._gradients(stacked, inputs, at_source=first is None)
             first = first or seen
             failed = torch.where(active, seen.trouble(), failed)
-            active &= (failed == 0) & seen.reliable.cpu()
+            active &= (failed == 0) & seen.moves.cpu()
             if active.any():
                 finite = stacked.step(gradients, active)
                 failed[active & ~finite] = len(_REASONS)
                 active &= finite
             del gradients
         assert first is not None
-        stacked.back_to_source(failed > 0)
+        bad = failed > 0
+        stacked.back_to_source(bad)
         seconds = time.perf_counter() - started
-        with torch.no_grad():
-            outputs, answers = self._answers(stacked, inputs, answer)
-            adapted = self._measured(stacked, inputs, outputs) if self._settings.measure else None
+        outputs, answers = self._answers(stacked, inputs, answer)
+        adapted = self._measured(stacked, inputs, outputs) if self._settings.measure else None
+        known = ~bad.to(outputs.device)
         reasons = [_REASONS[code - 1] for code in sorted(set(failed[failed > 0].tolist()))]
         return Adaptation(
             outputs=outputs,
             source_outputs=first.outputs,
-            distance_source=first.measure,
-            distance_adapted=adapted,
-            reliable=first.reliable,
-            skipped=failed > 0,
+            distance_source=first.measure.where(known, torch.nan),
+            distance_adapted=None if adapted is None else adapted.where(known, torch.nan),
+            reliable=first.reliable & known,
+            skipped=bad,
             reason=", ".join(reasons) or None,
             weights={},
-            forwards=2 * self._settings.steps + 1 + self._settings.measure,
+            forwards=self._forwards,
             backwards=self._settings.steps,
             answered=self._record.answered,
             seconds=seconds,
@@ -134,7 +151,8 @@ class Vectorised:
 
         dims = (stacked.dim, stacked.anchor_dim)
         gradients, seen = self._mapped(one, dims, stacked.weights, stacked.anchor, inputs)
-        return gradients, _Seen(*seen)
+        used = {name: g for name, g in gradients.items() if name not in (self._unused or ())}
+        return used, _Seen(*seen)
 
     def _loss(
         self, own: Weights, anchor: Weights | None, sample: Any, record: Record | None
@@ -142,22 +160,23 @@ class Vectorised:
         """Return one sample's loss, and what :class:`_Seen` holds of it."""
         kept = record.vectorised() if record else None
         with self._sites.swapped(own):
-            if kept is None:
-                outputs = self._forward(sample, None)
-            else:
-                with kept.first_pass(sample):
-                    outputs = self._forward(sample, None)
+            with nullcontext() if kept is None else kept.first_pass(sample):
+                outputs = self._run(sample, None)
 
             def second(y0: Tensor) -> Tensor:
-                with self._sites.swapped(own if anchor is None else anchor):
-                    if kept is None:
-                        return self._to_label(self._forward(sample, y0))
-                    with kept.second_pass(same=True):
-                        return self._to_label(self._forward(sample, y0))
+                with (
+                    self._sites.swapped(own if anchor is None else anchor),
+                    nullcontext() if kept is None else kept.second_pass(same=True),
+                ):
+                    return self._to_label(self._run(sample, y0))
 
             objective = self._settings.objective(self._to_label(outputs), second)
         loss = objective.loss()
-        seen = outputs[0], objective.measure[0], objective.reliable[0], loss
+        if self._unused is None:
+            self._unused = _without_influence(loss, own)
+        reliable = objective.reliable[0]
+        moves = reliable if objective.batch_term is None else torch.ones_like(reliable)
+        seen = outputs[0], objective.measure[0], reliable, moves, loss
         return loss, tuple(value.detach() for value in seen)
 
     def _answers(self, stacked: Stacked, inputs: Any, answer: Answer) -> tuple[Tensor, Any]:
@@ -165,13 +184,15 @@ class Vectorised:
         plain: list[Any] = []  # what is no tensor, and the structure, is the same for all
 
         def one(weights: Weights, sample: Any) -> Any:
+            self._forwards += 1
             with self._sites.swapped(weights):
                 leaves, structure = tree_flatten(answer(sample))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             plain[:] = [structure, [None if isinstance(v, Tensor) else (v,) for v in leaves]]
             return tuple(map(_without_batch, tensors))
 
-        tensors = iter(self._mapped(one, (stacked.dim,), stacked.weights, inputs))
+        given = stacked.weights, inputs
+        tensors = iter(self._mapped(partial(without_graph, one), (stacked.dim,), *given))
         structure, others = plain
         leaves = [next(tensors) if other is None else other[0] for other in others]
         outputs, answers = tree_unflatten(leaves, structure)
@@ -183,14 +204,18 @@ class Vectorised:
         def one(weights: Weights, anchor: Weights | None, y0: Tensor, sample: Any) -> Any:
             def second(prior: Tensor) -> Tensor:
                 with self._sites.swapped(weights if anchor is None else anchor):
-                    return self._to_label(self._forward(sample, prior))
+                    return self._to_label(self._run(sample, prior))
 
             return self._settings.objective(self._to_label(y0[None]), second).measure[0]
 
         dims = (stacked.dim, stacked.anchor_dim, 0)
         given = stacked.weights, stacked.anchor, outputs
-        measure: Tensor = self._mapped(one, dims, *given, inputs)
+        measure: Tensor = self._mapped(partial(without_graph, one), dims, *given, inputs)
         return measure
+
+    def _run(self, sample: Any, prior: Tensor | None) -> Tensor:
+        self._forwards += 1
+        return self._forward(sample, prior)
 
     def _mapped(self, one: Callable[..., Any], dims: tuple[int | None, ...], *given: Any) -> Any:
         """Call ``one`` for every sample of the last argument, a batch of one each."""
@@ -203,6 +228,12 @@ class Vectorised:
             return one(*rest, _with_batch(sample, along))
 
         return vmap(with_batch, in_dims=(*dims, along))(*others, inputs)
+
+
+def _without_influence(loss: Tensor, weights: Weights) -> frozenset[str]:
+    """Return the weights that a loss does not depend on: optimizers leave those alone."""
+    found = torch.autograd.grad(loss, [*weights.values()], retain_graph=True, allow_unused=True)
+    return frozenset(name for name, g in zip(weights, found, strict=True) if g is None)
 
 
 def _with_batch(sample: Any, along: Any) -> Any:
