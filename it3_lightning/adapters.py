@@ -77,7 +77,7 @@ def in_precision(
     autocast = torch.is_autocast_enabled(next(iter(adapter.selected.values())).device.type)
     if not autocast or choice is None or choice.backend == "loop":
         return list(tensors)
-    with untraced(Snapshot.capture(module)), muted(module), torch.no_grad():
+    with untraced(Snapshot(module)), muted(module), torch.no_grad():
         types = [tensor.dtype for tensor in ordinary()]
     return [tensor.to(dtype) for tensor, dtype in zip(tensors, types, strict=True)]
 

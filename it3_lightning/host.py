@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from it3_lightning.conditioned import Conditioned
@@ -117,7 +117,14 @@ def _batch_sizes(trainer: Trainer) -> list[Any]:
 def normal(inputs: Any) -> Any:
     """Return copies of inputs that can take part in a backward pass, as inference tensors cannot.
 
-    Always copies, so that a network that writes into its inputs spoils no batch.
+    Always copies, so that a network that writes into its inputs spoils no batch. What else can
+    clone itself, as batches of graphs can, is cloned too.
     """
     with torch.inference_mode(False), torch.no_grad():
-        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+        return tree_map(_clone, inputs)
+
+
+def _clone(leaf: Any) -> Any:
+    """Return a copy of a tensor, or of another object that has a ``clone`` method."""
+    clone = getattr(leaf, "clone", None)
+    return clone() if callable(clone) and not isinstance(leaf, type) else leaf

@@ -11,7 +11,7 @@ from modules import bits, changed, images, same, takes_prior, toy
 from reference import adapt_stream, forward_predict, softmax_label
 from test_laws_engine import Scale, restless
 from torch import Tensor, nn
-from zoo import KINDS, RESNET, rows
+from zoo import KINDS, rows
 
 from it3_lightning.engine import Adaptation, BatchAdapter, Forward, SampleAdapter, Settings
 from it3_lightning.objectives import Idempotence
