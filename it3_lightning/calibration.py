@@ -66,8 +66,8 @@ class Calibration(nn.Module):
             has = f"were measured by {self.by}" if self.by else "have not been measured"
             raise MisconfigurationException(
                 f"The gate needs distances of validation samples, measured by {by}; they {has}. "
-                "Run trainer.validate(model, data) once with this callback, or have it among the "
-                "callbacks of trainer.fit; they are kept in the checkpoint."
+                f"Run Trainer(callbacks=[IT3TestTimeCallback(gate={level})]).validate(model, data) "
+                "once, or have that callback in trainer.fit; they are kept in the checkpoint."
             )
         return float(_between(self.quantiles.cpu(), torch.tensor([level], dtype=torch.float64)))
 

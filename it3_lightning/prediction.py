@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,24 @@ class Prediction:
     skipped: Tensor
     reason: str | None
     gated: Tensor
+
+    def split(self) -> list[Prediction]:
+        """Return the predictions of the single samples, each a batch of one.
+
+        >>> y, d = torch.tensor([[1.0], [2.0]]), torch.tensor([0.1, 0.2])
+        >>> no = torch.tensor([False, False])
+        >>> [p.outputs.item() for p in Prediction(y, y, d, d, no, None, no).split()]
+        [1.0, 2.0]
+        """
+        parts = []
+        for index, skipped in enumerate(self.skipped.tolist()):
+            rows: dict[str, Any] = {
+                name: value[index : index + 1]
+                for name, value in vars(self).items()
+                if isinstance(value, Tensor)
+            }
+            parts.append(replace(self, **rows, reason=self.reason if skipped else None))
+        return parts
 
     @classmethod
     def of(cls, adaptation: Adaptation, device: torch.device) -> Prediction:

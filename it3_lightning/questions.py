@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from it3_lightning.adapters import adapter_of, in_precision
 from it3_lightning.engine import Adaptation, Settings, batch_size
 from it3_lightning.engine.randomness import undisturbed_rng
-from it3_lightning.engine.samples import taken
+from it3_lightning.engine.samples import Answer, Plain, taken
+from it3_lightning.graphs import graph_count, is_graph
 from it3_lightning.muting import muted
 from it3_lightning.protocols import IT3Module
 from it3_lightning.returned import Returned
@@ -79,14 +81,15 @@ class Answers:
                 if usual:
                     outputs, value = self._both(asked)
                 else:
-                    outputs = self._host.predict_with(asked.inputs, None)
+                    outputs = self._neutral(asked)
                     prior = self._host.it3_prior.from_output(outputs) if second else asked.prior
                     value = self._called(asked, prior)
             returned.append(Returned(value, _samples(asked)))
             returned[0].check(returned[-1])
             return outputs, returned[-1].tensors
 
-        with self.adapter.adapted(question, answer) as adaptation:
+        asks = _Neutral(self._neutral, answer) if usual else answer
+        with self.adapter.adapted(question, asks) as adaptation:
             structure = returned[-1]
 
         def ordinary() -> list[Tensor]:
@@ -117,7 +120,7 @@ class Answers:
         with torch.no_grad(), undisturbed_rng(), muted(self._module):
             try:
                 with stood_in(self._module, forward=forward):
-                    self._host.predict_with(question.inputs, None)
+                    self._neutral(question)
             except _Reached as reached:
                 bound = self._bound(*reached.args)
                 return same(bound, self._bound(question.args, question.kwargs))
@@ -136,12 +139,25 @@ class Answers:
             return values[-1]
 
         with stood_in(self._module, forward=forward):
-            outputs = self._host.predict_with(asked.inputs, None)
+            outputs = self._neutral(asked)
         return outputs, values[0]
+
+    def _neutral(self, asked: Question, prior: Tensor | None = None) -> Tensor:
+        return self._host.predict_with(asked.inputs, prior)
 
     def _called(self, asked: Question, prior: Tensor | None) -> Any:
         with nullcontext() if prior is None else self._host.it3_given(prior):
             return self._module.forward(*asked.args, **asked.kwargs)
+
+
+@dataclass(frozen=True)
+class _Neutral(Plain):
+    """An answer whose pass is the first of a step: what cannot differ need not be computed."""
+
+    answer: Answer
+
+    def __call__(self, inputs: Any) -> tuple[Tensor, Any]:
+        return self.answer(inputs)
 
 
 class _Reached(BaseException):
@@ -150,8 +166,8 @@ class _Reached(BaseException):
 
 def _samples(asked: Question) -> int | None:
     """Return how many samples there are, or ``None``: outputs of graphs may be those of nodes."""
-    graphs = any(hasattr(leaf, "num_graphs") for leaf in tree_leaves(asked.inputs))
-    return None if graphs else batch_size(asked.inputs)
+    leaves = [leaf for leaf in tree_leaves(asked.inputs) if not isinstance(leaf, Tensor)]
+    return None if any(map(graph_count, leaves)) else batch_size(asked.inputs)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -168,4 +184,6 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
         return alike and torch.equal(a, b)
+    if is_graph(a) and is_graph(b):
+        return same([dict(store) for store in a.stores], [dict(store) for store in b.stores])
     return a is b or (isinstance(a, str | int | float) and type(a) is type(b) and a == b)

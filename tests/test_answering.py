@@ -11,7 +11,9 @@ from lightning.pytorch import LightningModule
 from reference import adapt_stream
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
+from torch_geometric.data import Data
+from torch_geometric.loader import DataLoader as GraphLoader
 from toy import (
     Batch,
     IT3Net,
@@ -23,9 +25,13 @@ from toy import (
     net,
     quiet,
     samples,
+    seeded,
 )
 
-from it3_lightning import IT3TestTimeCallback
+from it3_lightning import FeatureInjection, IT3TestTimeCallback, ValuePrior
+from it3_lightning.batches import inputs_of
+from it3_lightning.networks import GraphNet
+from it3_lightning.tasks import IT3Regressor
 
 BACKENDS = ["loop", "vectorised"]
 
@@ -308,6 +314,82 @@ def test_tuple_of_inputs_and_other_arguments(ask: Any, expected: Any, backend: s
     for index, record in enumerate(records):
         own = partial(called, model, record.weights)
         close(answers[index], expected(own, x[index : index + 1], y[index : index + 1])[0])
+
+
+class Labelled(IT3Net):
+    """Takes the labels, too, and returns its loss, as some libraries do."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = super().forward(x)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+    def it3_forward(self, inputs: Any) -> Tensor:
+        logits: Tensor = self(inputs)["logits"]
+        return logits
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Any:  # type: ignore[override]
+        return self(batch[0], labels=batch[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_given_to_forward_give_a_loss_and_never_reach_adaptation(backend: str) -> None:
+    images, labels = samples()
+    answers = together(net(Labelled), each(backend))
+    logits = torch.cat([answer["logits"] for answer in answers])
+    close(logits, alone(net()))
+    for index, answer in enumerate(answers):
+        rows = slice(4 * index, 4 * index + 4)
+        close(answer["loss"], nn.functional.cross_entropy(logits[rows], labels[rows]))
+    scrambled: Any = DataLoader(TensorDataset(images, labels.roll(1)), batch_size=4)
+    others = together(net(Labelled), each(backend), scrambled)
+    assert torch.equal(torch.cat([answer["logits"] for answer in others]), logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be vectorised")
+@pytest.mark.parametrize("backend", ["loop", "vectorised", "auto"])
+@pytest.mark.parametrize("of_nodes", [False, True], ids=["graphs", "nodes"])
+def test_each_graph_of_a_batch_is_answered_as_if_it_had_come_alone(
+    backend: str, of_nodes: bool
+) -> None:
+    class Regressor(IT3Regressor):
+        def forward(self, graphs: Any) -> Any:
+            passes.append(graphs.num_graphs)
+            outputs = super().forward(graphs)
+            return (outputs, outputs[graphs.batch]) if of_nodes else (outputs,)
+
+        def it3_forward(self, inputs: Any) -> Tensor:
+            outputs: Tensor = self(inputs)[0]
+            return outputs
+
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            outputs: Tensor = self(inputs_of(batch))[-1]
+            return outputs
+
+    def made() -> Any:
+        prior, conditioning = ValuePrior(mean=0.0, std=1.0), FeatureInjection("network.context")
+        network = GraphNet(hidden=6, depth=2, kernels=2)
+        return seeded(Regressor(network, prior=prior, conditioning=conditioning))
+
+    passes: list[int] = []
+    graphs: Any = [path_graph(nodes) for nodes in (2, 3, 5, 4)]
+    single: Any = quiet(callbacks=[adapting()]).predict(made(), GraphLoader(graphs, batch_size=1))
+    passes.clear()
+    answers = together(made(), each(backend), GraphLoader(graphs, batch_size=3))
+    assert len(torch.cat(answers)) == (14 if of_nodes else 4)
+    close(torch.cat(answers), torch.cat(single))
+    if backend == "loop":
+        assert len(passes) - 4 * 4 in (0, 2)
+
+
+def path_graph(nodes: int) -> Data:
+    """A path with random features and a target."""
+    draw = torch.Generator().manual_seed(nodes)
+    here = torch.arange(nodes - 1)
+    edges = torch.stack([torch.cat([here, here + 1]), torch.cat([here + 1, here])])
+    x = torch.randn(nodes, 4, generator=draw, dtype=torch.float64)
+    attributes = torch.randn(edges.shape[1], 2, generator=draw, dtype=torch.float64)
+    return Data(x=x, edge_index=edges, edge_attr=attributes, y=torch.ones(1, 1))
 
 
 def test_forward_asked_twice_by_it3_forward_answers_each_view() -> None:

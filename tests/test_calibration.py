@@ -55,7 +55,7 @@ def test_where_nothing_could_be_measured_nothing_is_known() -> None:
 
 def test_distances_measured_by_something_else_are_refused() -> None:
     calibration = taken(torch.ones(3), by="Idempotence, distance 'js'")
-    message = "measured by Entropy; they were measured by Idempotence, distance 'js'. Run trainer"
+    message = "measured by Entropy; they were measured by Idempotence, distance 'js'. Run Trainer"
     with pytest.raises(MisconfigurationException, match=message):
         calibration.quantile(0.5, by="Entropy")
 

@@ -85,6 +85,23 @@ def test_fit_test_and_predict_run(config: str, tmp_path: Path, idx_images: Path)
     run("predict", config, tmp_path, idx_images, path)
 
 
+def test_scope_sample_and_gate_are_a_line_each(tmp_path: Path, idx_images: Path) -> None:
+    file = tmp_path / "gated.yaml"
+    file.write_text(
+        "trainer:\n  callbacks:\n    class_path: it3_lightning.IT3TestTimeCallback\n"
+        "    init_args:\n      scope: sample\n      gate: 0.5\n"
+    )
+    more = f"--config={file}"
+    run("fit", "digits", tmp_path, idx_images, more)
+    weights = torch.load(checkpoint(tmp_path), weights_only=True)["state_dict"]
+    assert weights["it3_calibration.quantiles"].diff().min() >= 0
+    assert weights["it3_calibration.quantiles"][-1] > 0
+    for command in ("validate", "test", "predict"):
+        run(command, "digits", tmp_path, idx_images, more, f"--ckpt_path={checkpoint(tmp_path)}")
+    logged = "".join(path.read_text() for path in tmp_path.rglob("metrics.csv"))
+    assert "it3/gated/dataloader_idx_0" in logged
+
+
 def test_fit_resumes(tmp_path: Path, idx_images: Path) -> None:
     run("fit", "digits", tmp_path, idx_images)
     path = checkpoint(tmp_path)

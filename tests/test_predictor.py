@@ -164,6 +164,10 @@ def test_sample_that_is_not_finite_harms_no_other_of_its_batch(backend: Any) -> 
     assert prediction.reason == "non-finite output"
     others = [index for index in range(12) if index != 3]
     torch.testing.assert_close(prediction.outputs[others], expected.outputs[others])
+    reasons = [part.reason for part in prediction.split()]
+    assert reasons == [None, None, None, "non-finite output", *[None] * 8]
+    for part, outputs in zip(prediction.split(), prediction.outputs, strict=True):
+        torch.testing.assert_close(part.outputs, outputs[None], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", ["loop", "vectorised"])
