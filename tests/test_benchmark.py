@@ -10,7 +10,14 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 
-from it3_lightning import ClassPrior, DualPass, FeatureInjection, IT3TestTimeCallback, ValuePrior
+from it3_lightning import (
+    ClassPrior,
+    DualPass,
+    FeatureInjection,
+    IT3TestTimeCallback,
+    MaskPrior,
+    ValuePrior,
+)
 from it3_lightning.benchmark import Benchmark, Record, Results, Row, rows_for
 from it3_lightning.benchmark.about import about
 from it3_lightning.benchmark.rows import Recipe
@@ -18,7 +25,7 @@ from it3_lightning.data import BundledDataModule, DigitsDataModule, ImageSet
 from it3_lightning.networks import MLP, SmallCNN
 from it3_lightning.objectives import Entropy, Idempotence
 from it3_lightning.report import by_shift, headers, line, markdown, page, table
-from it3_lightning.tasks import Classifier, IT3Classifier, IT3Regressor
+from it3_lightning.tasks import Classifier, IT3Classifier, IT3Regressor, IT3Segmenter
 
 FOG = [f"fog/{level}" for level in range(1, 6)]
 
@@ -146,6 +153,20 @@ def test_rows_of_maps_have_entropy_but_no_balance() -> None:
     names = {row.name for row in rows}
     assert {"Tent", "filtered entropy, online", "default objective, episodic"} <= names
     assert not any("balance" in name for name in names)
+
+
+def test_distances_of_distributions_are_refused_for_masks_of_one_channel(tmp_path: Path) -> None:
+    def masks() -> IT3Segmenter:
+        return IT3Segmenter(
+            torch.nn.Conv2d(3, 1, 1),
+            prior=MaskPrior(),
+            conditioning=FeatureInjection("network"),
+        )
+
+    with pytest.raises(
+        ValueError, match=r"l1 or l2 for a model of values, got .js.* MaskPrior to 2"
+    ):
+        benchmark(tmp_path).run(masks, digits())
 
 
 def test_filtered_entropy_and_the_default_differ_in_the_objective_alone() -> None:

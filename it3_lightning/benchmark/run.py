@@ -127,10 +127,12 @@ class Benchmark:
         prior, distance = model.it3_prior, self.recipe.distance
         maps = isinstance(prior, MaskPrior) and prior.channels > 1
         classes, batch_norm = isinstance(prior, ClassPrior) or maps, bool(batch_norms(model))
-        if isinstance(prior, ValuePrior) and distance not in ("l1", "l2"):
+        values = isinstance(prior, ValuePrior) or (isinstance(prior, MaskPrior) and not maps)
+        if values and distance not in ("l1", "l2"):
             raise ValueError(
                 f"Expected recipe.distance l1 or l2 for a model of values, got {distance!r}, which "
-                "compares probabilities. Set benchmark.recipe.distance to one of the two."
+                "compares probabilities. Set benchmark.recipe.distance to one of the two; for "
+                "binary masks, num_classes of MaskPrior to 2 does as well."
             )
         rows = rows_for(self.recipe, classes=classes, batch_norm=batch_norm, balanced=not maps)
         return [row for row in rows if row.main or self.rows == "all"]

@@ -12,13 +12,7 @@ from it3_lightning.data.images import Batch
 from it3_lightning.data.loading import whole_batch
 from it3_lightning.data.masked_set import TURNS, MaskedSet, Shifted, Turned
 from it3_lightning.data.sampling import seeded, subset
-from it3_lightning.data.settings import (
-    Split,
-    Stream,
-    check_choices,
-    check_integer,
-    check_shifts,
-)
+from it3_lightning.data.settings import Split, Stream, check_choices, check_integer, check_shifts
 from it3_lightning.data.shifts import Shift
 from it3_lightning.data.tile_order import TileOrder
 from it3_lightning.data.tiles import FILES_AT_ONCE

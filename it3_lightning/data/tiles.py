@@ -133,7 +133,9 @@ def _image(path: Path) -> Tensor:
 def _mask(path: Path) -> Tensor:
     """Return a mask, bool ``(1, H, W)``."""
     pixels = _read(path, "L")
-    found = torch.unique(pixels).tolist()
+    found = (
+        pixels.flatten().bincount().nonzero().flatten().tolist()
+    )  # sorting takes 8 times as long
     if not (set(found) <= {0, 255} or set(found) <= {0, 1}):
         raise ValueError(
             f"Expected a mask of 0 and 255, or of 0 and 1, in {path}, got the values "
