@@ -1,4 +1,4 @@
-"""How many samples are vectorised at once, what that takes in memory, and which backend is chosen."""
+"""How many samples are vectorised at once, what memory that takes, and which backend is chosen."""
 
 import gc
 from collections.abc import Iterator

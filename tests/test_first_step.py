@@ -137,9 +137,9 @@ def test_half_precision_moves_in_float32(name: Name, width: int) -> None:
 
 
 def test_half_precision_and_full_precision_in_one_network() -> None:
-    net = seeded(lambda: nn.ModuleDict({"low": nn.Linear(4, 4), "high": nn.Linear(4, 3)}))
-    net["low"].to(torch.bfloat16)  # type: ignore[index]
-    net["high"].double()  # type: ignore[index]
+    net: Any = seeded(lambda: nn.ModuleDict({"low": nn.Linear(4, 4), "high": nn.Linear(4, 3)}))
+    net["low"].to(torch.bfloat16)
+    net["high"].double()
     x = noise(4, count=2)
 
     def loss(net: Any) -> Tensor:
@@ -157,7 +157,8 @@ def test_half_precision_and_full_precision_in_one_network() -> None:
 def test_overflow_in_half_precision_is_told() -> None:
     layer = nn.Linear(2, 1, bias=False).half()
     step = FirstStep("sgd", 1e6)
-    _, total = step.backward(layer(torch.ones(1, 2).half()).sum(), {"w": layer.weight})
+    parameters = dict(layer.named_parameters())
+    _, total = step.backward(layer(torch.ones(1, 2).half()).sum(), parameters)
     assert not bool(total.isfinite())  # 1e6 is a float32, but no float16
 
 
@@ -215,8 +216,8 @@ def with_layout(weight: Tensor, layout: str) -> nn.Parameter:
 @pytest.mark.parametrize("layout", ["channels last", "transposed", "with gaps"])
 @pytest.mark.parametrize("width", [4, 140])
 def test_weights_may_lie_in_memory_in_any_way(name: Name, layout: str, width: int) -> None:
-    conv = seeded(lambda: nn.Conv2d(width, width, 3)).double()
-    conv.weight = with_layout(conv.weight.detach(), layout)  # type: ignore[arg-type, assignment]
+    conv: Any = seeded(lambda: nn.Conv2d(width, width, 3)).double()
+    conv.weight = with_layout(conv.weight.detach(), layout)
     assert not conv.weight.is_contiguous()
     assert_is_first_step(conv, squared(noise(width, 4, 4, count=1)), name, 1e-12)
 
@@ -235,7 +236,7 @@ def test_infinite_gradients_are_told() -> None:
     for width in (4, BIG):
         net = nn.Linear(width, 1, bias=False)
         loss = (net.weight - net.weight.detach()).sqrt().sum()  # 0, with an infinite slope
-        _, total = FirstStep("adam", 0.1).backward(loss, {"weight": net.weight})
+        _, total = FirstStep("adam", 0.1).backward(loss, dict(net.named_parameters()))
         assert not bool(total.isfinite())
 
 
@@ -295,11 +296,11 @@ def uncollected() -> Iterator[None]:
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_used_up_one_by_one(name: Name, layout: str) -> None:
-    convs: nn.Module = nn.Sequential(*(nn.Conv2d(128, 128, 3, bias=False) for _ in range(6)))
+    convs: Any = nn.Sequential(*(nn.Conv2d(128, 128, 3, bias=False) for _ in range(6)))
     if layout == "channels last":
-        convs = convs.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        convs = convs.to(memory_format=torch.channels_last)
     x, parameters = torch.randn(1, 128, 13, 13), dict(convs.named_parameters())
-    one, weights = size_of(convs[0].weight), size_of(*convs.parameters())  # type: ignore[index, arg-type]
+    one, weights = size_of(convs[0].weight), size_of(*convs.parameters())
     step = FirstStep(name, 0.1)
     with Live() as live:
         loss = convs(x).square().mean()
@@ -348,4 +349,3 @@ def test_a_batch_needs_little_more_than_its_weights_and_activations() -> None:
         assert peak <= (2 + moments) * weights + scratch + activations
     peak, _, _ = extra_bytes(net, inputs, parameters="norm")
     assert peak <= 2 * activations
-

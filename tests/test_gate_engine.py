@@ -21,7 +21,8 @@ BACKENDS = ("vectorised", "loop")
 def distances(net: nn.Module, x: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
     """Measure with the source in the second pass, by hand."""
     y0 = functional_call(net, weights or {}, (x,)).softmax(1)
-    return (y0 - net(x, y0).softmax(1)).square().sum(1).detach()
+    measure: Tensor = (y0 - net(x, y0).softmax(1)).square().sum(1)
+    return measure.detach()
 
 
 GATE = float(distances(toy(), images()).sort().values[2:4].mean())  # three of six are within

@@ -115,7 +115,7 @@ def test_both_backends_equal_each_sample_alone_on_resnet18(alone: dict[str, Tens
 # Every setting, by the plain reference
 
 SELECTIONS: dict[str, tuple[Any, Callable[[str], bool]]] = {
-    "all": ("all", lambda name: True),
+    "all": ("all", lambda _: True),
     "norm": ("norm", lambda name: name.startswith("bn.")),
     "bias": ("bias", lambda name: name.endswith("bias")),
     "patterns": (["conv.*", "head.w*"], lambda name: name.startswith(("conv", "head.w"))),
@@ -240,7 +240,7 @@ def test_gradients_that_share_memory_move_each_weight_once(optimizer: str, steps
 @pytest.mark.parametrize("steps", [1, 3])
 def test_gradients_may_lie_in_memory_in_any_way(steps: int) -> None:
     net, inputs = toy(), images(4)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.to(memory_format=torch.channels_last)
     net.dense.weight = nn.Parameter(net.dense.weight.detach().T.contiguous().T)
     for optimizer in ("sgd", "adam"):
         records = by_reference(net, inputs, lr=0.02, optimizer=optimizer, steps=steps)

@@ -24,8 +24,7 @@ def vmappable(module: nn.Module) -> Iterator[None]:
     of, and no fused kernels; on the CPU so does attention. What torch has no rule for runs sample
     by sample, which it warns of; the choice of a backend is made by the time taken.
     """
-    layers = [m for m in module.modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)]
-    patched = [m for m in layers if "forward" not in vars(m)]
+    patched = [m for m in recurrent_layers(module) if "forward" not in vars(m)]
     with warnings.catch_warnings(), plain_attention(module):
         warnings.filterwarnings("ignore", message="There is a performance drop")
         try:
@@ -50,10 +49,15 @@ def plain_attention(module: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def without_graph(run: Callable[..., _Result], *arguments: Any) -> _Result:
-    """Run inside ``torch.func`` without a graph, but by the operations that have one.
+def recurrent_layers(module: nn.Module) -> list[nn.Module]:
+    """Return the recurrent layers and cells of a network."""
+    return [m for m in module.modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)]
 
-    Outside of ``torch.func.grad``, layers such as LSTM are single operations without a rule.
+
+def without_graph(run: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Run inside ``vmap`` without a graph, but by the operations that a graph is made of.
+
+    Outside of ``torch.func.grad``, recurrent layers are single operations without a rule.
     """
 
     def beside(nothing: Tensor) -> tuple[Tensor, _Result]:
