@@ -115,7 +115,7 @@ def test_both_backends_equal_each_sample_alone_on_resnet18(alone: dict[str, Tens
 # Every setting, by the plain reference
 
 SELECTIONS: dict[str, tuple[Any, Callable[[str], bool]]] = {
-    "all": ("all", lambda name: True),
+    "all": ("all", lambda _: True),
     "norm": ("norm", lambda name: name.startswith("bn.")),
     "bias": ("bias", lambda name: name.endswith("bias")),
     "patterns": (["conv.*", "head.w*"], lambda name: name.startswith(("conv", "head.w"))),
@@ -212,7 +212,9 @@ def test_an_optimizer_may_treat_weights_by_their_shape() -> None:
     assert_close(found[0], found[1], 1e-10)
 
 
-def test_gradients_that_share_memory_move_each_weight_once() -> None:
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_gradients_that_share_memory_move_each_weight_once(optimizer: str, steps: int) -> None:
     class Sum(nn.Module):
         """Autograd gives `a` and `b` the same gradient, and `part` a part of it."""
 
@@ -227,16 +229,18 @@ def test_gradients_that_share_memory_move_each_weight_once() -> None:
             return out if prior is None else out + prior
 
     net, inputs = Sum().double(), images(4)
-    records = by_reference(net, inputs, lr=0.1, optimizer="sgd")
-    adapter = adapter_of(net, lr=0.1, optimizer="sgd")
-    assert_is_reference(adapted(adapter, inputs), records, 1e-10)
-    assert backend_of(adapter) == "vectorised"
+    given = {"lr": 0.1, "optimizer": optimizer, "steps": steps}
+    records = by_reference(net, inputs, **given)
+    for backend in BACKENDS:
+        adapter = adapter_of(net, **given, backend=backend)
+        assert_is_reference(adapted(adapter, inputs), records, 1e-10)
+        assert backend_of(adapter) == backend
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_gradients_may_lie_in_memory_in_any_way(steps: int) -> None:
     net, inputs = toy(), images(4)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.to(memory_format=torch.channels_last)
     net.dense.weight = nn.Parameter(net.dense.weight.detach().T.contiguous().T)
     for optimizer in ("sgd", "adam"):
         records = by_reference(net, inputs, lr=0.02, optimizer=optimizer, steps=steps)

@@ -189,7 +189,7 @@ def test_validation_after_validation_inside_fit_counts_each_epoch_alone() -> Non
 def test_the_label_pass_is_neither_logged_nor_counted(train: Any) -> None:
     both = with_priors(train=train, optimizer=STILL, conditioning_optimizer=STILL, tolerance=1.0)
     both.network.norm.momentum = 0.0
-    plain = Segmenter(SegNet(), tolerance=1.0, optimizer=STILL)
+    plain: Any = Segmenter(SegNet(), tolerance=1.0, optimizer=STILL)
     plain.network.load_state_dict(both.network.state_dict())
     plain.network.norm.momentum = 0.0
     logged = []

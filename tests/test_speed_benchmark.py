@@ -14,7 +14,7 @@ from costs.clock import Piece, Plan, Times, side_by_side
 from costs.curves import ENGINES
 from costs.engines import Ours
 from costs.extent import Extent
-from costs.floor import PARTS, UPDATE, Floor
+from costs.floor import LOOP, PARTS, UPDATE, Floor
 from costs.items import Required, Row
 from costs.memory import kept_bytes, peak_bytes
 from costs.networks import Architecture, Entry, Subject, resnet18, small_cnn
@@ -30,7 +30,7 @@ SMALLEST = Extent(
     plan=ONCE,
     small=small_cnn(4, 8),
     large=replace(small_cnn(2, 4), name="larger CNN"),
-    extra=(),
+    extra=(replace(small_cnn(2, 4), name="another CNN"),),
     batch=4,
     few=2,
     gated=1,
@@ -89,12 +89,12 @@ def test_every_requirement_is_a_row_of_its_section(found: dict[str, Any]) -> Non
             f"{place}, batch {size}": 1.1 for place in places for size in (1, 4)
         },
         "A gate that 95 % of clean samples stay under, against no gate": {
-            f"{place}, {what} samples": 0.5
-            for place, what in (
-                (first, "all weights, scope batch, 4"),
-                (first, "all weights, scope sample, 4"),
-                (larger_first, "all weights, scope batch, 4"),
-                (larger_first, "norm layers, scope sample, 4"),
+            f"{place}, {what}": 0.5
+            for place, weights in ((first, "all weights"), (larger_first, "norm layers"))
+            for what in (
+                "all weights, scope batch, batch 1",
+                "all weights, scope batch, batch 4",
+                f"{weights}, scope sample, batch 4",
             )
         },
         "Memory at its peak beyond network and batch, scope batch": {
@@ -105,9 +105,20 @@ def test_every_requirement_is_a_row_of_its_section(found: dict[str, Any]) -> Non
 
 def test_a_ratio_of_one_round_is_that_of_the_two_figures(found: dict[str, Any]) -> None:
     for row in found["rows"]:
-        at_most = row["required"] is None or row["required"]["at_most"]
+        backward = ("torch-ttt", "loop", "vectorised")
+        at_most = row["against"] not in backward or row["unit"] == "MiB"
         quotient = row["ours"] / row["other"] if at_most else row["other"] / row["ours"]
         assert row["ratio"] == pytest.approx(quotient)
+
+
+def test_rows_that_nothing_is_required_of_are_there_to_be_read(found: dict[str, Any]) -> None:
+    rows = [row for row in found["rows"] if not row["required"]]
+    assert all(row["verdict"] == "" for row in rows)
+    places = [f"another CNN, prior at {layer}" for layer in ("features.0", "dense1")]
+    extra = {row["case"] for row in rows if row["against"] == "torch-ttt" and row["unit"] == "ms"}
+    assert extra == {f"{place}, batch {size}" for place in places for size in (1, 4)}
+    assert sum(row["against"] == "them in a plain loop" for row in rows) == 8
+    assert sum(row["unit"] == "MiB" for row in rows) == 2
 
 
 def test_verdicts_follow_from_ratios(found: dict[str, Any]) -> None:
@@ -278,7 +289,7 @@ def test_the_floor_does_what_the_engine_does(architecture: Architecture, entry: 
 def test_the_floor_is_timed_part_by_part() -> None:
     subject = Subject.of(small_cnn(4, 8), "late", CPU)
     times = side_by_side(Floor(subject, subject.images(2)).pieces(), ONCE)
-    assert list(times.by_name) == [*PARTS, UPDATE]
+    assert list(times.by_name) == [*PARTS, UPDATE, LOOP]
 
 
 def test_engine_and_peer_start_from_the_same_network() -> None:

@@ -103,7 +103,8 @@ def encoder() -> nn.Module:
 
 def vit() -> nn.Module:
     """Make a small VisionTransformer for images `(B, 3, 16, 16)`."""
-    return VisionTransformer(16, 8, 2, 2, 8, 16, num_classes=CLASSES)
+    net: nn.Module = VisionTransformer(16, 8, 2, 2, 8, 16, num_classes=CLASSES)
+    return net
 
 
 @dataclass(frozen=True)

@@ -159,11 +159,16 @@ class Calls:
 
 
 def recordable(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the submodules, but not this library's own, nor what is inside compiled ones."""
+    """Yield the submodules, but not this library's own, nor what is inside compiled ones.
+
+    Nor metrics, which are modules whose hash changes with what they have counted.
+    """
     if _compiled(module):
         return
     for name, child in module.named_children():
-        if not (name.startswith(OWN) or isinstance(child, torch.jit.ScriptModule)):
+        if name.startswith(OWN) or isinstance(child, torch.jit.ScriptModule):
+            continue
+        if type(child).__hash__ is object.__hash__:
             if not _compiled(child):
                 yield child
             yield from recordable(child)

@@ -21,6 +21,7 @@ _LOOPED = 4  # samples that the loop is timed on: its cost per sample is always 
 _VECTORISED = 64  # at most, as many as come at once
 _ROUNDING = 1e3  # units of rounding that the backends' outputs may lie apart, at least
 _MOVEMENT = 0.02  # or this share of how far the steps moved them
+_ROUGHLY = 0.5  # the same in low precision, where Adam makes whole steps of rounding errors
 _LOW = 1e-3  # unit of rounding of TF32; half precision has larger ones
 
 
@@ -112,7 +113,7 @@ def _apart(expected: Adaptation, found: Adaptation) -> tuple[float, float] | Non
     spread = theirs.std(correction=0) + 1e-3 * theirs.abs().mean() + 1e-12
     moved = (theirs - source).abs().max()
     unit = _unit(expected.outputs, found.outputs)
-    share = _MOVEMENT if unit < _LOW else 10 * _MOVEMENT
+    share = _MOVEMENT if unit < _LOW else _ROUGHLY
     allowed = torch.maximum(min(_ROUNDING * unit, 0.05) * spread, share * moved)
     return float((mine - theirs).abs().max()), float(allowed)
 

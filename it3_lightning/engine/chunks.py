@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_WEIGHTS = 2  # copies of the adapting weights a sample has in a single step: gradient and scratch
-_MOMENTS = 4  # the same where there are more: weights, gradient, first and second moment
+from it3_lightning.engine.first_step import single_step
+from it3_lightning.engine.settings import Settings
+from it3_lightning.engine.updates import HALF
+
 _TRANSIENT = 2  # of what backward keeps: what it makes of it meanwhile
+_MOMENTS = {"sgd": 0, "rmsprop": 2, "adam": 2, "adamw": 2}  # and what is made at each step
+_OWN = 4  # the same of an optimizer that is not known by name
 
 
-def samples_within(memory: int, *, weights: int, activations: int, single: bool) -> int:
-    r"""Return the number of samples, at least one.
-
-    :math:`\lfloor M / (c\,W + 2A) \rfloor` with ``c`` = 2 copies of the weights for a single step
-    and 4 for several.
+def samples_within(memory: int, *, weights: int, activations: int, copies: int) -> int:
+    r"""Return the number of samples, at least one: :math:`\lfloor M / (c\,W + 2A) \rfloor`.
 
     Args:
         memory: ``M``, bytes that may be used.
         weights: ``W``, bytes of the adapting weights.
         activations: ``A``, bytes that one sample's passes keep for backward.
-        single: whether there is one step only, of a named optimizer.
+        copies: ``c``, of the weights that a sample has, see :func:`copies_of_weights`.
 
-    >>> samples_within(1000, weights=100, activations=25, single=True)
+    >>> samples_within(1000, weights=100, activations=25, copies=2)
     4
     """
-    copies = _WEIGHTS if single else _MOMENTS
     return max(1, memory // max(1, copies * weights + _TRANSIENT * activations))
+
+
+def copies_of_weights(settings: Settings) -> int:
+    """Return how many copies of the adapting weights a sample has at most.
+
+    A single step needs the gradient, which becomes the weights, and scratch; several need weights,
+    gradient, moments, and the weights of samples that stand still; an EMA anchor, clipping and a
+    live anchor, whose two passes make a gradient each, need one more.
+
+    >>> copies_of_weights(Settings()), copies_of_weights(Settings(steps=3))
+    (2, 5)
+    """
+    live = settings.anchor == "live"
+    if single_step(settings) is not None:
+        return 2 + live
+    name = settings.optimizer
+    moments = _OWN if callable(name) else _MOMENTS[name]
+    return 3 + moments + live + (settings.anchor == "ema") + (settings.grad_clip is not None)
+
+
+def bytes_of_weights(parameters: Iterable[Tensor]) -> int:
+    """Return the bytes of adapting weights; those in half precision have a float32 master.
+
+    >>> bytes_of_weights([torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16)])
+    30
+    """
+    return sum(p.numel() * (p.element_size() + 4 * (p.dtype in HALF)) for p in parameters)
 
 
 def bytes_kept(run: Callable[[], Any], module: nn.Module) -> int:

@@ -97,11 +97,12 @@ class FirstStep:
             rows = max(1, _CHUNK // max(1, weights.numel()))
             samples = zip(_split(gradients, rows), _split(out, rows), strict=True)
             return torch.cat([self._move_rows(weights, g, its) for g, its in samples])
-        order = sorted(range(out.ndim), key=out.stride, reverse=True)  # as it lies in memory
-        parts = [part.permute(order) for part in (weights, gradients, out)]
-        if out.numel() > _CHUNK and all(part.is_contiguous() for part in parts):
-            pieces = zip(*(_split(part.view(-1), _CHUNK) for part in parts), strict=True)
-            return torch.stack([_sum(self._move(*piece)) for piece in pieces]).sum()
+        if out.numel() > _CHUNK:
+            order = sorted(range(out.ndim), key=out.stride, reverse=True)  # as it lies in memory
+            parts = [part.permute(order) for part in (weights, gradients, out)]
+            if all(part.is_contiguous() for part in parts):
+                pieces = zip(*(_split(part.view(-1), _CHUNK) for part in parts), strict=True)
+                return torch.stack([_sum(self._move(*piece)) for piece in pieces]).sum()
         return _sum(self._move(weights, gradients, out))
 
     def _move_rows(self, weights: Tensor, gradients: Tensor, out: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ from torch import nn
 from it3_lightning.engine.adaptation import Adaptation, merged, replaced
 from it3_lightning.engine.batch import BatchAdapter
 from it3_lightning.engine.choice import Choice, chosen, fallen_back, said
-from it3_lightning.engine.chunks import samples_within
+from it3_lightning.engine.chunks import bytes_of_weights, copies_of_weights, samples_within
 from it3_lightning.engine.evaluation import Forward, ToLabel
-from it3_lightning.engine.first_step import single_step
 from it3_lightning.engine.record import Enters
 from it3_lightning.engine.samples import Answer, Plain, batch_size, taken
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.untraced import untraced
 from it3_lightning.engine.vectorised import Vectorised
+from it3_lightning.engine.vmappable import plain_attention
 from it3_lightning.snapshot import Snapshot
 
 
@@ -172,13 +172,15 @@ class SampleAdapter:
 
     def _choose(self, inputs: Any, answer: Answer) -> Choice:
         """Try both backends."""
-        kept = self._alone.bytes_kept(taken(inputs, range(1)))
-        weights = sum(p.numel() * p.element_size() for p in self.selected.values())
+        with plain_attention(self._module):
+            kept = self._alone.bytes_kept(taken(inputs, range(1)))
         size = self._settings.chunk_size
         if size == "auto":
-            single = single_step(self._settings) is not None
             size = samples_within(
-                self._settings.memory, weights=weights, activations=kept, single=single
+                self._settings.memory,
+                weights=bytes_of_weights(self.selected.values()),
+                activations=kept,
+                copies=copies_of_weights(self._settings),
             )
         return chosen(
             self._settings.backend,

@@ -50,6 +50,7 @@ class Stacked:
         self._average: Weights = {}
         self.weights = self._source
         self.dim: int | None = None
+        self._moved = torch.zeros(size, dtype=torch.bool)
 
     @property
     def anchor(self) -> Weights | None:
@@ -72,13 +73,17 @@ class Stacked:
             gradients: ``(B, *shape)``; overwritten.
             active: ``(B,)`` booleans on the CPU; the other samples' weights stay.
         """
-        still = (~active).nonzero()[:, 0].tolist()
-        before = {name: self._rows(name, still) for name in gradients} if still else {}
+        self._moved |= active
+        fresh = (~self._moved).nonzero()[:, 0].tolist()
+        still = (self._moved & ~active).nonzero()[:, 0].tolist()
+        before = {name: self.weights[name].detach()[still] for name in gradients if still}
         if self._single is not None:
             total = self._move_once(gradients, self._single)
         else:
             self._move(self._clipped(gradients))
             total = torch.stack([_by_sample(w) for w in self.weights.values()]).sum(0)
+        for name in gradients if fresh else ():
+            self.weights[name].data[fresh] = self._source[name]
         for name, rows in before.items():
             self.weights[name].data[still] = rows
         if self._settings.anchor == "ema" and self._updater is not None:
@@ -95,11 +100,6 @@ class Stacked:
         rows = failed.nonzero()[:, 0].tolist()
         for name, values in self.weights.items():
             values.data[rows] = self._source[name]
-
-    def _rows(self, name: str, rows: list[int]) -> Tensor:
-        if self.dim is None:
-            return self._source[name]
-        return self.weights[name].detach()[rows]
 
     def _move_once(self, gradients: Weights, single: FirstStep) -> Tensor:
         users = Counter(gradient.untyped_storage().data_ptr() for gradient in gradients.values())

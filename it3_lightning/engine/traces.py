@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from it3_lightning.selection import OWN
 
 _DEPTH = 3  # of containers and objects inside attributes
+_HOOKS = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 
 Marks = list[tuple[Any, Any]]
@@ -67,6 +68,8 @@ def state(module: nn.Module) -> Marks:
     marks: Marks = []
     for owner in _foreign(module):
         for name, value in vars(owner).items():
+            if name in _HOOKS:
+                continue
             marks += ((each, (name, mark)) for each, mark in _noted(value, _DEPTH))
     return marks
 

@@ -25,7 +25,7 @@ from it3_lightning.engine.record import Record
 from it3_lightning.engine.samples import Answer, batch_size, batched
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.stacked import Stacked, Weights
-from it3_lightning.engine.vmappable import vmappable, without_graph
+from it3_lightning.engine.vmappable import recurrent_layers, vmappable, without_graph
 from it3_lightning.engine.weights import Sites
 from it3_lightning.graphs import graph_count
 
@@ -70,6 +70,7 @@ class Vectorised:
         record: Record,
     ) -> None:
         self._module = module
+        self._recurrent = bool(recurrent_layers(module))
         self._selected = selected
         self._sites = Sites(module, selected)
         self._forward = forward
@@ -96,7 +97,7 @@ class Vectorised:
         try:
             with (
                 torch.autocast(self._device, enabled=False),
-                vmappable(self._module, self._device),
+                vmappable(self._module),
             ):
                 return self._adapt(inputs, answer)
         finally:
@@ -217,7 +218,7 @@ class Vectorised:
             return tuple(map(_without_batch, tensors))
 
         given = stacked.weights, inputs
-        tensors = iter(self._mapped(partial(without_graph, one), (stacked.dim,), *given))
+        tensors = iter(self._mapped(self._graphless(one), (stacked.dim,), *given))
         structure, others = plain
         leaves = [next(tensors) if other is None else other[0] for other in others]
         outputs, answers = tree_unflatten(leaves, structure)
@@ -235,8 +236,11 @@ class Vectorised:
 
         dims = (stacked.dim, stacked.anchor_dim, 0)
         given = stacked.weights, stacked.anchor, outputs
-        measure: Tensor = self._mapped(partial(without_graph, one), dims, *given, inputs)
+        measure: Tensor = self._mapped(self._graphless(one), dims, *given, inputs)
         return measure
+
+    def _graphless(self, one: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(without_graph, one) if self._recurrent else torch.no_grad()(one)
 
     def _run(self, sample: Any, prior: Tensor | None) -> Tensor:
         self._forwards += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,40 +17,47 @@ _Result = TypeVar("_Result")
 
 
 @contextmanager
-def vmappable(module: nn.Module, device: str) -> Iterator[None]:
+def vmappable(module: nn.Module) -> Iterator[None]:
     """Let a network run by operations that have a batching rule; the numbers are the same.
 
     Recurrent layers get the zero state that they would make themselves, as one that ``vmap`` knows
     of, and no fused kernels; on the CPU so does attention. What torch has no rule for runs sample
     by sample, which it warns of; the choice of a backend is made by the time taken.
-
-    Args:
-        module: the network.
-        device: type of the device it is on.
     """
-    layers = [m for m in module.modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)]
-    patched = [m for m in layers if "forward" not in vars(m)]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    patched = [m for m in recurrent_layers(module) if "forward" not in vars(m)]
+    with warnings.catch_warnings(), plain_attention(module):
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        if device == "cpu":
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         try:
-            torch.backends.mha.set_fastpath_enabled(False)
             for layer in patched:
                 vars(layer)["forward"] = partial(_recurrent, layer, layer.forward)
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
             for layer in patched:
                 vars(layer).pop("forward", None)
 
 
-def without_graph(run: Callable[..., _Result], *arguments: Any) -> _Result:
-    """Run inside ``torch.func`` without a graph, but by the operations that have one.
+@contextmanager
+def plain_attention(module: nn.Module) -> Iterator[None]:
+    """Let the attention of a network on the CPU run unfused, as ``vmap`` needs it."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
-    Outside of ``torch.func.grad``, layers such as LSTM are single operations without a rule.
+
+def recurrent_layers(module: nn.Module) -> list[nn.Module]:
+    """Return the recurrent layers and cells of a network."""
+    return [m for m in module.modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)]
+
+
+def without_graph(run: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Run inside ``vmap`` without a graph, but by the operations that a graph is made of.
+
+    Outside of ``torch.func.grad``, recurrent layers are single operations without a rule.
     """
 
     def beside(nothing: Tensor) -> tuple[Tensor, _Result]:

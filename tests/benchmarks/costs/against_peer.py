@@ -30,13 +30,14 @@ _AS_GOOD = Required(0.95)
 
 @dataclass(frozen=True)
 class _Case:
-    """A network, how many samples come, and how many times faster we have to be."""
+    """A network, how many samples come, and how many times faster we have to be, if judged."""
 
     architecture: Architecture
     entry: Entry
     size: int
     required: Required
     parameters: Literal["all", "norm"] = "all"
+    judged: bool = True
 
 
 def jobs(extent: Extent, device: torch.device) -> Iterator[Job]:
@@ -53,8 +54,9 @@ def _of_batches(extent: Extent) -> Iterator[_Case]:
     faster: dict[Entry, tuple[float, float]] = {"first": (2.0, 1.4), "late": (3.0, 2.0)}
     for entry, (alone, together) in faster.items():
         for architecture in (*extent.networks, *extent.extra):
-            yield _Case(architecture, entry, 1, Required(alone))
-            yield _Case(architecture, entry, extent.batch, Required(together))
+            judged = architecture in extent.networks
+            yield _Case(architecture, entry, 1, Required(alone), judged=judged)
+            yield _Case(architecture, entry, extent.batch, Required(together), judged=judged)
 
 
 def _of_samples(extent: Extent) -> Iterator[_Case]:
@@ -79,6 +81,7 @@ def _batch(extent: Extent, case: _Case, device: torch.device) -> list[Item]:
         ours=["ours"],
         other=["torch-ttt"],
         required=case.required,
+        judged=case.judged,
     )
     if case.size > 1:
         return [row]

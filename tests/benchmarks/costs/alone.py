@@ -13,7 +13,7 @@ from torch import Tensor
 from costs.clock import Piece, side_by_side
 from costs.engines import LR, Ours
 from costs.extent import Extent
-from costs.floor import PARTS, UPDATE, Floor
+from costs.floor import LOOP, PARTS, UPDATE, Floor
 from costs.items import Item, Job, Required, Row
 from costs.memory import MIB, kept_bytes, peak_bytes
 from costs.networks import Architecture, Entry, Subject
@@ -30,17 +30,18 @@ Scope = Literal["batch", "sample"]
 def jobs(extent: Extent, device: torch.device) -> Iterator[Job]:
     """Yield every comparison that needs no peer."""
     entries: tuple[Entry, ...] = ("first", "late")
-    scopes: tuple[Scope, ...] = ("batch", "sample")
     sizes = 1, extent.batch
     for architecture in extent.networks:
         for entry in entries:
             for size in sizes:
                 label = f"floor: {architecture.name}, {entry}, batch {size}"
                 yield Job(label, partial(_floor, extent, architecture, entry, size, device))
+    gates: tuple[tuple[Scope, int], ...]
+    gates = ("batch", 1), ("batch", extent.batch), ("sample", extent.batch)
     for architecture in extent.networks:
-        for scope in scopes:
-            label = f"gate: {architecture.name}, scope {scope}"
-            yield Job(label, partial(_gate, extent, architecture, scope, device))
+        for scope, size in gates:
+            label = f"gate: {architecture.name}, scope {scope}, batch {size}"
+            yield Job(label, partial(_gate, extent, architecture, scope, size, device))
     for size in sizes:
         label = f"memory: {extent.large.name}, batch {size}"
         yield Job(label, partial(_memory, extent.large, size, device))
@@ -54,25 +55,31 @@ def _floor(
     pieces = [Piece("ours", Ours(subject), lambda: images), *Floor(subject, images).pieces()]
     times = side_by_side(pieces, extent.plan)
     parts = ", ".join(f"{name} {times.milliseconds(name):.3g}" for name in (*PARTS, UPDATE))
-    row = Row.timed(
-        times,
-        section=_FLOOR,
-        case=f"{subject.name}, batch {size}",
-        against="its passes",
-        ours=["ours"],
-        other=PARTS,
-        required=Required(1.1, at_most=True),
-        note=f"ms: {parts}",
+    compared = (("its passes", PARTS, f"ms: {parts}"), ("them in a plain loop", (LOOP,), ""))
+    row, loop = (
+        Row.timed(
+            times,
+            section=_FLOOR,
+            case=f"{subject.name}, batch {size}",
+            against=against,
+            ours=["ours"],
+            other=names,
+            required=Required(1.1, at_most=True),
+            judged=names is PARTS,
+            note=note,
+        )
+        for against, names, note in compared
     )
-    return [replace(row, with_update=times.ratio(["ours"], [*PARTS, UPDATE]))]
+    return [replace(row, with_update=times.ratio(["ours"], [*PARTS, UPDATE])), loop]
 
 
 def _gate(
-    extent: Extent, architecture: Architecture, scope: Scope, device: torch.device
+    extent: Extent, architecture: Architecture, scope: Scope, size: int, device: torch.device
 ) -> list[Item]:
     subject = Subject.of(architecture, "first", device)
     norm = scope == "sample" and architecture is extent.large
-    batches = [subject.images(extent.batch, seed=1 + i) for i in range(extent.gated)]
+    images = subject.images(extent.batch * (extent.gated if size > 1 else 1), seed=1)
+    batches: tuple[Tensor, ...] = images.split(size)  # type: ignore[no-untyped-call]
     limit = _quantile(subject, extent.calibration)
     engines = {
         name: Ours(subject, scope=scope, parameters="norm" if norm else "all", gate=gate)
@@ -88,7 +95,7 @@ def _gate(
         Row.timed(
             side_by_side(pieces, extent.plan),
             section=_GATE,
-            case=f"{subject.name}, {what}, scope {scope}, {extent.batch} samples",
+            case=f"{subject.name}, {what}, scope {scope}, batch {size}",
             against="no gate",
             ours=["gated"],
             other=["open"],

@@ -21,7 +21,7 @@ class Extent:
         extra: further ones, in the comparison of scope ``"batch"`` with the peer.
         batch: size of a large batch.
         few: samples that adapt all weights of the large network by themselves.
-        gated: number of batches that pass the gate.
+        gated: number of large batches that come to the gate.
         calibration: number of samples that its threshold is taken from.
         curves: rounds of each point of a curve.
         batches: batch sizes of the curves.

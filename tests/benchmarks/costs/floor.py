@@ -12,6 +12,7 @@ from it3_lightning.priors import ClassPrior
 
 PARTS = ("first forward", "second forward", "distance", "backward", "final forward")
 UPDATE = "update"
+LOOP = "plain loop"
 
 
 class Floor:
@@ -32,7 +33,7 @@ class Floor:
         self._moved = [torch.empty_like(p, requires_grad=False) for p in self._parameters]
 
     def pieces(self) -> list[Piece]:
-        """Return each of :data:`PARTS`, and :data:`UPDATE`, to be timed."""
+        """Return each of :data:`PARTS`, :data:`UPDATE`, and :data:`LOOP`, all of them in one."""
         return [
             Piece(PARTS[0], lambda _: self.first(), self._train),
             Piece(PARTS[1], lambda known: self.second(*known), self._known),
@@ -40,6 +41,7 @@ class Floor:
             Piece(PARTS[3], self.gradients, self.loss),
             Piece(PARTS[4], lambda _: self.final()),
             Piece(UPDATE, lambda _: self._update()),
+            Piece(LOOP, lambda _: self._loop()),
         ]
 
     def first(self) -> tuple[Tensor, Tensor]:
@@ -83,6 +85,12 @@ class Floor:
             self._parameters, self._gradients, self._moved, strict=True
         ):
             torch.add(weights, gradients, alpha=-LR, out=out)
+
+    def _loop(self) -> Tensor:
+        """Do all of it, as a loop written by hand does; the new weights are not put in place."""
+        self._gradients = list(self.gradients(self.loss()))
+        self._update()
+        return self.final()
 
     def _known(self) -> tuple[Tensor, Tensor]:
         """Return what the second pass starts from: features, and a prior that needs gradients."""

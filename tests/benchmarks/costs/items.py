@@ -75,6 +75,7 @@ class Row:
         ours: Sequence[str],
         other: Sequence[str],
         required: Required,
+        judged: bool = True,
         note: str = "",
     ) -> Row:
         """Return a row of times: ours over the other's where it may be at most so much, or back.
@@ -87,6 +88,7 @@ class Row:
             ours: names of the pieces that are ours, to be summed.
             other: the same of what they are compared with.
             required: of the ratio.
+            judged: whether it is; else the row is there to be read.
             note: what else there is to say.
         """
         above, below = (ours, other) if required.at_most else (other, ours)
@@ -97,7 +99,7 @@ class Row:
             ours=times.milliseconds(*ours),
             other=times.milliseconds(*other),
             ratio=times.ratio(above, below),
-            required=required,
+            required=required if judged else None,
             quartiles=times.spread(above, below),
             rounds=times.rounds,
             running=times.running,

@@ -27,7 +27,8 @@ the final prediction included, nothing measured besides.</p>
 that it makes for every batch; its embedder is built before anything is timed. <em>Its passes</em>:
 the first forward, the second from where the prior enters, the distance, the backward, the final
 forward without a graph; <em>with update</em>: the same and one pass through the memory of weights,
-gradients and new weights. <em>Activations</em>: what autograd keeps of both passes.</p>"""
+gradients and new weights; <em>in a plain loop</em>: all of that in one go, as written by hand.
+<em>Activations</em>: what autograd keeps of both passes.</p>"""
 
 
 def page(results: Results) -> str:

@@ -11,6 +11,7 @@ from costs.results import Results
 from it3_lightning.display import svg
 
 _COLOURS = dict(zip(ENGINES, ("#1f6fb4", "#d1495b", "#2a9d6f", "#e39a2d"), strict=True))
+_VERDICTS = {"ok": "#1f6fb4", "missed": "#d1495b", "": "#8a94a0"}
 _COLUMNS = 3
 
 
@@ -20,7 +21,7 @@ def speedups(results: Results) -> str:
     figure = Figure(figsize=(10, 0.6 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
-    colours = ["#1f6fb4" if row.verdict == "ok" else "#d1495b" for row in rows]
+    colours = [_VERDICTS[row.verdict] for row in rows]
     axes.barh(places, [row.ratio for row in rows], color=colours, height=0.66)
     bounds = [row.required.bound if row.required else float("nan") for row in rows]
     axes.scatter(bounds, places, marker="|", s=170, color="black", lw=2, label="required", zorder=3)
@@ -30,7 +31,7 @@ def speedups(results: Results) -> str:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("times faster than torch-ttt; bars that miss what is required are red")
+    axes.set_xlabel("times faster than torch-ttt; red misses what is required, of grey nothing is")
     axes.axvline(1, color="black", lw=0.8)
     axes.legend(loc="lower right", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

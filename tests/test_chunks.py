@@ -1,0 +1,251 @@
+"""How many samples are vectorised at once, what memory that takes, and which backend is chosen."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from memory import Live, size_of
+from modules import Conditioned, images, takes_prior, toy
+from reference import softmax_label
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+from zoo import Injected, noise
+
+from it3_lightning.engine import Adaptation, BatchAdapter, SampleAdapter, Settings, choice
+from it3_lightning.engine.chunks import (
+    bytes_kept,
+    bytes_of_weights,
+    copies_of_weights,
+    samples_within,
+)
+from it3_lightning.engine.vmappable import plain_attention
+from it3_lightning.objectives import Idempotence
+
+PUBLISHED = Idempotence("l2", None)
+
+
+def adapter_of(net: nn.Module, enters: Any = None, **given: Any) -> SampleAdapter:
+    common = {"scope": "sample", "objective": PUBLISHED, "lr": 1e-3, "backend": "vectorised"}
+    made = Settings(**{**common, **given})
+    return SampleAdapter(net, takes_prior(net), softmax_label, made, enters=enters or {})
+
+
+def adapted(adapter: SampleAdapter, inputs: Any) -> Adaptation:
+    with adapter.adapted(inputs) as adaptation:
+        return adaptation
+
+
+# How many
+
+
+@pytest.mark.parametrize(
+    ("memory", "weights", "activations", "copies", "expected"),
+    [
+        (1000, 100, 25, 2, 4),
+        (999, 100, 25, 2, 3),
+        (1000, 100, 0, 5, 2),
+        (1000, 0, 50, 5, 10),
+        (10, 100, 25, 2, 1),  # at least one
+        (10, 0, 0, 2, 10),
+    ],
+)
+def test_the_number_of_samples(
+    memory: int, weights: int, activations: int, copies: int, expected: int
+) -> None:
+    found = samples_within(memory, weights=weights, activations=activations, copies=copies)
+    assert found == expected
+
+
+def own(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], int]] = {
+    "one step": ({}, 2),
+    "one step of sgd": ({"optimizer": "sgd"}, 2),
+    "one live step": ({"anchor": "live"}, 3),
+    "adam": ({"steps": 3}, 5),
+    "sgd": ({"steps": 3, "optimizer": "sgd"}, 3),
+    "rmsprop": ({"steps": 3, "optimizer": "rmsprop"}, 5),
+    "ema": ({"steps": 3, "anchor": "ema"}, 6),
+    "live": ({"steps": 3, "anchor": "live"}, 6),
+    "clipped": ({"steps": 3, "grad_clip": 1e-3}, 6),
+    "one clipped step": ({"grad_clip": 1e-3}, 6),
+    "filtered": ({"steps": 3, "objective": Idempotence("l2", 0.34)}, 5),
+    "own optimizer": ({"steps": 3, "optimizer": own}, 7),
+    "norm layers": ({"parameters": "norm", "steps": 2}, 5),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_copies_of_the_weights(settings: str) -> None:
+    given, copies = SETTINGS[settings]
+    assert copies_of_weights(Settings(**given)) == copies
+
+
+def test_activations_are_what_autograd_keeps() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    x = torch.zeros(3, 4)
+    kept = bytes_kept(lambda: net(x).square().sum(), net)
+    assert kept == size_of(x, torch.zeros(3, 8), torch.zeros(3, 2))  # of tanh and linear: the same
+    assert bytes_kept(lambda: net(x).detach(), net) == kept - size_of(torch.zeros(3, 2))
+
+
+# What it takes: live bytes stay below the budget
+
+
+def perceptron() -> nn.Module:
+    layers = (nn.Flatten(), nn.Linear(192, 192), nn.Tanh(), nn.LayerNorm(192), nn.Linear(192, 8))
+    return Conditioned(nn.Sequential(*layers))
+
+
+def convolutional() -> nn.Module:
+    convs = (nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    return Conditioned(nn.Sequential(*convs, nn.ReLU(), nn.Flatten(), nn.Linear(1024, 8)))
+
+
+def transformer() -> nn.Module:
+    return Injected(
+        VisionTransformer(8, 2, 2, 2, 32, 64, num_classes=3), "encoder.layers.encoder_layer_0", 32
+    )
+
+
+ALL = tuple(SETTINGS)
+FEW = ("one step", "one live step", "adam", "live", "filtered")
+NETWORKS = {
+    "mlp": (perceptron, "body", torch.float32, ALL),
+    "half mlp": (perceptron, "body", torch.bfloat16, FEW),
+    "cnn": (convolutional, "body", torch.float32, (*FEW, "norm layers")),
+    "vit": (transformer, "net.encoder.layers.encoder_layer_0", torch.float32, FEW[::2]),
+}
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Let nothing but reference counts free memory."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("network", NETWORKS)
+def test_live_bytes_stay_within_the_memory(network: str) -> None:
+    make, layer, dtype, names = NETWORKS[network]
+    torch.manual_seed(0)
+    net, inputs = make().eval().to(dtype), noise(3, 8, 8, count=5).to(dtype)
+    enters: Any = {layer: "output"}
+    for name in names:
+        given, copies = SETTINGS[name]
+        alone = BatchAdapter(
+            net,
+            takes_prior(net),
+            softmax_label,
+            Settings(**{"objective": PUBLISHED, **given}),
+            enters=enters,
+        )
+        weights = bytes_of_weights(alone.selected.values())
+        with plain_attention(net):
+            activations = alone.bytes_kept(inputs[:1])
+        memory = int(2.5 * (copies * weights + 2 * activations))
+        adapter = adapter_of(net, enters, **given, memory=memory)
+        adapted(adapter, inputs)
+        assert adapter.choice is not None
+        assert (adapter.choice.backend, adapter.choice.chunk_size) == ("vectorised", 2)
+        with Live().restarted() as live:
+            adaptation = adapted(adapter, inputs)
+            assert live.beyond <= memory, name
+        assert adaptation.outputs is not None
+        assert adaptation.outputs.shape == (5, 3)
+
+
+def test_a_small_memory_makes_several_chunks() -> None:
+    calls: list[int] = []
+    net, inputs = toy(), images(6)
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        outputs: Tensor = net(x, prior)
+        calls.append(1)
+        return outputs
+
+    def passes(memory: int) -> int:
+        given = Settings(
+            scope="sample", objective=PUBLISHED, backend="vectorised", memory=memory, lr=0.01
+        )
+        adapter = SampleAdapter(net, forward, softmax_label, given)
+        adapted(adapter, inputs)
+        calls.clear()
+        found.append(adapted(adapter, inputs).outputs)
+        return len(calls)
+
+    found: list[Tensor | None] = []
+    assert passes(2**30) == 4  # two of the step, the prediction, and the anchor again
+    assert passes(1) == 6 * 4
+    assert found[0] is not None
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
+# Which backend
+
+
+class Times:
+    """Tells times that were made up, and how many samples they were asked for."""
+
+    def __init__(self, loop: float, vectorised: float) -> None:
+        self.times = {"loop": loop, "vectorised": vectorised}
+        self.asked: list[tuple[str, int]] = []
+
+    def __call__(self, run: Any, inputs: Tensor) -> float:
+        name = "vectorised" if len(self.asked) % 2 else "loop"
+        self.asked.append((name, len(inputs)))
+        return self.times[name]
+
+
+@pytest.mark.parametrize("faster", ["loop", "vectorised"])
+def test_the_faster_backend_is_taken(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Times(*((1.0, 2.0) if faster == "loop" else (2.0, 1.0)))
+    monkeypatch.setattr(choice, "_milliseconds", times)
+    adapter = adapter_of(toy(), backend="auto")
+    first = adapted(adapter, images(6))
+    assert adapter.choice is not None
+    assert adapter.choice.backend == faster
+    expected = (
+        f"backend {faster!r}: loop {times.times['loop']:.3g}, vectorised "
+        f"{times.times['vectorised']:.3g} ms a sample, 6 at once"
+    )
+    assert str(adapter.choice) == expected
+    assert times.asked == [("loop", 4), ("vectorised", 6)]
+    again = adapted(adapter, images(6))
+    assert len(times.asked) == 2  # chosen once
+    assert first.outputs is not None
+    torch.testing.assert_close(again.outputs, first.outputs)
+    forwards = 4 if faster == "vectorised" else 6 * 4
+    assert again.forwards == forwards
+
+
+def test_a_much_larger_batch_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Times(1.0, 2.0)
+    monkeypatch.setattr(choice, "_milliseconds", times)
+    adapter = adapter_of(toy(), backend="auto")
+    backends = []
+    for size in (3, 5, 2, 6, 11, 12, 64, 100, 200):
+        times.times["vectorised"] = 2.0 if size < 12 else 0.5
+        adapted(adapter, images(size))
+        assert adapter.choice is not None
+        backends.append((size, adapter.choice.backend))
+    assert [samples for name, samples in times.asked if name == "vectorised"] == [3, 6, 12, 64]
+    assert backends[4:6] == [(11, "loop"), (12, "vectorised")]
+
+
+def test_what_is_asked_for_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Times(1.0, 2.0)
+    monkeypatch.setattr(choice, "_milliseconds", times)
+    for backend in ("loop", "vectorised"):
+        adapter = adapter_of(toy(), backend=backend)
+        adapted(adapter, images(3))
+        assert adapter.choice is not None
+        assert str(adapter.choice) == f"backend {backend!r}: as asked for"
+    assert times.asked == []
