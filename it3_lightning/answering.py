@@ -20,11 +20,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from it3_lightning.arguments import same
 from it3_lightning.engine import Adaptation, Settings
 from it3_lightning.host import normal
 from it3_lightning.protocols import IT3Module
-from it3_lightning.questions import Answers, Question, same
-from it3_lightning.standing_in import stood_in, told_of_calls
+from it3_lightning.questions import Answers, Question
+from it3_lightning.standing_in import told_of_calls
 
 _NEVER_ASKED = """{step} of {name} never called self(...), so nothing of it saw the adapted weights.
     wrong:  logits = self.net(x)
@@ -74,7 +75,7 @@ class Answering:
         ids = {id(parameter) for parameter in self.adapter.selected.values()}
         self._adapting = {
             id(owner): name  # the hash of a metric changes with its state
-            for name, owner in module.named_modules()
+            for name, owner in list(module.named_modules())[1:]
             if any(id(parameter) in ids for parameter in owner.parameters(recurse=False))
         }
 
@@ -128,7 +129,8 @@ class _Asking:
         forward = self.forward
         if "torch._dynamo" in sys.modules:  # a compiled step runs it as it is
             forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
-        self._stack.enter_context(stood_in(self._module, forward=forward, it3_given=self.given))
+        standing_in = self._answers.standing_in(forward=forward, it3_given=self.given)
+        self._stack.enter_context(standing_in)
         self._stack.enter_context(told_of_calls(self.called.append))
 
     @contextmanager

@@ -79,7 +79,8 @@ class Calibration(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Calibration:
         before = self.quantiles
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.quantiles = before.to(self.name.device)  # where fn may have cast them
+        if self.quantiles.dtype != before.dtype:
+            self.quantiles = before.to(self.quantiles.device)
         return self
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_leaves
 
 from it3_lightning.adapters import adapter_of, in_precision
+from it3_lightning.arguments import by_name, same
+from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine import Adaptation, Settings, batch_size
 from it3_lightning.engine.randomness import undisturbed_rng
 from it3_lightning.engine.samples import Answer, Plain, taken
-from it3_lightning.graphs import graph_count, is_graph
+from it3_lightning.graphs import graph_count
 from it3_lightning.muting import muted
 from it3_lightning.protocols import IT3Module
 from it3_lightning.returned import Returned
-from it3_lightning.standing_in import stood_in
+from it3_lightning.standing_in import hooked_by, stood_in
 
 
 class Question(NamedTuple):
@@ -98,6 +100,12 @@ class Answers:
         tensors = in_precision(adaptation.answers, ordinary, self.adapter, self._module)
         return structure.filled(tensors), adaptation
 
+    @contextmanager
+    def standing_in(self, **methods: Callable[..., Any]) -> Iterator[None]:
+        """Put methods on the module; they see its calls before the conditioning does."""
+        with stood_in(self._module, **methods), hooked_by(self._module, self._not_conditioning):
+            yield
+
     def _check(self, question: Question) -> None:
         size = batch_size(question.inputs)
         try:
@@ -119,16 +127,12 @@ class Answers:
 
         with torch.no_grad(), undisturbed_rng(), muted(self._module):
             try:
-                with stood_in(self._module, forward=forward):
+                with self.standing_in(forward=forward):
                     self._neutral(question)
             except _Reached as reached:
-                bound = self._bound(*reached.args)
-                return same(bound, self._bound(question.args, question.kwargs))
+                asked = by_name(self._module.forward, question.args, question.kwargs)
+                return same(by_name(self._module.forward, *reached.args), asked)
         return False
-
-    def _bound(self, args: Any, kwargs: Any) -> Any:
-        """Return arguments by name, however they were given."""
-        return dict(inspect.signature(self._module.forward).bind(*args, **kwargs).arguments)
 
     def _both(self, asked: Question) -> tuple[Tensor, Any]:
         """Return the outputs of a neutral pass, and what ``forward`` returned in it."""
@@ -146,8 +150,13 @@ class Answers:
         return self._host.predict_with(asked.inputs, prior)
 
     def _called(self, asked: Question, prior: Tensor | None) -> Any:
-        with nullcontext() if prior is None else self._host.it3_given(prior):
-            return self._module.forward(*asked.args, **asked.kwargs)
+        given = nullcontext() if prior is None else self._host.it3_given(prior)
+        with given, hooked_by(self._module, lambda hook: not self._not_conditioning(hook)):
+            return self._module(*asked.args, **asked.kwargs)
+
+    def _not_conditioning(self, hook: Any) -> bool:
+        conditioning = getattr(self._host, "it3_conditioning", None)
+        return not (isinstance(conditioning, Conditioning) and conditioning.owns(hook))
 
 
 @dataclass(frozen=True)
@@ -168,22 +177,3 @@ def _samples(asked: Question) -> int | None:
     """Return how many samples there are, or ``None``: outputs of graphs may be those of nodes."""
     leaves = [leaf for leaf in tree_leaves(asked.inputs) if not isinstance(leaf, Tensor)]
     return None if any(map(graph_count, leaves)) else batch_size(asked.inputs)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two structures of arguments are equal, to the last bit.
-
-    >>> same({"x": torch.ones(1)}, {"x": torch.ones(1)}), same((1,), [1])
-    (True, False)
-    """
-    (mine, structure), (theirs, other) = tree_flatten(a), tree_flatten(b)
-    return structure == other and all(map(_equal, mine, theirs))
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-        return alike and torch.equal(a, b)
-    if is_graph(a) and is_graph(b):
-        return same([dict(store) for store in a.stores], [dict(store) for store in b.stores])
-    return a is b or (isinstance(a, str | int | float) and type(a) is type(b) and a == b)

@@ -32,6 +32,29 @@ def stood_in(module: nn.Module, **methods: Callable[..., Any]) -> Iterator[None]
 
 
 @contextmanager
+def hooked_by(module: nn.Module, kept: Callable[[Any], bool]) -> Iterator[None]:
+    """Let only those of a module's own forward hooks run within that are to be kept.
+
+    >>> layer = nn.Identity()
+    >>> handle = layer.register_forward_hook(lambda *_: 0)
+    >>> with hooked_by(layer, lambda hook: False):
+    ...     inside = layer(1)
+    >>> inside, layer(1)
+    (1, 0)
+    """
+    hooks = [(own, own.copy()) for own in (module._forward_pre_hooks, module._forward_hooks)]
+    try:
+        for own, before in hooks:
+            for key in [key for key, hook in before.items() if not kept(hook)]:
+                del own[key]
+        yield
+    finally:
+        for own, before in hooks:
+            own.clear()
+            own.update(before)
+
+
+@contextmanager
 def told_of_calls(tell: Callable[[nn.Module], None]) -> Iterator[None]:
     """Tell of every module that is called within, whichever it is; no module is changed.
 

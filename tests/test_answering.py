@@ -28,7 +28,13 @@ from toy import (
     seeded,
 )
 
-from it3_lightning import FeatureInjection, IT3TestTimeCallback, ValuePrior
+from it3_lightning import (
+    ClassPrior,
+    FeatureInjection,
+    ForwardArgument,
+    IT3TestTimeCallback,
+    ValuePrior,
+)
 from it3_lightning.batches import inputs_of
 from it3_lightning.networks import GraphNet
 from it3_lightning.tasks import IT3Regressor
@@ -174,6 +180,20 @@ def test_question_about_the_batch_costs_no_pass_of_its_own(ask: Any) -> None:
     assert len(passes) - 4 * 12 in (0, 2)  # two to step by, the answer, its distance; a trial
 
 
+def test_what_comes_before_the_adapting_weights_is_computed_once() -> None:
+    class Counts(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            passes.append(len(input))
+            return super().forward(input)
+
+    passes: list[int] = []
+    model = net()
+    model.net.conv.__class__ = Counts
+    head = ["net.head.*"]
+    close(torch.cat(together(model, each(parameters=head))), alone(net(), parameters=head))
+    assert len(passes) - 12 in range(5)  # and some for a trial
+
+
 def test_same_question_gets_the_same_answer_whatever_was_done_to_the_first() -> None:
     def ask(module: Any, x: Tensor) -> Any:
         first = module(x)
@@ -269,6 +289,37 @@ def test_prior_that_the_step_gives_counts(prediction: Any, backend: str) -> None
         with model.it3_given(given[index % 4][None]):
             close(with_prior[index], called(model, own, x)[0])
         close(neutral[index], called(model, own, x)[0])
+
+
+class TakesPrior(IT3Net):
+    """Its own forward takes the prior."""
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        shift = 0 if prior is None else (prior * torch.arange(1.0, 4.0)).sum(1)[:, None]
+        return super().forward(x) + shift * torch.tensor([1.0, -1.0, 0.5])
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Any:  # type: ignore[override]
+        given = torch.eye(3)[[0, 1, 2, 0]]
+        return torch.stack([self(batch[0]), self.predict_with(batch[0], given)], 1)
+
+
+@pytest.mark.parametrize("neutral", ["none", "zeros", "uniform"])
+@pytest.mark.parametrize("prediction", ["first", "second"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_that_takes_the_prior_gets_it(prediction: Any, neutral: Any, backend: str) -> None:
+    def made() -> Any:
+        prior = ClassPrior(3, neutral=neutral)
+        return net(TakesPrior, prior=prior, conditioning=ForwardArgument())
+
+    model, given = made(), torch.eye(3)[[0, 1, 2, 0]]
+    answers = torch.cat(together(model, each(backend, prediction=prediction)))
+    for index, (x, own) in enumerate(zip(ones(samples()[0]), own_weights(model), strict=True)):
+        first = called(model, own, x)
+        with model.it3_given(first.softmax(1)):
+            second = called(model, own, x)
+        close(answers[index, 0], (first if prediction == "first" else second)[0])
+        with model.it3_given(given[index % 4][None]):
+            close(answers[index, 1], called(model, own, x)[0])
 
 
 class Two(IT3Net):
@@ -503,3 +554,15 @@ def test_layer_that_the_step_runs_by_itself_is_told_once() -> None:
         answers = together(model, each())
     assert len([w for w in caught if "by itself" in str(w.message)]) == 1
     close(torch.cat([first for first, _ in answers]), alone(net()))
+
+
+def test_parameters_of_the_module_itself_adapt_without_a_warning() -> None:
+    class Scaled(IT3Net):
+        def __init__(self, **args: Any) -> None:
+            super().__init__(**args)
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    close(torch.cat(together(net(Scaled), each("vectorised"))), alone(net(Scaled)))

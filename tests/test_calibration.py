@@ -91,6 +91,15 @@ def test_quantiles_stay_what_they_are_when_the_module_is_cast(dtype: torch.dtype
     assert model.it3_calibration.quantiles.dtype == torch.float32
 
 
+def test_module_made_without_memory_can_be_given_some() -> None:
+    with torch.device("meta"):
+        calibration = Calibration()
+    calibration.half().to_empty(device="cpu")
+    calibration.take(torch.ones(3), by="l2")
+    assert calibration.quantile(0.5, by="l2") == 1
+    assert calibration.quantiles.dtype == torch.float32
+
+
 # In checkpoints
 
 

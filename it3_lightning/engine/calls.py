@@ -114,7 +114,7 @@ class Calls:
     @contextmanager
     def _installed(self, mode: Literal["take", "answer"]) -> Iterator[None]:
         """Put the wrappers in the place of the modules' own ``forward``."""
-        patched = [m for m in self.watched if _patchable(m)]
+        patched = [m for m in self.watched if self.sees(m)]
         for m in patched:
             vars(m)["forward"] = self._wrapped[m]
         self._mode, self._place = mode, [0]
