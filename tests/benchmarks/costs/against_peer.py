@@ -23,7 +23,7 @@ _BATCH = "Scope batch against torch-ttt"
 _SAMPLE = "Scope sample against torch-ttt on one sample, per sample"
 _AUTO = "Backend auto against the better one, scope sample, per sample"
 
-_SINGLE = 8  # samples that the peer takes in a round, one by one
+_SINGLE = 4  # samples that the peer takes in a round, one by one
 _BACKENDS = ("auto", "loop", "vectorised")
 _AS_GOOD = Required(0.95)
 

@@ -55,7 +55,7 @@ def _floor(
     pieces = [Piece("ours", Ours(subject), lambda: images), *Floor(subject, images).pieces()]
     times = side_by_side(pieces, extent.plan)
     parts = ", ".join(f"{name} {times.milliseconds(name):.3g}" for name in (*PARTS, UPDATE))
-    compared = (("its passes", PARTS, f"ms: {parts}"), ("them in a plain loop", (LOOP,), ""))
+    compared = (("its passes", PARTS, f"ms: {parts}"), ("a plain loop", (LOOP,), ""))
     row, loop = (
         Row.timed(
             times,

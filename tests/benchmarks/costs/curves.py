@@ -32,15 +32,17 @@ class _Place:
 
 def jobs(extent: Extent, device: torch.device) -> Iterator[Job]:
     """Yield every curve."""
+    samples = min(_AT, extent.batch)
     on_gpu = large_networks() if device.type == "cuda" else ()
     for network in (*extent.networks, *on_gpu):
         sizes = [_Place(n, network, n, 1) for n in extent.batches]
-        steps = [_Place(n, network, min(_AT, extent.batch), n) for n in extent.steps]
+        steps = [_Place(n, network, samples, n) for n in extent.steps]
         yield _job(extent, device, "batch size", sizes)
         yield _job(extent, device, "steps", steps)
-    wide = [small_cnn(width, 8 * width) for width in extent.widths]
-    places = [_Place(_parameters(each), each, min(_AT, extent.batch), 1) for each in wide]
-    yield _job(extent, device, "parameters", places)
+        if network is extent.small:
+            wide = [small_cnn(width, 8 * width) for width in extent.widths]
+            places = [_Place(_parameters(each), each, samples, 1) for each in wide]
+            yield _job(extent, device, "parameters", places)
 
 
 def _job(extent: Extent, device: torch.device, axis: Axis, places: list[_Place]) -> Job:

@@ -58,12 +58,12 @@ class Extent:
 
 FULL = Extent(
     name="full",
-    plan=Plan(seconds=4.0, least=3, most=300),
+    plan=Plan(seconds=4.0, least=5, most=300),
     small=small_cnn(),
     large=resnet18(),
     extra=(resnet18(cifar=True),),
     batch=64,
-    few=16,
+    few=8,
     gated=4,
     calibration=512,
     curves=Plan(seconds=1.0, least=3, most=50),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ MIB = 2**20
 
 
 def peak_bytes(run: Callable[[], object], there: Iterable[Tensor]) -> int:
-    """Return the largest number of bytes that a call has alive at once.
+    """Return the largest number of bytes that a call has alive at once, garbage collected before.
 
     Args:
         run: the call.
@@ -27,6 +28,7 @@ def peak_bytes(run: Callable[[], object], there: Iterable[Tensor]) -> int:
     3072
     """
     tensors = list(there)
+    gc.collect()
     if tensors[0].is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -16,6 +16,7 @@ table.figures th, table.figures td { text-align: right !important; }
 table.figures { width: auto; }
 .ok { color: #1a7f37; font-weight: 600; } .missed { color: #c62f3e; font-weight: 600; }
 small { display: block; opacity: .65; white-space: normal; max-width: 23rem; }
+.wide td:first-child { white-space: normal; } .wide th, .wide td { padding: .3rem .5rem; }
 """
 
 _HOW = """<p>Medians over rounds; in every round each of the compared has its turn, in one process.
@@ -27,7 +28,7 @@ the final prediction included, nothing measured besides.</p>
 that it makes for every batch; its embedder is built before anything is timed. <em>Its passes</em>:
 the first forward, the second from where the prior enters, the distance, the backward, the final
 forward without a graph; <em>with update</em>: the same and one pass through the memory of weights,
-gradients and new weights; <em>in a plain loop</em>: all of that in one go, as written by hand.
+gradients and new weights. <em>A plain loop</em>: all of that in one go, as written by hand.
 <em>Activations</em>: what autograd keeps of both passes.</p>"""
 
 

@@ -25,8 +25,9 @@ def speedups(results: Results) -> str:
     axes.barh(places, [row.ratio for row in rows], color=colours, height=0.66)
     bounds = [row.required.bound if row.required else float("nan") for row in rows]
     axes.scatter(bounds, places, marker="|", s=170, color="black", lw=2, label="required", zorder=3)
-    for place, row in zip(places, rows, strict=True):
-        axes.annotate(f" {row.ratio:.1f}", (row.ratio, place), va="center", fontsize=8)
+    for place, row, bound in zip(places, rows, bounds, strict=True):
+        clear = bound if row.ratio < bound < 1.3 * row.ratio else row.ratio  # of the mark
+        axes.annotate(f"  {row.ratio:.1f}", (clear, place), va="center", fontsize=8)
     axes.set_yticks(places, [row.case for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -73,8 +74,8 @@ def _panel(axes: Axes, engines: dict[str, dict[int, float]]) -> None:
 
 
 def _short(number: int) -> str:
-    """Return a number in two digits where it is large, as ``13k``."""
+    """Return a number in three digits where it is large, as ``13.7k``."""
     for size, letter in ((10**6, "M"), (10**3, "k")):
         if number >= size:
-            return f"{number / size:.2g}{letter}"
+            return f"{number / size:.3g}{letter}"
     return str(number)
