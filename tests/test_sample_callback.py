@@ -304,9 +304,9 @@ def test_inference_mode_does_not_matter(backend: str) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("scope", ["batch", "sample"])
 def test_compiled_lightning_module_adapts_like_the_plain_one(scope: Any) -> None:
-    expected = predicted(net(), adapting(scope=scope, backend="loop"))
+    callback, data = adapting(scope=scope, backend="loop"), loader(count=4)
     compiled: Any = torch.compile(net(), backend="eager")
-    close(predicted(compiled, adapting(scope=scope, backend="loop")), expected)
+    close(predicted(compiled, callback, data=data), predicted(net(), callback, data=data))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
