@@ -554,10 +554,10 @@ def test_the_global_random_state_is_not_touched(make: Any) -> None:
         ({"shifts": ["fog"]}, "Unknown shift 'fog'.* Known: shape_1"),
         ({"shifts": "noise"}, "list of different names, got 'noise'"),
         ({"shifts": ["noise", "noise"]}, "list of different names"),
-        ({"inner": 1.0}, "inner between 0 and 1, got 1.0"),
-        ({"held_ratio": 0.0}, "held_ratio between 0 and 1"),
+        ({"inner": 1.0}, "inner to be between 0 and 1, got 1.0"),
+        ({"held_ratio": 0.0}, "held_ratio to be between 0 and 1"),
         ({"min_confidence": 2.0}, r"min_confidence in \[0, 1\], got 2"),
-        ({"noise": -1.0}, "noise >= 0 chords"),
+        ({"noise": -1.0}, "noise to be at least 0 chords, got -1.0"),
         ({"nodes": 7}, "even number of nodes"),
         ({"angle": 90.0}, "angle from -20 to 20"),
         ({"val_size": 0}, "val_size to be an integer of at least 1"),
@@ -574,7 +574,7 @@ def test_bad_settings_are_refused_by_the_constructor(
 def test_a_setting_changed_to_nonsense_is_refused_at_setup(make: Any) -> None:
     data = make()
     data.inner = 3.0
-    with pytest.raises(ValueError, match="inner between 0 and 1"):
+    with pytest.raises(ValueError, match="inner to be between 0 and 1"):
         data.setup("fit")
 
 

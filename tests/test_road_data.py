@@ -289,7 +289,7 @@ def test_shifts_to_report_on_and_to_tune_on_are_kept_apart() -> None:
         ({"evaluate_on": "train"}, "Unknown evaluate_on 'train'"),
         ({"severity": 0}, "severity to be one of 1, 2, 3, 4, 5, got 0"),
         ({"batch_size": 0}, "batch_size to be an integer of at least 1, got 0"),
-        ({"val_size": 0}, "val_size to be an integer of at least 1 or None, got 0"),
+        ({"val_size": 0}, "val_size to be an integer of at least 1, got 0"),
         ({"train_size": None}, "train_size to be an integer of at least 1, got None"),
         ({"size": 8}, "size to be an integer of at least 16, got 8"),
         ({"seed": -1}, "seed to be an integer of at least 0, got -1"),

@@ -308,8 +308,8 @@ def test_more_tiles_than_there_are_is_refused(tmp_path: Path) -> None:
     [
         ({"layout": "roadtracers"}, "Unknown layout 'roadtracers'. Did you mean 'roadtracer'"),
         ({"tile": 0}, "tile to be an integer of at least 1, got 0"),
-        ({"val_share": 1.0}, r"val_share between 0 and 1, got 1\.0"),
-        ({"test_share": 0}, "test_share between 0 and 1, got 0"),
+        ({"val_share": 1.0}, r"val_share to be between 0 and 1, got 1\.0"),
+        ({"test_share": 0}, "test_share to be between 0 and 1, got 0"),
         ({"test_regions": "boston"}, "test_regions to be a list of names, got 'boston'"),
     ],
 )

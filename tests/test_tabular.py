@@ -12,7 +12,7 @@ from torch import Tensor
 
 from it3_lightning.data import TABULAR_SHIFTS, TABULAR_TUNING_SHIFTS, ShiftedTables, TabularShift
 from it3_lightning.data.tabular import Layout, Preprocessing, Schema, Table
-from it3_lightning.data.tabular.splitting import unequal_rows
+from it3_lightning.data.tabular.frequencies import unequal_rows
 
 NAN = float("nan")
 COLOURS = ("blue", "green", "red")
@@ -55,11 +55,12 @@ class OneFile(ShiftedTables):
 class Classes(ShiftedTables):
     """600 rows in as many classes as asked for."""
 
-    source = ("classes",)
-
     def __init__(self, classes: int, **settings: Any) -> None:
-        super().__init__(**settings)
         self.classes = classes
+        super().__init__(**settings)
+
+    def source(self) -> tuple[object, ...]:
+        return (*super().source(), self.classes)
 
     def load(self) -> tuple[Table, Table | None]:
         schema = Schema(("x",), {}, tuple(map(str, range(self.classes))))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,25 +17,9 @@ from it3_lightning.data.naca import contours
 from it3_lightning.data.profiles import ModelSize, ProfileSet
 from it3_lightning.data.ranged import RangedData
 from it3_lightning.data.samples import Pool, Rows, Samples
-from it3_lightning.messages import unknown
+from it3_lightning.data.settings import check_choice, check_deviation, check_share
 
 Representation = Literal["graph", "contour"]
-
-AIRFOIL_LEVELS = (*level_names("shape"), *level_names("ratio"))
-
-AIRFOIL_SHIFTS = (*AIRFOIL_LEVELS, "noise")
-"""The shifts that results are reported on."""
-
-_TUNING = MappingProxyType(
-    {
-        "rotation": (contour_shifts.rotation, 2.0),
-        "roughness": (contour_shifts.roughness, 0.003),
-        "resampling": (contour_shifts.resampling, 0.8),
-    }
-)
-
-AIRFOIL_TUNING_SHIFTS = tuple(_TUNING)
-"""Other shifts, only for choosing settings: no result is reported on them."""
 
 
 class AirfoilDataModule(RangedData):
@@ -81,9 +63,9 @@ class AirfoilDataModule(RangedData):
             ``root`` is damaged.
     """
 
-    LEVELS = AIRFOIL_LEVELS
-    SHIFTS = AIRFOIL_SHIFTS
-    TUNING_SHIFTS = AIRFOIL_TUNING_SHIFTS
+    LEVELS = (*level_names("shape"), *level_names("ratio"))
+    SHIFTS = (*LEVELS, "noise")
+    TUNING_SHIFTS = tuple(contour_shifts.TUNING)
 
     def __init__(
         self,
@@ -99,10 +81,8 @@ class AirfoilDataModule(RangedData):
         inner: float = 0.85,
         held_ratio: float = 0.15,
         noise: float = 0.002,
-        shifts: Sequence[str] = AIRFOIL_SHIFTS,
         **kwargs: Any,
     ) -> None:
-        super().__init__(shifts=shifts, **kwargs)
         self.root = root
         self.representation: Representation = representation
         self.profiles = profiles
@@ -115,21 +95,20 @@ class AirfoilDataModule(RangedData):
         self.held_ratio = held_ratio
         self.noise = noise
         self._dropped = 0
-        self.check()
+        super().__init__(**kwargs)
 
     def check(self) -> None:
         """Refuse settings out of their range, before anything is computed."""
         super().check()
-        known = get_args(Representation)
-        if self.representation not in known:
-            raise ValueError(unknown("representation", self.representation, known))
-        for name in ("inner", "held_ratio"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"Expected {name} between 0 and 1, got {getattr(self, name)}.")
+        check_choice("representation", self.representation, get_args(Representation))
+        check_share("inner", self.inner)
+        check_share("held_ratio", self.held_ratio)
+        check_deviation("noise", self.noise, "chords")
         if not 0 <= self.min_confidence <= 1:
-            raise ValueError(f"Expected min_confidence in [0, 1], got {self.min_confidence}.")
-        if self.noise < 0:
-            raise ValueError(f"Expected noise >= 0 chords, got {self.noise}.")
+            raise ValueError(
+                f"Expected min_confidence in [0, 1], got {self.min_confidence}. Set "
+                "min_confidence=0 to keep all profiles."
+            )
         contours(torch.tensor([self._profiles.low]), self.nodes)
 
     def prepare_data(self) -> None:
@@ -143,11 +122,14 @@ class AirfoilDataModule(RangedData):
         self.setup("fit")
         return self._dropped
 
-    @property
-    def pool_key(self) -> tuple[object, ...]:
-        """The settings that :meth:`load` depends on."""
+    def source(self) -> tuple[object, ...]:
+        """Return the settings that :meth:`load` depends on."""
         ranges = self.min_confidence, self.inner, self.held_ratio
-        return self._profiles, str(self.root), self.nodes, *ranges
+        return self._profiles, self.root, self.nodes, *ranges
+
+    def strength(self) -> tuple[object, ...]:
+        """Return the deviation of the noise."""
+        return (self.noise,)
 
     def load(self) -> Pool:
         """Return the profiles inside the range of training, and those outside it by level."""
@@ -164,7 +146,7 @@ class AirfoilDataModule(RangedData):
         """Return contours with perturbed nodes."""
         if name == "noise":
             return contour_shifts.noise(inputs, self.noise, generator)
-        perturbation, size = _TUNING[name]
+        perturbation, size = contour_shifts.TUNING[name]
         return perturbation(inputs, size, generator)
 
     def dataset(self, samples: Samples) -> Dataset[Any]:

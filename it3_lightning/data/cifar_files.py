@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from it3_lightning.data.image_set import ImageSet
-from it3_lightning.data.settings import SEVERITIES
+from it3_lightning.data.severities import SEVERITIES
 
 TRAIN_FILES: tuple[str, ...] = tuple(name for name, _ in CIFAR10.train_list)
 TEST_FILES: tuple[str, ...] = tuple(name for name, _ in CIFAR10.test_list)

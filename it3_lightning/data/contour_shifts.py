@@ -7,6 +7,8 @@ profile itself, so the target stays what it was.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Generator, Tensor
@@ -75,6 +77,17 @@ def resampling(contours: Tensor, size: float, generator: Generator) -> Tensor:
     """
     parts = torch.rand((*contours.shape[:2], 1), generator=generator, dtype=contours.dtype)
     return contours + size * parts * (contours.roll(-1, dims=1) - contours)
+
+
+TUNING: Mapping[str, tuple[Callable[[Tensor, float, Generator], Tensor], float]]
+TUNING = MappingProxyType(
+    {
+        "rotation": (rotation, 2.0),
+        "roughness": (roughness, 0.003),
+        "resampling": (resampling, 0.8),
+    }
+)
+"""Those for choosing settings alone, each with its size: no result is reported on them."""
 
 
 def _normal(shape: tuple[int, ...], like: Tensor, generator: Generator) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
+from it3_lightning.data.severities import check_severity
 from it3_lightning.messages import not_installed, unknown
 
 CORRUPTIONS: tuple[str, ...] = (
@@ -73,11 +74,7 @@ class Corruption:
         known = CORRUPTIONS + EXTRA_CORRUPTIONS
         if self.name not in known:
             raise ValueError(unknown("corruption", self.name, known))
-        if type(self.severity) is not int or not 1 <= self.severity <= 5:
-            raise ValueError(
-                f"Expected severity to be one of 1, 2, 3, 4, 5, got {self.severity!r}. "
-                "Give an integer: 1 is the weakest, 5 the strongest."
-            )
+        check_severity(self.severity)
 
     def __call__(self, images: Tensor, generator: Generator | None = None) -> Tensor:
         """Corrupt a batch of images, in 8 bits.

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from it3_lightning.data.image_set import ImageSet
-from it3_lightning.data.sampling import subset
 from it3_lightning.data.shifted import ShiftedImages
+from it3_lightning.data.splits import held_out
+from it3_lightning.messages import not_installed
 
 _TEST = 597
 
@@ -44,12 +45,10 @@ class DigitsDataModule(ShiftedImages):
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise ImportError(
-                "Expected scikit-learn, which holds the digits, but it cannot be imported. "
-                "Install it with: pip install 'it3_lightning[data]'"
-            ) from error
+            message = not_installed("scikit-learn", "which holds the digits", "data", error)
+            raise ImportError(message) from error
         bunch = load_digits()
         images = torch.from_numpy(bunch.images).float()[:, None] / 16
         digits = ImageSet(images, torch.from_numpy(bunch.target).long())
-        test, train = subset(len(digits), _TEST, self.seed, "test digits")
-        return digits.select(train), digits.select(test)
+        test, train = held_out(digits, _TEST, self.seed, "test digits")
+        return train, test

@@ -33,9 +33,13 @@ class MNISTDataModule(ShiftedImages):
     _torchvision: ClassVar[type[MNIST]] = MNIST
 
     def __init__(self, root: str | Path = "data", *, download: bool = True, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         self.root = root
         self.download = download
+        super().__init__(**kwargs)
+
+    def source(self) -> tuple[object, ...]:
+        """Return where the images come from."""
+        return (self.root,)
 
     @property
     def num_classes(self) -> int:

@@ -18,7 +18,7 @@ from it3_lightning.data.naca import contours
 from it3_lightning.data.polars import Polars
 from it3_lightning.data.sampling import seeded
 from it3_lightning.data.settings import check_integer
-from it3_lightning.messages import unknown
+from it3_lightning.messages import not_installed, unknown
 
 ModelSize = Literal[
     "xxsmall", "xsmall", "small", "medium", "large", "xlarge", "xxlarge", "xxxlarge"
@@ -114,10 +114,8 @@ class ProfileSet:
         try:
             from neuralfoil import get_aero_from_coordinates
         except ImportError as error:
-            raise ImportError(
-                "Expected neuralfoil, which computes lift and drag, but it cannot be imported. "
-                "Install it with: pip install 'it3_lightning[airfoils]'"
-            ) from error
+            message = not_installed("neuralfoil", "which computes lift and drag", "airfoils", error)
+            raise ImportError(message) from error
         rows = []
         for profile in contours(parameters, _NODES):
             closed = torch.cat([profile, profile[:1]]).numpy()

@@ -38,6 +38,11 @@ class RoadScenesDataModule(ShiftedMasks):
         (torch.Size([4, 3, 32, 32]), 0.22)
     """
 
+    needed_sizes = ("train_size", "val_size", "test_size")
+    train_size: int
+    val_size: int
+    test_size: int
+
     def __init__(
         self,
         *,
@@ -47,9 +52,8 @@ class RoadScenesDataModule(ShiftedMasks):
         test_size: int = 128,
         **kwargs: Any,
     ) -> None:
-        super().__init__(train_size=train_size, val_size=val_size, test_size=test_size, **kwargs)
         self.size = size
-        self.check()
+        super().__init__(train_size=train_size, val_size=val_size, test_size=test_size, **kwargs)
 
     def source(self) -> tuple[object, ...]:
         """Return the size of a scene."""
@@ -58,14 +62,12 @@ class RoadScenesDataModule(ShiftedMasks):
     def load(self) -> dict[str, MaskedSet]:
         """Draw all scenes."""
         sizes = {"train": self.train_size, "validation": self.val_size, "test": self.test_size}
-        return {part: self._scenes(part, size or 0) for part, size in sizes.items()}
+        return {part: self._scenes(part, size) for part, size in sizes.items()}
 
     def check(self) -> None:
         """Refuse settings out of their range."""
         super().check()
         check_integer("size", self.size, 16)
-        for name in ("train_size", "val_size", "test_size"):
-            check_integer(name, getattr(self, name), 1)
 
     def _scenes(self, part: str, count: int) -> MaskedSet:
         draw = RoadScenes(self.size)

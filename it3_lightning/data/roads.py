@@ -15,10 +15,9 @@ from it3_lightning.data.road_files import (
     massachusetts,
     roadtracer,
 )
-from it3_lightning.data.settings import check_integer
+from it3_lightning.data.settings import check_choice, check_integer, check_share
 from it3_lightning.data.shifted_masks import ShiftedMasks
 from it3_lightning.data.tiles import Tiles
-from it3_lightning.messages import unknown
 
 
 class RoadsDataModule(ShiftedMasks):
@@ -59,14 +58,13 @@ class RoadsDataModule(ShiftedMasks):
         test_regions: Sequence[str] = ROADTRACER_TEST_REGIONS,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
         self.root = root
         self.layout: Layout = layout
         self.tile = tile
         self.val_share = val_share
         self.test_share = test_share
         self.test_regions = test_regions
-        self.check()
+        super().__init__(**kwargs)
 
     def source(self) -> tuple[object, ...]:
         """Return where the files are and how they are parted and cut."""
@@ -81,14 +79,9 @@ class RoadsDataModule(ShiftedMasks):
         """Refuse settings out of their range."""
         super().check()
         check_integer("tile", self.tile, 1)
-        if self.layout not in get_args(Layout):
-            raise ValueError(unknown("layout", self.layout, get_args(Layout)))
+        check_choice("layout", self.layout, get_args(Layout))
         for name in ("val_share", "test_share"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(
-                    f"Expected {name} between 0 and 1, got {getattr(self, name)}. "
-                    "It is a share of the files."
-                )
+            check_share(name, getattr(self, name))
         if isinstance(self.test_regions, str):
             raise ValueError(
                 f"Expected test_regions to be a list of names, got {self.test_regions!r}. "

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -14,29 +12,10 @@ from torch.utils.data import Dataset
 from it3_lightning.data.levels import level_names, levels
 from it3_lightning.data.ranged import RangedData
 from it3_lightning.data.samples import Pool, Rows, Samples
-from it3_lightning.messages import unknown
+from it3_lightning.data.self_noise_file import FILE, Column, read
+from it3_lightning.data.settings import check_choice, check_deviation, check_share
 
-Column = Literal["frequency", "angle", "chord", "velocity", "thickness", "level"]
-
-SELF_NOISE_LEVELS = level_names("high")
-
-SELF_NOISE_SHIFTS = (*SELF_NOISE_LEVELS, "noise")
-"""The shifts that results are reported on."""
-
-SELF_NOISE_TUNING_SHIFTS = ("missing", "gain")
-"""Other shifts, only for choosing settings: no result is reported on them."""
-
-_FILE, _ROWS, _MISSING, _GAIN = "airfoil_self_noise.dat", 1503, 0.1, 0.2
-_RANGES = MappingProxyType(  # of the published file, in Hz, degrees, m, m/s, m, dB
-    {
-        "frequency": (200, 20000),
-        "angle": (0, 22.2),
-        "chord": (0.0254, 0.3048),
-        "velocity": (31.7, 71.3),
-        "thickness": (0.0004, 0.0585),
-        "level": (103.3, 141.0),
-    }
-)
+_MISSING, _GAIN = 0.1, 0.2
 
 
 class AirfoilSelfNoiseDataModule(RangedData):
@@ -70,9 +49,9 @@ class AirfoilSelfNoiseDataModule(RangedData):
     RP-1218 (1989); UCI Machine Learning Repository, data set 291.
     """
 
-    LEVELS = SELF_NOISE_LEVELS
-    SHIFTS = SELF_NOISE_SHIFTS
-    TUNING_SHIFTS = SELF_NOISE_TUNING_SHIFTS
+    LEVELS = level_names("high")
+    SHIFTS = (*LEVELS, "noise")
+    TUNING_SHIFTS = ("missing", "gain")
 
     def __init__(
         self,
@@ -81,38 +60,36 @@ class AirfoilSelfNoiseDataModule(RangedData):
         column: Column = "thickness",
         held: float = 0.3,
         noise: float = 0.2,
-        shifts: Sequence[str] = SELF_NOISE_SHIFTS,
         **kwargs: Any,
     ) -> None:
-        super().__init__(shifts=shifts, **kwargs)
         self.root = root
         self.column: Column = column
         self.held = held
         self.noise = noise
-        self.check()
+        super().__init__(**kwargs)
 
     def check(self) -> None:
         """Refuse settings out of their range, before the file is read."""
         super().check()
-        if self.column not in get_args(Column):
-            raise ValueError(unknown("column", self.column, get_args(Column)))
-        if not 0 < self.held < 1:
-            raise ValueError(f"Expected held between 0 and 1, got {self.held}.")
-        if self.noise < 0:
-            raise ValueError(f"Expected noise >= 0 standard deviations, got {self.noise}.")
+        check_choice("column", self.column, get_args(Column))
+        check_share("held", self.held)
+        check_deviation("noise", self.noise, "standard deviations")
 
     def prepare_data(self) -> None:
         """Make sure that the file is there and whole: nothing is downloaded."""
-        read(Path(self.root) / _FILE)
+        read(Path(self.root) / FILE)
 
-    @property
-    def pool_key(self) -> tuple[object, ...]:
-        """The settings that :meth:`load` depends on."""
-        return str(self.root), self.column, self.held
+    def source(self) -> tuple[object, ...]:
+        """Return the settings that :meth:`load` depends on."""
+        return self.root, self.column, self.held
+
+    def strength(self) -> tuple[object, ...]:
+        """Return the deviation of the noise."""
+        return (self.noise,)
 
     def load(self) -> Pool:
         """Return the measurements below the range that is held out, and those in it by level."""
-        rows = read(Path(self.root) / _FILE)
+        rows = read(Path(self.root) / FILE)
         samples = Samples(rows[:, :5], rows[:, 5:])
         values = rows[:, get_args(Column).index(self.column)]
         above = (values - values.quantile(1 - self.held)).clamp_min(0)
@@ -141,45 +118,3 @@ class AirfoilSelfNoiseDataModule(RangedData):
         inputs = self._splits["train"].inputs
         std = inputs.std(dim=0, correction=0)
         return inputs.mean(dim=0), torch.where(std > 0, std, 1.0)
-
-
-def read(file: Path) -> Tensor:
-    """Read the measurements, ``(1503, 6)``, float64: the five features and the sound level.
-
-    Args:
-        file: ``airfoil_self_noise.dat``, as UCI publishes it.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is empty, cut off, damaged or another file.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"Expected {file.resolve()}, got no such file. Get 'Airfoil Self-Noise' of the UCI "
-            f"Machine Learning Repository, and place {_FILE} there, or set root to its folder."
-        )
-    lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    rows = [_row(file, number, line) for number, line in enumerate(lines, 1)]
-    if len(rows) != _ROWS:
-        raise ValueError(
-            f"Expected {_ROWS} measurements in {file}, got {len(rows)}. It is empty, cut off or "
-            "another file: put the published one in its place."
-        )
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def _row(file: Path, number: int, line: str) -> list[float]:
-    """Return the numbers of a line; refuse others than six, each in its published range."""
-    try:
-        values = [float(word) for word in line.split()]
-    except ValueError:
-        values = []
-    pairs = zip(values, _RANGES.values(), strict=False)
-    fits = [low <= value <= high for value, (low, high) in pairs]
-    if len(values) != len(_RANGES) or not all(fits):
-        ranges = ", ".join(f"{name} {low} to {high}" for name, (low, high) in _RANGES.items())
-        raise ValueError(
-            f"Expected six numbers ({ranges}) in line {number} of {file}, got {line[:80]!r}. It is "
-            "damaged or another file: put the published one in its place."
-        )
-    return values

@@ -1,15 +1,12 @@
 """What the settings of a data module may be, and the errors for everything else."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Literal
 
-from it3_lightning.data.shifts import Shift
 from it3_lightning.messages import unknown
 
 Stream = Literal["equal", "unequal"]
 Split = Literal["test", "validation"]
-Severity = int | Literal["all"]
-SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def check_integer(name: str, value: object, least: int, *, optional: bool = False) -> None:
@@ -23,12 +20,13 @@ def check_integer(name: str, value: object, least: int, *, optional: bool = Fals
         )
 
 
-def check_choices(stream: str, evaluate_on: str) -> None:
-    """Refuse an unknown stream or split."""
-    if stream not in get_args(Stream):
-        raise ValueError(unknown("stream", stream, get_args(Stream)))
-    if evaluate_on not in get_args(Split):
-        raise ValueError(unknown("evaluate_on", evaluate_on, get_args(Split)))
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Refuse what is none of the known words.
+
+    >>> check_choice("stream", "equal", ["equal", "unequal"])
+    """
+    if value not in known:
+        raise ValueError(unknown(name, value, known))
 
 
 def check_share(name: str, value: float) -> None:
@@ -39,37 +37,27 @@ def check_share(name: str, value: float) -> None:
         )
 
 
-def check_shifts(
-    shifts: Sequence[str],
-    severity: Severity,
-    change: Callable[[str, int], object] = Shift,
-    *,
-    example: str = "fog",
-) -> None:
-    """Refuse an unknown or repeated shift, a single string, and a severity outside 1 to 5.
+def check_deviation(name: str, value: float, unit: str) -> None:
+    """Refuse a negative standard deviation."""
+    if not value >= 0:
+        raise ValueError(
+            f"Expected {name} to be at least 0 {unit}, got {value!r}. Set {name}=0 for none."
+        )
 
-    Args:
-        shifts: Names.
-        severity: 1 to 5, or ``"all"``.
-        change: Makes a shift of a name and a severity, and refuses what it does not know.
-        example: Name of a shift that it knows.
-    """
-    if isinstance(shifts, str) or len(set(shifts)) != len(shifts):
+
+def check_equal(stream: Stream, why: str) -> None:
+    """Refuse a stream of unequal classes on data that have none."""
+    if stream != "equal":
+        raise ValueError(
+            f"Expected stream='equal', got {stream!r}: {why}. For the benchmark set "
+            "streams: [equal]."
+        )
+
+
+def check_names(shifts: Sequence[str], example: str) -> None:
+    """Refuse a single string and repeated names."""
+    if not isinstance(shifts, list | tuple) or len(set(shifts)) != len(shifts):
         raise ValueError(
             f"Expected shifts to be a list of different names, got {shifts!r}. "
             f'Write for example shifts=["{example}"].'
-        )
-    for name in [*shifts, example]:  # severity is checked though the list be empty
-        change(name, SEVERITIES[0] if severity == "all" else severity)
-
-
-def check_corrupted(corruptions: str, known: Sequence[str], evaluate_on: Split) -> None:
-    """Refuse an unknown source of corruptions, and files of test images for validation."""
-    if corruptions not in known:
-        raise ValueError(unknown("source of corruptions", corruptions, known))
-    if corruptions == "files" and evaluate_on == "validation":
-        raise ValueError(
-            'Expected evaluate_on="test" with corruptions="files", got "validation": the published '
-            "files hold test images alone. To choose settings without these, set "
-            f"corruptions={' or '.join(repr(k) for k in known if k != 'files')}."
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from it3_lightning.data import shift_functions as functions
+from it3_lightning.data.severities import check_severity
 from it3_lightning.messages import unknown
 
 _Function = Callable[[Tensor, float, Generator], Tensor]
@@ -83,11 +84,7 @@ class Shift:
         """Refuse an unknown name, a severity that is not an integer from 1 to 5, a bad pixel."""
         if self.name not in _ALL:
             raise ValueError(unknown("shift", self.name, _ALL))
-        if type(self.severity) is not int or not 1 <= self.severity <= 5:
-            raise ValueError(
-                f"Expected severity to be one of 1, 2, 3, 4, 5, got {self.severity!r}. "
-                "Give an integer: 1 is the weakest, 5 the strongest."
-            )
+        check_severity(self.severity)
         if self.pixel is not None and self.pixel <= 0:
             raise ValueError(f"Expected pixel > 0 or None, got {self.pixel}.")
 

@@ -15,8 +15,9 @@ from it3_lightning.data.decoding import Decode, InMemory, Resized
 from it3_lightning.data.image_files import ImageFiles
 from it3_lightning.data.images import Batch, Images
 from it3_lightning.data.sampling import subset
-from it3_lightning.data.settings import check_integer
+from it3_lightning.data.settings import check_equal, check_integer, check_share
 from it3_lightning.data.shifted import ShiftedImages
+from it3_lightning.data.splits import chosen
 
 _UNSEEN = "unseen_ages"
 
@@ -86,9 +87,22 @@ class UTKFaceDataModule(ShiftedImages):
         """Names of the test and prediction loaders, in their order: clean first."""
         return [*super().test_names, *([] if self.train_ages is None else [_UNSEEN])]
 
+    def check(self) -> None:
+        """Refuse settings out of their range, before any data is read."""
+        super().check()
+        check_integer("image_size", self.image_size, 1)
+        check_equal(self.stream, "ages are no classes")
+        check_share("test_share", self.test_share)
+        if (self.train_list is None) != (self.test_list is None):
+            raise ValueError(
+                f"Expected both train_list and test_list or neither, got {self.train_list!r} and "
+                f"{self.test_list!r}. Give the other, or leave both out."
+            )
+        self._check_ages()
+
     def prepare_data(self) -> None:
         """Refuse missing images before any work; nothing is downloaded."""
-        self._check()
+        self.check()
         utkface_files.find(Path(self.root))
 
     def source(self) -> tuple[object, ...]:
@@ -122,21 +136,18 @@ class UTKFaceDataModule(ShiftedImages):
         augment = partial(crop_and_flip, padding=max(1, self.image_size // 16))
         return Augmented(images, augment) if self.augment else images
 
+    def shifted(self, name: str) -> Images:
+        """Return the held-out faces under a shift, or those of the ages outside."""
+        return self._unseen() if name == _UNSEEN else super().shifted(name)
+
     def _parts(self, names: list[str]) -> tuple[Tensor, Tensor]:
         """Return which images to train and to test on, by the lists or the seed."""
-        if self.train_list is None or self.test_list is None:
-            size = max(1, round(self.test_share * len(names)))
-            test, train = subset(len(names), size, self.seed, "test faces")
-            return train, test
-        lists = [Path(self.train_list), Path(self.test_list)]
-        parts = [utkface_files.read_list(path, names) for path in lists]
-        both = set(parts[0]) & set(parts[1])
-        if both:
-            raise ValueError(
-                f"Expected no image in both {lists[0]} and {lists[1]}, got {len(both)}, e.g. "
-                f"{names[min(both)]}. Test on images that are not trained on."
-            )
-        return torch.tensor(parts[0]), torch.tensor(parts[1])
+        if self.train_list is not None and self.test_list is not None:
+            lists = Path(self.train_list), Path(self.test_list)
+            return utkface_files.read_lists(*lists, names)
+        size = max(1, round(self.test_share * len(names)))
+        test, train = subset(len(names), size, self.seed, "test faces")
+        return train, test
 
     def _aged(self, faces: ImageFiles, *, inside: bool) -> ImageFiles:
         """Return the faces inside the ages to train on, or outside of them."""
@@ -153,34 +164,11 @@ class UTKFaceDataModule(ShiftedImages):
             )
         return faces.select(found)
 
-    def _test_sets(self) -> list[Images]:
-        sets = super()._test_sets()
-        return sets if self.train_ages is None else [*sets, self._unseen()]
-
     def _unseen(self) -> ImageFiles:
         """Return held-out faces of the ages outside, clean."""
         unseen = self._aged(self._all_ages[self.evaluate_on], inside=False)
-        size = min(self.test_size or len(unseen), len(unseen))
-        return unseen.select(subset(len(unseen), size, self.seed, _UNSEEN)[0])
-
-    def _check(self) -> None:
-        super()._check()
-        check_integer("image_size", self.image_size, 1)
-        if self.stream != "equal":
-            raise ValueError(
-                f"Expected stream 'equal', got {self.stream!r}: ages are no classes. Leave "
-                "'unequal' out."
-            )
-        if not 0 < self.test_share < 1:
-            raise ValueError(
-                f"Expected test_share between 0 and 1, got {self.test_share}. Take e.g. 0.2."
-            )
-        if (self.train_list is None) != (self.test_list is None):
-            raise ValueError(
-                f"Expected both train_list and test_list or neither, got {self.train_list!r} and "
-                f"{self.test_list!r}. Give the other, or leave both out."
-            )
-        self._check_ages()
+        size = None if self.test_size is None else min(self.test_size, len(unseen))
+        return chosen(unseen, size, self.seed, _UNSEEN)
 
     def _check_ages(self) -> None:
         ages = self.train_ages

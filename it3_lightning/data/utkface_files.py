@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 _NAME = re.compile(r"(\d{1,3})_[01]_[0-4]_\d+\s*\.jpg(\.chip\.jpg)?", re.IGNORECASE)
 
 
@@ -76,6 +79,23 @@ def read_list(path: Path, names: Sequence[str]) -> list[int]:
             "list, or fetch the images."
         )
     return sorted({rows[name] for name in listed})
+
+
+def read_lists(train: Path, test: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return which of the images two files list, ``(M,)`` each.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A list names none, or what is not there, or both name the same image.
+    """
+    trained, tested = read_list(train, names), read_list(test, names)
+    both = set(trained) & set(tested)
+    if both:
+        raise ValueError(
+            f"Expected no image in both {train} and {test}, got {len(both)}, e.g. "
+            f"{names[min(both)]}. Test on images that are not trained on."
+        )
+    return torch.tensor(trained), torch.tensor(tested)
 
 
 def _images(folder: Path) -> list[str]:

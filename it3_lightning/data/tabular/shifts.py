@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Generator, Tensor
 
+from it3_lightning.data.severities import check_severity
 from it3_lightning.data.tabular import shift_functions as functions
 from it3_lightning.data.tabular.preprocessing import Layout
 from it3_lightning.messages import unknown
@@ -68,11 +69,7 @@ class TabularShift:
         """Refuse an unknown name and a severity that is not an integer from 1 to 5."""
         if self.name not in _ALL:
             raise ValueError(unknown("shift", self.name, _ALL))
-        if type(self.severity) is not int or not 1 <= self.severity <= 5:
-            raise ValueError(
-                f"Expected severity to be one of 1, 2, 3, 4, 5, got {self.severity!r}. "
-                "Give an integer: 1 is the weakest, 5 the strongest."
-            )
+        check_severity(self.severity)
 
     @property
     def level(self) -> float:
