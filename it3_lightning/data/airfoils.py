@@ -11,13 +11,13 @@ from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from it3_lightning.data import contour_shifts
+from it3_lightning.data.checks import check_choice, check_deviation, check_share
 from it3_lightning.data.contour_graphs import ContourGraphs
 from it3_lightning.data.levels import level_names, levels, outside
 from it3_lightning.data.naca import contours
 from it3_lightning.data.profiles import ModelSize, ProfileSet
 from it3_lightning.data.ranged import RangedData
 from it3_lightning.data.samples import Pool, Rows, Samples
-from it3_lightning.data.settings import check_choice, check_deviation, check_share
 
 Representation = Literal["graph", "contour"]
 

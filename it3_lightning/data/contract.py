@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from lightning.pytorch import LightningDataModule
 
-from it3_lightning.data.settings import Split, Stream
+Stream = Literal["equal", "unequal"]
+Split = Literal["test", "validation"]
 
 
 class ShiftedData(LightningDataModule):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from it3_lightning.data import shifts
+from it3_lightning.data.contract import Split
 from it3_lightning.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
 from it3_lightning.data.images import Change
-from it3_lightning.data.settings import Split
 from it3_lightning.data.shifted import ShiftedImages
 from it3_lightning.messages import unknown
 

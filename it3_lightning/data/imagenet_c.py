@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
+from it3_lightning.data.checks import check_integer
 from it3_lightning.data.corrupted import CorruptedImages
 from it3_lightning.data.corruption_error import ALEXNET_ERRORS
 from it3_lightning.data.corruptions import corrupting
@@ -20,7 +21,6 @@ from it3_lightning.data.imagenet_files import (
 )
 from it3_lightning.data.images import Batch, Images
 from it3_lightning.data.random_crops import RandomCrops
-from it3_lightning.data.settings import check_integer
 
 Source = Literal["auto", "files", "made", "own"]
 

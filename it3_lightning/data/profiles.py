@@ -14,10 +14,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from it3_lightning.data import polars
+from it3_lightning.data.checks import check_integer
 from it3_lightning.data.naca import contours
 from it3_lightning.data.polars import Polars
 from it3_lightning.data.sampling import seeded
-from it3_lightning.data.settings import check_integer
 from it3_lightning.messages import not_installed, unknown
 
 ModelSize = Literal[

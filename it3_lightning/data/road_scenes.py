@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from it3_lightning.data.checks import check_integer
 from it3_lightning.data.masked_set import MaskedImages, MaskedSet
 from it3_lightning.data.sampling import seeded
 from it3_lightning.data.scenes import RoadScenes
-from it3_lightning.data.settings import check_integer
 from it3_lightning.data.shifted_masks import ShiftedMasks
 
 _CHUNK = 16  # scenes drawn at once: part of what a seed means, so it is no option

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from it3_lightning.data.checks import check_choice, check_integer, check_share
 from it3_lightning.data.masked_set import MaskedSet
 from it3_lightning.data.road_files import (
     ROADTRACER_TEST_REGIONS,
@@ -15,7 +16,6 @@ from it3_lightning.data.road_files import (
     massachusetts,
     roadtracer,
 )
-from it3_lightning.data.settings import check_choice, check_integer, check_share
 from it3_lightning.data.shifted_masks import ShiftedMasks
 from it3_lightning.data.tiles import Tiles
 

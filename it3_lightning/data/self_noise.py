@@ -9,11 +9,11 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
+from it3_lightning.data.checks import check_choice, check_deviation, check_share
 from it3_lightning.data.levels import level_names, levels
 from it3_lightning.data.ranged import RangedData
 from it3_lightning.data.samples import Pool, Rows, Samples
 from it3_lightning.data.self_noise_file import FILE, Column, read
-from it3_lightning.data.settings import check_choice, check_deviation, check_share
 
 _MISSING, _GAIN = 0.1, 0.2
 

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from it3_lightning.data.checks import check_equal
 from it3_lightning.data.graded import GradedData
 from it3_lightning.data.masked_set import TURNS, MaskedSet, Shifted, Turned
 from it3_lightning.data.sampling import seeded
-from it3_lightning.data.settings import check_equal
 from it3_lightning.data.shifts import Shift
 from it3_lightning.data.splits import chosen
 from it3_lightning.data.tile_order import TileOrder

@@ -11,11 +11,11 @@ from torch.utils.data import Dataset
 
 from it3_lightning.data import utkface_files
 from it3_lightning.data.augmentation import Augmented, crop_and_flip
+from it3_lightning.data.checks import check_equal, check_integer, check_share
 from it3_lightning.data.decoding import Decode, InMemory, Resized
 from it3_lightning.data.image_files import ImageFiles
 from it3_lightning.data.images import Batch, Images
 from it3_lightning.data.sampling import subset
-from it3_lightning.data.settings import check_equal, check_integer, check_share
 from it3_lightning.data.shifted import ShiftedImages
 from it3_lightning.data.splits import chosen
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from it3_lightning.data.settings import check_choice
+from it3_lightning.data.checks import check_choice
 from it3_lightning.data.tabular.reading import needed
 from it3_lightning.data.tabular.shifted_tables import ShiftedTables
 from it3_lightning.data.tabular.table import Schema, Table

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from it3_lightning.data.settings import check_choice
+from it3_lightning.data.checks import check_choice
 from it3_lightning.data.tabular.columns import Task, inferred_schema, to_table
 from it3_lightning.data.tabular.reading import read
 from it3_lightning.data.tabular.shifted_tables import ShiftedTables

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from it3_lightning.data.checks import check_share
 from it3_lightning.data.graded import GradedData
 from it3_lightning.data.sampling import seeded
-from it3_lightning.data.settings import check_share
 from it3_lightning.data.splits import held_out, split
 from it3_lightning.data.tabular.frequencies import unequal_rows
 from it3_lightning.data.tabular.preprocessing import Layout, Preprocessing
