@@ -17,6 +17,7 @@ from it3_lightning.data.cifar_files import (
     read_corrupted,
 )
 from it3_lightning.data.corrupted import CorruptedImages
+from it3_lightning.data.downloading import download
 from it3_lightning.data.image_set import ImageSet
 from it3_lightning.data.images import Batch, Images
 
@@ -76,14 +77,8 @@ class CIFAR10DataModule(CorruptedImages):
         self.check()
         if self.corruptions == "files":
             self._look_for_corrupted()
-        if self._folder() is not None:
-            return
-        if not self.download:
-            raise self._missing("download=False")
-        try:
-            CIFAR10(self.root, train=True, download=True)
-        except (OSError, RuntimeError) as error:
-            raise self._missing(f"the download failed: {error}") from error
+        if self._folder() is None:
+            download(CIFAR10, self.root, allowed=self.download, missing=self._missing)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """Return all training and all test images; nothing is downloaded here."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Generic, cast
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from it3_lightning.data.loading import loader
 from it3_lightning.data.sampling import seeded
 from it3_lightning.data.settings import DataSettings
-from it3_lightning.data.splits import S
+from it3_lightning.data.splits import S, Selectable, split
+
+T = TypeVar("T", bound=Selectable)
 
 
 class HeldOutData(DataSettings, Generic[S]):
@@ -100,6 +102,17 @@ class HeldOutData(DataSettings, Generic[S]):
         return self.test_dataloader()
 
     # How it works
+
+    def _parts(self, train: T, test: T) -> dict[str, T]:
+        """Part validation samples from those to train on, as many of each as the sizes say."""
+        return split(
+            train,
+            test,
+            val_size=self.val_size,
+            train_size=self.train_size,
+            test_size=self.test_size,
+            seed=self.seed,
+        )
 
     @property
     def _changed(self) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torchvision.datasets import MNIST, FashionMNIST
 
 from it3_lightning.data import idx
+from it3_lightning.data.downloading import download
 from it3_lightning.data.image_set import ImageSet
 from it3_lightning.data.shifted import ShiftedImages
 
@@ -48,14 +49,9 @@ class MNISTDataModule(ShiftedImages):
 
     def prepare_data(self) -> None:
         """Make sure that the four files are there: look first, then download if that is allowed."""
-        if self._files() is not None:
-            return
-        if not self.download:
-            raise self._missing("download=False")
-        try:
-            self._torchvision(self.root, train=True, download=True)
-        except (OSError, RuntimeError) as error:
-            raise self._missing(f"the download failed: {error}") from error
+        self.check()
+        if self._files() is None:
+            download(self._torchvision, self.root, allowed=self.download, missing=self._missing)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """Return all training and all test images; nothing is downloaded here."""

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from it3_lightning.data.held_out import HeldOutData
 from it3_lightning.data.samples import Pool, Samples, deciles
 from it3_lightning.data.sampling import seeded, unequal_stream
-from it3_lightning.data.splits import held_out, split
+from it3_lightning.data.splits import held_out
 from it3_lightning.messages import unknown
 
 
@@ -89,15 +89,7 @@ class RangedData(HeldOutData[Samples]):
         """Return the samples to train, validate and test on, and those of each level."""
         pool = self.load()
         test, others = held_out(pool.inside, self.test_size, self.seed, "test_size")
-        inside = split(
-            others,
-            test,
-            val_size=self.val_size,
-            train_size=self.train_size,
-            test_size=None,
-            seed=self.seed,
-        )
-        return {**inside, **pool.levels}
+        return {**self._parts(others, test), **pool.levels}
 
     def shifted(self, name: str) -> Samples:
         """Return the samples of a level, or those inside the range under a perturbation."""

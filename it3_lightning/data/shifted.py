@@ -10,7 +10,7 @@ from it3_lightning.data import shifts
 from it3_lightning.data.graded import GradedData
 from it3_lightning.data.images import Change, Images
 from it3_lightning.data.sampling import unequal_stream
-from it3_lightning.data.splits import chosen, split
+from it3_lightning.data.splits import chosen
 from it3_lightning.messages import undefined
 
 
@@ -83,15 +83,7 @@ class ShiftedImages(GradedData[Images]):
 
     def split(self) -> dict[str, Images]:
         """Return the images to train, validate and test on."""
-        train, test = self.load()
-        return split(
-            train,
-            test,
-            val_size=self.val_size,
-            train_size=self.train_size,
-            test_size=self.test_size,
-            seed=self.seed,
-        )
+        return self._parts(*self.load())
 
     def shifted(self, name: str) -> Images:
         """Return the held-out images under a shift, from files where they lie in some."""

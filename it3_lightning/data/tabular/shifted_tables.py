@@ -9,7 +9,7 @@ from torch import Tensor
 from it3_lightning.data.checks import check_share
 from it3_lightning.data.graded import GradedData
 from it3_lightning.data.sampling import seeded
-from it3_lightning.data.splits import held_out, split
+from it3_lightning.data.splits import held_out
 from it3_lightning.data.tabular.frequencies import unequal_rows
 from it3_lightning.data.tabular.preprocessing import Layout, Preprocessing
 from it3_lightning.data.tabular.row_set import RowSet
@@ -94,14 +94,7 @@ class ShiftedTables(GradedData[RowSet]):
         if test is None:
             size = max(1, round(self.test_share * len(train)))
             test, train = held_out(train, size, self.seed, "test rows")
-        tables = split(
-            train,
-            test,
-            val_size=self.val_size,
-            train_size=self.train_size,
-            test_size=self.test_size,
-            seed=self.seed,
-        )
+        tables = self._parts(train, test)
         preprocessing = Preprocessing.fit(tables["train"])
         self._schema, self._layout = preprocessing.schema, preprocessing.layout
         return {part: RowSet(preprocessing(table), table.target) for part, table in tables.items()}
