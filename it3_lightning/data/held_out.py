@@ -103,7 +103,7 @@ class HeldOutData(DataSettings, Generic[S]):
 
     # How it works
 
-    def _parts(self, train: T, test: T) -> dict[str, T]:
+    def parted(self, train: T, test: T) -> dict[str, T]:
         """Part validation samples from those to train on, as many of each as the sizes say."""
         return split(
             train,

@@ -89,7 +89,7 @@ class RangedData(HeldOutData[Samples]):
         """Return the samples to train, validate and test on, and those of each level."""
         pool = self.load()
         test, others = held_out(pool.inside, self.test_size, self.seed, "test_size")
-        return {**self._parts(others, test), **pool.levels}
+        return {**self.parted(others, test), **pool.levels}
 
     def shifted(self, name: str) -> Samples:
         """Return the samples of a level, or those inside the range under a perturbation."""

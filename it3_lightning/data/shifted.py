@@ -83,7 +83,7 @@ class ShiftedImages(GradedData[Images]):
 
     def split(self) -> dict[str, Images]:
         """Return the images to train, validate and test on."""
-        return self._parts(*self.load())
+        return self.parted(*self.load())
 
     def shifted(self, name: str) -> Images:
         """Return the held-out images under a shift, from files where they lie in some."""

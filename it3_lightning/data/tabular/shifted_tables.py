@@ -94,7 +94,7 @@ class ShiftedTables(GradedData[RowSet]):
         if test is None:
             size = max(1, round(self.test_share * len(train)))
             test, train = held_out(train, size, self.seed, "test rows")
-        tables = self._parts(train, test)
+        tables = self.parted(train, test)
         preprocessing = Preprocessing.fit(tables["train"])
         self._schema, self._layout = preprocessing.schema, preprocessing.layout
         return {part: RowSet(preprocessing(table), table.target) for part, table in tables.items()}
