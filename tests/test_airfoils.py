@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from it3_lightning.data import AirfoilDataModule, contour_shifts, profiles
-from it3_lightning.data.contour_graphs import ContourGraphs, ring, steps
-from it3_lightning.data.levels import levels, outside
-from it3_lightning.data.naca import contours, normals
-from it3_lightning.data.polars import Polars
-from it3_lightning.data.profiles import ProfileSet
-from it3_lightning.data.samples import Samples, deciles
+from it3_lightning.data import AirfoilDataModule
+from it3_lightning.data.airfoils import contour_shifts, profiles
+from it3_lightning.data.airfoils.contour_graphs import ContourGraphs, ring, steps
+from it3_lightning.data.airfoils.levels import levels, outside
+from it3_lightning.data.airfoils.naca import contours, normals
+from it3_lightning.data.airfoils.polars import Polars
+from it3_lightning.data.airfoils.profiles import ProfileSet
+from it3_lightning.data.airfoils.samples import Samples, deciles
 
 NACA_0012 = torch.tensor([[0.0, 0.4, 0.12]], dtype=torch.float64)
 NACA_2412 = torch.tensor([[0.02, 0.4, 0.12]], dtype=torch.float64)

@@ -8,7 +8,7 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import Tensor
 
 from it3_lightning.data import ImageSet
-from it3_lightning.data.augmentation import Augmented, DrawSampler, crop_and_flip
+from it3_lightning.data.images.augmentation import Augmented, DrawSampler, crop_and_flip
 from it3_lightning.data.loading import loader
 
 

@@ -20,8 +20,8 @@ from it3_lightning.data import (
     Shift,
     ShiftedMasks,
 )
-from it3_lightning.data.masked_set import MaskedImages, Shifted, Turned
-from it3_lightning.data.tile_order import TileOrder
+from it3_lightning.data.roads.masked_set import MaskedImages, Shifted, Turned
+from it3_lightning.data.roads.tile_order import TileOrder
 
 MASKABLE = [name for name in SHIFTS + TUNING_SHIFTS if name not in ("rotation", "shear")]
 

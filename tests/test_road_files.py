@@ -11,8 +11,8 @@ from road_files import SIDE, massachusetts, pairs, roadtracer, scenes, write_pai
 from torch import Tensor
 
 from it3_lightning.data import RoadsDataModule
-from it3_lightning.data.road_files import ROADTRACER_TEST_REGIONS
-from it3_lightning.data.tiles import FILES_AT_ONCE, Pair, Tiles
+from it3_lightning.data.roads.road_files import ROADTRACER_TEST_REGIONS
+from it3_lightning.data.roads.tiles import FILES_AT_ONCE, Pair, Tiles
 
 
 def data(root: Path, **settings: Any) -> RoadsDataModule:
@@ -122,14 +122,14 @@ def test_nothing_is_decoded_before_a_tile_is_asked_for(
 ) -> None:
     module = data(massachusetts(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr("it3_lightning.data.tiles._read", lambda *_: pytest.fail("decoded"))
+        patch.setattr("it3_lightning.data.roads.tiles._read", lambda *_: pytest.fail("decoded"))
         module.setup("fit")
         loader = module.train_dataloader()
     assert next(iter(loader))[0].shape == (12, 3, 32, 32)
 
 
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    from it3_lightning.data import tiles
+    from it3_lightning.data.roads import tiles
 
     reads: list[Path] = []
     original = tiles._read

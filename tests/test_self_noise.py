@@ -11,7 +11,7 @@ from conftest import write_self_noise
 from torch import Tensor
 
 from it3_lightning.data import AirfoilSelfNoiseDataModule
-from it3_lightning.data.self_noise_file import Column, read
+from it3_lightning.data.airfoils.self_noise_file import Column, read
 
 
 @pytest.fixture
