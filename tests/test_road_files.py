@@ -11,7 +11,7 @@ from road_files import SIDE, massachusetts, pairs, roadtracer, scenes, write_pai
 from torch import Tensor
 
 from it3_lightning.data import RoadsDataModule
-from it3_lightning.data.roads.road_files import ROADTRACER_TEST_REGIONS
+from it3_lightning.data.roads.layouts import ROADTRACER_TEST_REGIONS
 from it3_lightning.data.roads.tiles import FILES_AT_ONCE, Pair, Tiles
 
 

@@ -1,8 +1,9 @@
 """Data modules that test on clean and on shifted samples, and the shifts themselves."""
 
-from it3_lightning.data.airfoils.airfoils import AirfoilDataModule
+from it3_lightning.data.airfoils.lift import AirfoilDataModule
 from it3_lightning.data.airfoils.self_noise import AirfoilSelfNoiseDataModule
-from it3_lightning.data.contract import ShiftedData
+from it3_lightning.data.contract import Batch, ShiftedData
+from it3_lightning.data.images.base import Images
 from it3_lightning.data.images.cifar10 import CIFAR10DataModule
 from it3_lightning.data.images.corruption_error import ALEXNET_ERRORS, mean_corruption_error
 from it3_lightning.data.images.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
@@ -10,13 +11,12 @@ from it3_lightning.data.images.digits import DigitsDataModule
 from it3_lightning.data.images.image_files import ImageFiles
 from it3_lightning.data.images.image_set import ImageSet
 from it3_lightning.data.images.imagenet_c import ImageNetCDataModule
-from it3_lightning.data.images.images import Batch, Images
 from it3_lightning.data.images.mnist import FashionMNISTDataModule, MNISTDataModule
 from it3_lightning.data.images.shifted import ShiftedImages
 from it3_lightning.data.images.shifts import SHIFTS, TUNING_SHIFTS, Shift
 from it3_lightning.data.images.utkface import UTKFaceDataModule
-from it3_lightning.data.roads.road_scenes import RoadScenesDataModule
-from it3_lightning.data.roads.roads import RoadsDataModule
+from it3_lightning.data.roads.drawn import RoadScenesDataModule
+from it3_lightning.data.roads.photographs import RoadsDataModule
 from it3_lightning.data.roads.scenes import RoadScenes
 from it3_lightning.data.roads.shifted_masks import ROAD_SHIFTS, ROAD_TUNING_SHIFTS, ShiftedMasks
 from it3_lightning.data.sampling import unequal_stream

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 
+Batch = tuple[Tensor, Tensor]
 Stream = Literal["equal", "unequal"]
 Split = Literal["test", "validation"]
 

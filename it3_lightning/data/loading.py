@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from it3_lightning.data.images.augmentation import DrawSampler, Views
+from it3_lightning.data.views import DrawSampler, Views
 
 T = TypeVar("T")
 

@@ -1,70 +1,16 @@
-"""Random views of training images that depend on the seed alone, whatever worker makes them.
-
-The sampler draws a number for each sample of each epoch, in the main process, and hands it to the
-workers inside the sample's index; every choice in the sample's view is a function of that number.
-"""
+"""Training images cropped and mirrored at random, each view as its draw says."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset, Sampler
 
-from it3_lightning.data.images.images import Batch, Images
-
-_DRAWS = 2**31
-
-
-class DrawSampler(Sampler[int]):
-    """Shuffles the samples anew in each pass, each as ``index + count * draw``.
-
-    Args:
-        count: Number of samples.
-        generator: Gives the order and a draw from 0 to ``2**31 - 1`` for each sample.
-    """
-
-    def __init__(self, count: int, generator: Generator) -> None:
-        self.count = count
-        self.generator = generator
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.count, generator=self.generator)
-        draws = torch.randint(_DRAWS, (self.count,), generator=self.generator)
-        yield from (order + self.count * draws).tolist()
-
-
-class Views(Dataset[Batch], ABC):
-    """Random views of images, each as its draw says; a plain index stands for draw 0.
-
-    Args:
-        source: The images.
-    """
-
-    def __init__(self, source: Images) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, code: int) -> Batch:
-        images, labels = self.__getitems__([code])
-        return images[0], labels[0]
-
-    def __getitems__(self, codes: list[int]) -> Batch:
-        """Return a whole batch ``(B, C, H, W)`` and its labels."""
-        pairs = [divmod(code, len(self)) for code in codes]
-        return self.views([row for _, row in pairs], [draw for draw, _ in pairs])
-
-    @abstractmethod
-    def views(self, rows: list[int], draws: list[int]) -> Batch:
-        """Return a view of each of these samples, and their labels."""
+from it3_lightning.data.contract import Batch
+from it3_lightning.data.images.base import Images
+from it3_lightning.data.views import Views
 
 
 class Augmented(Views):
@@ -77,11 +23,12 @@ class Augmented(Views):
 
     def __init__(self, source: Images, augment: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__(source)
+        self.images = source
         self.augment = augment
 
     def views(self, rows: list[int], draws: list[int]) -> Batch:
         """Return changed images of these samples, and their labels."""
-        images, labels = self.source.__getitems__(rows)
+        images, labels = self.images.__getitems__(rows)
         return self.augment(images, torch.tensor(draws)), labels
 
 

@@ -7,7 +7,9 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
+from it3_lightning.data.contract import Batch
 from it3_lightning.data.images.augmentation import Augmented, crop_and_flip
+from it3_lightning.data.images.base import Images
 from it3_lightning.data.images.cifar_files import (
     CLASSES,
     TEST_FILES,
@@ -19,7 +21,6 @@ from it3_lightning.data.images.cifar_files import (
 from it3_lightning.data.images.corrupted import CorruptedImages
 from it3_lightning.data.images.downloading import download
 from it3_lightning.data.images.image_set import ImageSet
-from it3_lightning.data.images.images import Batch, Images
 
 Source = Literal["auto", "files", "own"]
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from it3_lightning.data.contract import Split
 from it3_lightning.data.images import shifts
+from it3_lightning.data.images.base import Change
 from it3_lightning.data.images.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
-from it3_lightning.data.images.images import Change
 from it3_lightning.data.images.shifted import ShiftedImages
 from it3_lightning.messages import unknown
 

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from it3_lightning.data.contract import Batch
+from it3_lightning.data.images.base import Change, Images, as_float, check_labels
 from it3_lightning.data.images.decoding import Decode
-from it3_lightning.data.images.images import Batch, Change, Images, as_float, check_labels
 from it3_lightning.data.sampling import seeded
 
 Names = Sequence[str] | NDArray[np.bytes_]

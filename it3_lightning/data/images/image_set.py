@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from it3_lightning.data.images.images import Batch, Change, Images, as_float, check_labels
+from it3_lightning.data.contract import Batch
+from it3_lightning.data.images.base import Change, Images, as_float, check_labels
 from it3_lightning.data.sampling import seeded
 
 _CHUNK = 1000  # images shifted at once: part of what a seed means, so it is no option

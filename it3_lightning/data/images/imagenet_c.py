@@ -7,6 +7,8 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from it3_lightning.data.checks import check_integer
+from it3_lightning.data.contract import Batch
+from it3_lightning.data.images.base import Images
 from it3_lightning.data.images.corrupted import CorruptedImages
 from it3_lightning.data.images.corruption_error import ALEXNET_ERRORS
 from it3_lightning.data.images.corruptions import corrupting
@@ -19,7 +21,6 @@ from it3_lightning.data.images.imagenet_files import (
     synset_folders,
     synsets,
 )
-from it3_lightning.data.images.images import Batch, Images
 from it3_lightning.data.images.random_crops import RandomCrops
 
 Source = Literal["auto", "files", "made", "own"]

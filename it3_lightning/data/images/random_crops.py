@@ -14,10 +14,11 @@ from torchvision.transforms import (
     RandomResizedCrop,
 )
 
-from it3_lightning.data.images.augmentation import Views
+from it3_lightning.data.contract import Batch
+from it3_lightning.data.images.base import as_float
 from it3_lightning.data.images.decoding import read_rgb
 from it3_lightning.data.images.image_files import ImageFiles
-from it3_lightning.data.images.images import Batch, as_float
+from it3_lightning.data.views import Views
 
 
 class RandomCrops(Views):

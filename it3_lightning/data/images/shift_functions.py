@@ -2,7 +2,7 @@
 
 Every function takes images ``(B, C, H, W)``, float32 in [0, 1], a ``level`` in the unit its
 docstring names, and the generator that all of its randomness comes from. It returns a tensor of
-the same shape that may leave [0, 1]; :class:`~it3_lightning.data.images.shifts.Shift` clamps it, and
+the same shape that may leave [0, 1]; :class:`~it3_lightning.data.Shift` clamps it, and
 holds the five levels of each. Lengths are in pixels of a 28-pixel image and grow with the image.
 """
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from it3_lightning.data.graded import GradedData
 from it3_lightning.data.images import shifts
-from it3_lightning.data.images.images import Change, Images
+from it3_lightning.data.images.base import Change, Images
 from it3_lightning.data.sampling import unequal_stream
 from it3_lightning.data.splits import chosen
 from it3_lightning.messages import undefined

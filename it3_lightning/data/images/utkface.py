@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from it3_lightning.data.checks import check_equal, check_integer, check_share
+from it3_lightning.data.contract import Batch
 from it3_lightning.data.images import utkface_files
 from it3_lightning.data.images.augmentation import Augmented, crop_and_flip
+from it3_lightning.data.images.base import Images
 from it3_lightning.data.images.decoding import Decode, InMemory, Resized
 from it3_lightning.data.images.image_files import ImageFiles
-from it3_lightning.data.images.images import Batch, Images
 from it3_lightning.data.images.shifted import ShiftedImages
 from it3_lightning.data.sampling import subset
 from it3_lightning.data.splits import chosen

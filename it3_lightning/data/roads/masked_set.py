@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from it3_lightning.data.images.images import Batch, as_float
+from it3_lightning.data.contract import Batch
+from it3_lightning.data.images.base import as_float
 from it3_lightning.data.images.shifts import Shift
 from it3_lightning.data.sampling import seeded
 

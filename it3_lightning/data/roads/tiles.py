@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from it3_lightning.data.images.images import Batch, as_float
+from it3_lightning.data.contract import Batch
+from it3_lightning.data.images.base import as_float
 from it3_lightning.data.roads.masked_set import MaskedSet
 
 FILES_AT_ONCE = 4  # decoded and kept: four of 4096 x 4096 pixels are 268 MB

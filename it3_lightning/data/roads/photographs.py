@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from it3_lightning.data.checks import check_choice, check_integer, check_share
-from it3_lightning.data.roads.masked_set import MaskedSet
-from it3_lightning.data.roads.road_files import (
+from it3_lightning.data.roads.layouts import (
     ROADTRACER_TEST_REGIONS,
     Layout,
     Parts,
@@ -16,6 +15,7 @@ from it3_lightning.data.roads.road_files import (
     massachusetts,
     roadtracer,
 )
+from it3_lightning.data.roads.masked_set import MaskedSet
 from it3_lightning.data.roads.shifted_masks import ShiftedMasks
 from it3_lightning.data.roads.tiles import Tiles
 

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-Batch = tuple[Tensor, Tensor]
+from it3_lightning.data.contract import Batch
 
 
 class Change(Protocol):
