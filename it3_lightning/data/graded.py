@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import Any
 
 from it3_lightning.data.held_out import HeldOutData
-from it3_lightning.data.severities import SEVERITIES, Severity, check_severity
+from it3_lightning.data.severities import SEVERITIES, Severity, by_severity, check_severity
 from it3_lightning.data.splits import S
 
 
@@ -22,14 +22,11 @@ class GradedData(HeldOutData[S]):
         ValueError: A setting is out of its range, or the data has too few samples for it.
     """
 
-    def __init__(self, *, severity: Severity = 3, **kwargs: Any) -> None:
-        self.severity: Severity = severity
-        super().__init__(**kwargs)
+    severity: Severity
 
-    @property
-    def test_names(self) -> list[str]:
-        """Names of the test and prediction loaders, in their order: clean first."""
-        return ["clean", *self._wanted()]
+    def __init__(self, *, severity: Severity = 3, **kwargs: Any) -> None:
+        self.severity = severity
+        super().__init__(**kwargs)
 
     def strength(self) -> tuple[object, ...]:
         """Return the severity."""
@@ -55,8 +52,4 @@ class GradedData(HeldOutData[S]):
 
     def _wanted(self) -> dict[str, tuple[str, int]]:
         """Return name and severity of every shift to test on, by the name of its loader."""
-        if self.severity == "all":
-            return {
-                f"{name}/{level}": (name, level) for name in self.shifts for level in SEVERITIES
-            }
-        return {name: (name, self.severity) for name in self.shifts}
+        return by_severity(self.shifts, self.severity)

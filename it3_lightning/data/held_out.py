@@ -84,6 +84,11 @@ class HeldOutData(DataSettings, Generic[S]):
         self.setup("fit")
         return self._loader(self.training(self._splits["train"]), self.batch_size, shuffle=True)
 
+    def plain_train_dataloader(self) -> DataLoader[Any]:
+        """Return the training samples as test samples come: unchanged, in their order."""
+        self.setup("fit")
+        return self._loader(self.dataset(self._splits["train"]), self.eval_batch_size)
+
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the clean validation samples."""
         self.setup("validate")
@@ -96,10 +101,6 @@ class HeldOutData(DataSettings, Generic[S]):
         if self.stream == "unequal":
             sets = [samples.select(self.frequent(samples)) for samples in sets]
         return [self._loader(self.dataset(samples), self.eval_batch_size) for samples in sets]
-
-    def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """Return the loaders of :meth:`test_dataloader`."""
-        return self.test_dataloader()
 
     # How it works
 
