@@ -74,6 +74,15 @@ class RangedData(HeldOutData[Samples]):
 
     # What the base asks for
 
+    def check(self) -> None:
+        """Refuse settings out of their range, before any data is read; a subclass adds its own."""
+        super().check()
+        if self.severity is not None:
+            raise ValueError(
+                f"Expected no severity, got {self.severity!r}: levels are shifts of their own, and "
+                f"perturbations have one size. Name the levels: shifts={list(self.SHIFTS)}."
+            )
+
     def check_shift(self, name: str) -> None:
         """Refuse an unknown shift, and a level of the validation samples."""
         known = (*self.SHIFTS, *self.TUNING_SHIFTS)
