@@ -1,4 +1,9 @@
-"""Data modules that test on clean and on shifted samples, and the shifts themselves."""
+"""Data modules that test on clean and on shifted samples, and the shifts themselves.
+
+``contract`` says what a benchmark needs of a data module. ``settings``, ``held_out`` and ``graded``
+are the base of all of them here: what they can be told, what follows a change of it, severities.
+``images``, ``tabular``, ``roads`` and ``airfoils`` say where samples come from and how they shift.
+"""
 
 from it3_lightning.data.airfoils.lift import AirfoilDataModule
 from it3_lightning.data.airfoils.self_noise import AirfoilSelfNoiseDataModule

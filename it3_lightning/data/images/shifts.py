@@ -1,6 +1,5 @@
 """Seeded image shifts in five severities: nine to evaluate on, seven others to tune on."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -8,13 +7,9 @@ import torch
 from torch import Generator, Tensor
 
 from it3_lightning.data.images import shift_functions as functions
-from it3_lightning.data.severities import check_severity
-from it3_lightning.messages import unknown
+from it3_lightning.data.kinds import KindOfShift, Kinds
 
-_Function = Callable[[Tensor, float, Generator], Tensor]
-_Levels = tuple[float, float, float, float, float]
-
-_EVALUATION: Mapping[str, tuple[_Function, _Levels]] = MappingProxyType(
+_EVALUATION: Kinds = MappingProxyType(
     {
         "gaussian_noise": (functions.gaussian_noise, (0.05, 0.1, 0.15, 0.25, 0.4)),
         "shot_noise": (functions.shot_noise, (0.05, 0.12, 0.25, 0.5, 1.0)),
@@ -28,7 +23,7 @@ _EVALUATION: Mapping[str, tuple[_Function, _Levels]] = MappingProxyType(
     }
 )
 
-_TUNING: Mapping[str, tuple[_Function, _Levels]] = MappingProxyType(
+_TUNING: Kinds = MappingProxyType(
     {
         "speckle_noise": (functions.speckle_noise, (0.2, 0.4, 0.6, 0.9, 1.2)),
         "uniform_noise": (functions.uniform_noise, (0.1, 0.2, 0.3, 0.45, 0.7)),
@@ -48,11 +43,9 @@ SHIFTS: tuple[str, ...] = tuple(_EVALUATION)
 TUNING_SHIFTS: tuple[str, ...] = tuple(_TUNING)
 """Seven other shifts, only for choosing settings: no result is reported on them."""
 
-_ALL = MappingProxyType({**_EVALUATION, **_TUNING})
-
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(KindOfShift):
     """One kind of image shift at one severity, a pure function of the images and a generator.
 
     The kinds follow Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common
@@ -76,22 +69,15 @@ class Shift:
         0.6200000047683716
     """
 
-    name: str
-    severity: int = 3
+    KINDS = MappingProxyType({**_EVALUATION, **_TUNING})
+
     pixel: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse an unknown name, a severity that is not an integer from 1 to 5, a bad pixel."""
-        if self.name not in _ALL:
-            raise ValueError(unknown("shift", self.name, _ALL))
-        check_severity(self.severity)
+        super().__post_init__()
         if self.pixel is not None and self.pixel <= 0:
             raise ValueError(f"Expected pixel > 0 or None, got {self.pixel}.")
-
-    @property
-    def level(self) -> float:
-        """Strength at this severity, in the unit of the shift (degrees, deviation, share)."""
-        return _ALL[self.name][1][self.severity - 1]
 
     @torch.no_grad()
     def __call__(self, images: Tensor, generator: Generator | None = None) -> Tensor:
@@ -114,7 +100,7 @@ class Shift:
             generator = torch.Generator().manual_seed(0)
         if images.numel() == 0:
             return images.clone()
-        shifted = _ALL[self.name][0](images.float(), self._level(images), generator)
+        shifted: Tensor = self.KINDS[self.name][0](images.float(), self._level(images), generator)
         return shifted.clamp(0, 1).to(images.dtype)
 
     def _level(self, images: Tensor) -> float:
