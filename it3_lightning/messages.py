@@ -40,3 +40,12 @@ Install it with: pip install 'it3_lightning[vision]'"
         f"Expected {package}, {purpose}, but it cannot be imported ({error}). "
         f"Install it with: pip install 'it3_lightning[{extra}]'"
     )
+
+
+def undefined(owner: object, signature: str, returns: str) -> NotImplementedError:
+    """Say which method a subclass has to define, and what it returns.
+
+    >>> undefined("ab", "load(self) -> Table", "Return the rows.")
+    NotImplementedError('Expected str to define load(self) -> Table. Return the rows.')
+    """
+    return NotImplementedError(f"Expected {type(owner).__name__} to define {signature}. {returns}")

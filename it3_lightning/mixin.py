@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,14 +10,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from it3_lightning.conditioned import Conditioned
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.dual_pass import DualPass
 from it3_lightning.engine import batch_size
 from it3_lightning.fitting import Fitting, check_step
+from it3_lightning.freezing import Freezable
 from it3_lightning.hyperparameters import plain
 from it3_lightning.passes import run_passes
-from it3_lightning.posthoc import Frozen
 from it3_lightning.priors import Prior
 from it3_lightning.selection import OWN
 from it3_lightning.steps import called, with_loss
@@ -32,7 +30,7 @@ def _adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
-class IT3Mixin(Conditioned):
+class IT3Mixin(Freezable):
     r"""Trains a LightningModule to predict with a prior of the label and without one.
 
     ``class IT3Net(IT3Mixin, LitNet): pass`` trains ``LitNet`` by its own ``training_step``, run
@@ -95,7 +93,7 @@ class IT3Mixin(Conditioned):
         self.it3_source_due = source_checkpoint is not None
         self.it3_dual_pass = DualPass.of(settings, post_hoc=mode == "conditioning")
         self.it3_optimizer: OptimizerCallable = optimizer or _adam
-        self.it3_frozen: Frozen | None = None
+        self.it3_frozen = None
 
     def it3_loss(self, batch: Any, loss_fn: LossFn) -> Tensor:
         """Return the dual-pass loss of a batch, for a ``training_step`` of one's own.
@@ -136,8 +134,8 @@ class IT3Mixin(Conditioned):
             return
         if type(self).training_step is IT3Mixin.training_step:
             check_step(self, super().training_step)
-        if self.it3_train == "conditioning" and self.it3_frozen is None:
-            self.it3_frozen = Frozen(self, self.it3_parts()[1])
+        if self.it3_train == "conditioning":
+            self.it3_freeze()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take a checkpoint with priors for what it is: the network need not be loaded again."""
@@ -161,33 +159,7 @@ class IT3Mixin(Conditioned):
             return own
         return [*([own] if isinstance(own, Callback) else own), Fitting()]
 
-    def train(self, mode: bool = True) -> IT3Mixin:
-        """Set training mode; a frozen network stays in evaluation mode."""
-        super().train(mode)
-        frozen = getattr(self, "it3_frozen", None)
-        if frozen is not None:
-            frozen.stay_in_eval()
-        return self
-
     # How it works
-
-    @contextmanager
-    def it3_trainable(self) -> Iterator[None]:
-        """Let a frozen network's parameters need gradients within, as they do after fitting."""
-        if self.it3_frozen is None:
-            yield
-            return
-        self.it3_frozen.require_grad(True)
-        try:
-            yield
-        finally:
-            self.it3_frozen.require_grad(False)
-
-    def it3_thaw(self) -> None:
-        """Undo the freezing of post-hoc training."""
-        if self.it3_frozen is not None:
-            self.it3_frozen.thaw()
-            self.it3_frozen = None
 
     @property
     def _it3_fitting(self) -> bool:

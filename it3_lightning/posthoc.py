@@ -1,4 +1,4 @@
-"""Training a conditioning on a network that is left alone: frozen, from an ordinary checkpoint."""
+"""The weights of a network that is taken as it is, from an ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -11,38 +11,6 @@ import torch
 from torch import nn
 
 from it3_lightning.selection import OWN
-
-
-class Frozen:
-    """A network whose parameters need no gradient; once told, it stays in evaluation mode.
-
-    Args:
-        module: holds the network and the conditioning.
-        conditioning: goes on learning.
-    """
-
-    def __init__(self, module: nn.Module, conditioning: nn.Module) -> None:
-        own = set(conditioning.modules())
-        kept = {id(p) for p in conditioning.parameters()}
-        self._parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in kept]
-        self._modes = [(m, m.training) for m in module.modules() if m not in own]
-        self.require_grad(False)
-
-    def require_grad(self, need: bool) -> None:
-        """Let the parameters need gradients, or not."""
-        for parameter in self._parameters:
-            parameter.requires_grad_(need)
-
-    def stay_in_eval(self) -> None:
-        """Put the module and every layer of the network into evaluation mode."""
-        for module, _ in self._modes:
-            module.training = False
-
-    def thaw(self) -> None:
-        """Let the parameters need gradients again and put the modes back."""
-        self.require_grad(True)
-        for module, mode in self._modes:
-            module.training = mode
 
 
 def network_weights(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from it3_lightning.data import AirfoilDataModule, contour_shifts, profiles
-from it3_lightning.data.contour_graphs import ContourGraphs, ring, steps
-from it3_lightning.data.levels import levels, outside
-from it3_lightning.data.naca import contours, normals
-from it3_lightning.data.polars import Polars
-from it3_lightning.data.profiles import ProfileSet
-from it3_lightning.data.samples import Samples, deciles
+from it3_lightning.data import AirfoilDataModule
+from it3_lightning.data.airfoils import contour_shifts, profiles
+from it3_lightning.data.airfoils.contour_graphs import ContourGraphs, ring, steps
+from it3_lightning.data.airfoils.levels import levels, outside
+from it3_lightning.data.airfoils.naca import contours, normals
+from it3_lightning.data.airfoils.polars import Polars
+from it3_lightning.data.airfoils.profiles import ProfileSet
+from it3_lightning.data.airfoils.samples import Samples, deciles
 
 NACA_0012 = torch.tensor([[0.0, 0.4, 0.12]], dtype=torch.float64)
 NACA_2412 = torch.tensor([[0.02, 0.4, 0.12]], dtype=torch.float64)
@@ -457,14 +458,6 @@ def test_splits_are_disjoint_and_the_seed_decides(make: Any) -> None:
     assert len(targets(train_size=7)[0]) == 7
 
 
-def test_the_order_of_training_is_new_each_epoch_and_repeats_with_the_seed(make: Any) -> None:
-    loader, again = make().train_dataloader(), make().train_dataloader()
-    epochs = [gather(loader)[1].tolist() for _ in range(2)]
-    assert epochs[0] != epochs[1]
-    assert sorted(epochs[0]) == sorted(epochs[1])
-    assert epochs == [gather(again)[1].tolist() for _ in range(2)]
-
-
 def test_tuning_is_on_validation_profiles_under_other_shifts(make: Any) -> None:
     assert set(AirfoilDataModule.SHIFTS).isdisjoint(AirfoilDataModule.TUNING_SHIFTS)
     data = make(evaluate_on="validation", shifts=list(AirfoilDataModule.TUNING_SHIFTS))
@@ -538,30 +531,17 @@ def test_setup_again_loads_nothing_again(make: Any, monkeypatch: pytest.MonkeyPa
     assert len(calls) == 2
 
 
-def test_the_global_random_state_is_not_touched(make: Any) -> None:
-    before = torch.get_rng_state()
-    for stream in ("equal", "unequal"):
-        data = make(stream=stream, shifts=["shape_1", "noise", *AirfoilDataModule.TUNING_SHIFTS])
-        for loader in (data.train_dataloader(), data.val_dataloader(), *data.test_dataloader()):
-            gather(loader)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"representation": "image"}, "Unknown representation 'image'"),
         ({"shifts": ["fog"]}, "Unknown shift 'fog'.* Known: shape_1"),
-        ({"shifts": "noise"}, "list of different names, got 'noise'"),
-        ({"shifts": ["noise", "noise"]}, "list of different names"),
-        ({"inner": 1.0}, "inner between 0 and 1, got 1.0"),
-        ({"held_ratio": 0.0}, "held_ratio between 0 and 1"),
+        ({"inner": 1.0}, "inner to be between 0 and 1, got 1.0"),
+        ({"held_ratio": 0.0}, "held_ratio to be between 0 and 1"),
         ({"min_confidence": 2.0}, r"min_confidence in \[0, 1\], got 2"),
-        ({"noise": -1.0}, "noise >= 0 chords"),
+        ({"noise": -1.0}, "noise to be at least 0 chords, got -1.0"),
         ({"nodes": 7}, "even number of nodes"),
         ({"angle": 90.0}, "angle from -20 to 20"),
-        ({"val_size": 0}, "val_size to be an integer of at least 1"),
-        ({"stream": "rare"}, "Unknown stream"),
     ],
 )
 def test_bad_settings_are_refused_by_the_constructor(
@@ -569,13 +549,6 @@ def test_bad_settings_are_refused_by_the_constructor(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(**settings)
-
-
-def test_a_setting_changed_to_nonsense_is_refused_at_setup(make: Any) -> None:
-    data = make()
-    data.inner = 3.0
-    with pytest.raises(ValueError, match="inner between 0 and 1"):
-        data.setup("fit")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import Tensor
 
 from it3_lightning.data import ImageSet
-from it3_lightning.data.augmentation import Augmented, DrawSampler, crop_and_flip
+from it3_lightning.data.images.augmentation import Augmented, crop_and_flip
 from it3_lightning.data.loading import loader
+from it3_lightning.data.views import DrawSampler
 
 
 def views(image: Tensor, padding: int) -> list[Tensor]:

@@ -26,7 +26,7 @@ from it3_lightning.data import (
     ImageNetCDataModule,
     mean_corruption_error,
 )
-from it3_lightning.data.imagenet_files import synsets
+from it3_lightning.data.images.imagenet_files import synsets
 from it3_lightning.data.sampling import seeded
 
 Loader = DataLoader[tuple[Tensor, Tensor]]

@@ -11,8 +11,8 @@ from road_files import SIDE, massachusetts, pairs, roadtracer, scenes, write_pai
 from torch import Tensor
 
 from it3_lightning.data import RoadsDataModule
-from it3_lightning.data.road_files import ROADTRACER_TEST_REGIONS
-from it3_lightning.data.tiles import FILES_AT_ONCE, Pair, Tiles
+from it3_lightning.data.roads.layouts import ROADTRACER_TEST_REGIONS
+from it3_lightning.data.roads.tiles import FILES_AT_ONCE, Pair, Tiles
 
 
 def data(root: Path, **settings: Any) -> RoadsDataModule:
@@ -122,14 +122,14 @@ def test_nothing_is_decoded_before_a_tile_is_asked_for(
 ) -> None:
     module = data(massachusetts(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr("it3_lightning.data.tiles._read", lambda *_: pytest.fail("decoded"))
+        patch.setattr("it3_lightning.data.roads.tiles._read", lambda *_: pytest.fail("decoded"))
         module.setup("fit")
         loader = module.train_dataloader()
     assert next(iter(loader))[0].shape == (12, 3, 32, 32)
 
 
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    from it3_lightning.data import tiles
+    from it3_lightning.data.roads import tiles
 
     reads: list[Path] = []
     original = tiles._read
@@ -308,8 +308,8 @@ def test_more_tiles_than_there_are_is_refused(tmp_path: Path) -> None:
     [
         ({"layout": "roadtracers"}, "Unknown layout 'roadtracers'. Did you mean 'roadtracer'"),
         ({"tile": 0}, "tile to be an integer of at least 1, got 0"),
-        ({"val_share": 1.0}, r"val_share between 0 and 1, got 1\.0"),
-        ({"test_share": 0}, "test_share between 0 and 1, got 0"),
+        ({"val_share": 1.0}, r"val_share to be between 0 and 1, got 1\.0"),
+        ({"test_share": 0}, "test_share to be between 0 and 1, got 0"),
         ({"test_regions": "boston"}, "test_regions to be a list of names, got 'boston'"),
     ],
 )

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from it3_lightning.data import RoadScenes
-from it3_lightning.data.scenes.canvas import moved, noise, paint
-from it3_lightning.data.scenes.curves import Curves, roads
+from it3_lightning.data.roads.scenes.canvas import moved, noise, paint
+from it3_lightning.data.roads.scenes.curves import Curves, roads
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -11,7 +11,7 @@ from conftest import write_self_noise
 from torch import Tensor
 
 from it3_lightning.data import AirfoilSelfNoiseDataModule
-from it3_lightning.data.self_noise import Column, read
+from it3_lightning.data.airfoils.self_noise_file import Column, read
 
 
 @pytest.fixture
@@ -162,8 +162,8 @@ def test_seeds_decide_splits_and_perturbations(make: Any) -> None:
     ("settings", "message"),
     [
         ({"column": "weight"}, "Unknown column 'weight'"),
-        ({"held": 1.0}, "held between 0 and 1, got 1.0"),
-        ({"noise": -0.1}, "noise >= 0"),
+        ({"held": 1.0}, "held to be between 0 and 1, got 1.0"),
+        ({"noise": -0.1}, "noise to be at least 0 standard deviations"),
         ({"shifts": ["shape_1"]}, "Unknown shift 'shape_1'"),
     ],
 )

@@ -272,9 +272,9 @@ def test_ages_that_nobody_has_are_refused_before_training(root: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stream": "unequal"}, "stream 'equal', got 'unequal': ages are no classes"),
+        ({"stream": "unequal"}, "stream='equal', got 'unequal': ages are no classes"),
         ({"image_size": 0}, "image_size to be an integer of at least 1"),
-        ({"test_share": 1.0}, "test_share between 0 and 1"),
+        ({"test_share": 1.0}, "test_share to be between 0 and 1"),
         ({"train_list": "a.txt"}, "both train_list and test_list or neither"),
         ({"train_ages": (60, 20)}, "youngest and the oldest age"),
         ({"train_ages": (20,)}, "youngest and the oldest age"),

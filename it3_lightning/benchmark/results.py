@@ -13,7 +13,7 @@ from typing import Any
 from it3_lightning.benchmark.cell import Cell
 from it3_lightning.benchmark.rows import Row
 from it3_lightning.data import mean_corruption_error
-from it3_lightning.data.settings import SEVERITIES
+from it3_lightning.data.severities import SEVERITIES
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from typing import Any, TypeVar
 
 from torch import Generator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from it3_lightning.data.augmentation import DrawSampler, Views
+from it3_lightning.data.views import DrawSampler, Views
 
 T = TypeVar("T")
 
@@ -21,15 +21,17 @@ def loader(
     *,
     generator: Generator,
     shuffle: bool = False,
+    sampler: Sampler[int] | None = None,
     num_workers: int = 0,
 ) -> DataLoader[T]:
     """Return a DataLoader of a set that hands over whole batches (``__getitems__``).
 
     Its samplers are the usual ones, so that a Trainer can distribute it; random views come with
-    draws, from a sampler that a Trainer wraps. Without a generator of its own, each pass over it
-    would draw from the global random state.
+    draws, from a sampler that a Trainer wraps, as it does one that is given. Without a generator
+    of its own, each pass over it would draw from the global random state.
     """
-    sampler = DrawSampler(len(source), generator) if isinstance(source, Views) else None
+    if isinstance(source, Views):
+        sampler = DrawSampler(len(source), generator)
     return DataLoader(
         source,
         batch_size=batch_size,

@@ -1,75 +1,98 @@
-"""What the settings of a data module may be, and the errors for everything else."""
+"""What every data module can be told, and the refusal of what it cannot."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from __future__ import annotations
 
-from it3_lightning.data.shifts import Shift
-from it3_lightning.messages import unknown
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, get_args
 
-Stream = Literal["equal", "unequal"]
-Split = Literal["test", "validation"]
-Severity = int | Literal["all"]
-SEVERITIES = (1, 2, 3, 4, 5)
+from it3_lightning.data.checks import check_choice, check_integer, check_names
+from it3_lightning.data.contract import ShiftedData, Split, Stream
 
 
-def check_integer(name: str, value: object, least: int, *, optional: bool = False) -> None:
-    """Refuse what is not an integer of at least ``least`` (or None, where that is allowed)."""
-    if optional and value is None:
-        return
-    if type(value) is not int or value < least:
-        raise ValueError(
-            f"Expected {name} to be an integer of at least {least}{' or None' * optional}, got "
-            f"{value!r}. Set {name}={least} or more."
-        )
+class DataSettings(ShiftedData, ABC):
+    """Settings of all data modules here, attributes that may be changed.
 
-
-def check_choices(stream: str, evaluate_on: str) -> None:
-    """Refuse an unknown stream or split."""
-    if stream not in get_args(Stream):
-        raise ValueError(unknown("stream", stream, get_args(Stream)))
-    if evaluate_on not in get_args(Split):
-        raise ValueError(unknown("evaluate_on", evaluate_on, get_args(Split)))
-
-
-def check_share(name: str, value: float) -> None:
-    """Refuse what is no share of something: a number between 0 and 1, neither included."""
-    if not 0 < value < 1:
-        raise ValueError(
-            f"Expected {name} to be between 0 and 1, got {value!r}. Set {name}=0.2 for a fifth."
-        )
-
-
-def check_shifts(
-    shifts: Sequence[str],
-    severity: Severity,
-    change: Callable[[str, int], object] = Shift,
-    *,
-    example: str = "fog",
-) -> None:
-    """Refuse an unknown or repeated shift, a single string, and a severity outside 1 to 5.
+    A subclass sets what settings it has of its own, then calls this constructor, which checks them
+    all.
 
     Args:
-        shifts: Names.
-        severity: 1 to 5, or ``"all"``.
-        change: Makes a shift of a name and a severity, and refuses what it does not know.
-        example: Name of a shift that it knows.
+        batch_size: Samples in a training batch.
+        eval_batch_size: Samples in a validation, test or prediction batch.
+        shifts: Names of shifts to test on; may be empty. None for those that results are reported
+            on.
+        stream: ``"equal"`` keeps the samples and their order; ``"unequal"`` makes some classes, or
+            some tenths of the values, ten times as frequent, see
+            :func:`~it3_lightning.data.unequal_stream`.
+        evaluate_on: ``"validation"`` has the test loaders hold the validation samples, for
+            choosing settings without a look at the test samples.
+        val_size: Samples to validate on; None for a tenth of those to train on, or for all that
+            the data sets apart for it.
+        train_size: Samples to train on, a seeded subset; None for all that are left.
+        test_size: Samples to test on, a seeded subset; None for all.
+        seed: Seed of the split, the subsets, the shifts, the stream and the training order.
+        num_workers: Worker processes of each loader.
+
+    Raises:
+        ValueError: A setting is out of its range, or the data has too few samples for it.
     """
-    if isinstance(shifts, str) or len(set(shifts)) != len(shifts):
-        raise ValueError(
-            f"Expected shifts to be a list of different names, got {shifts!r}. "
-            f'Write for example shifts=["{example}"].'
-        )
-    for name in [*shifts, example]:  # severity is checked though the list be empty
-        change(name, SEVERITIES[0] if severity == "all" else severity)
 
+    SHIFTS: ClassVar[tuple[str, ...]]
+    TUNING_SHIFTS: ClassVar[tuple[str, ...]]
+    needed_sizes: ClassVar[tuple[str, ...]] = ()
+    """Which of ``val_size``, ``train_size`` and ``test_size`` must not be None."""
 
-def check_corrupted(corruptions: str, known: Sequence[str], evaluate_on: Split) -> None:
-    """Refuse an unknown source of corruptions, and files of test images for validation."""
-    if corruptions not in known:
-        raise ValueError(unknown("source of corruptions", corruptions, known))
-    if corruptions == "files" and evaluate_on == "validation":
-        raise ValueError(
-            'Expected evaluate_on="test" with corruptions="files", got "validation": the published '
-            "files hold test images alone. To choose settings without these, set "
-            f"corruptions={' or '.join(repr(k) for k in known if k != 'files')}."
-        )
+    def __init__(
+        self,
+        *,
+        batch_size: int = 128,
+        eval_batch_size: int = 100,
+        shifts: Sequence[str] | None = None,
+        stream: Stream = "equal",
+        evaluate_on: Split = "test",
+        val_size: int | None = None,
+        train_size: int | None = None,
+        test_size: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.shifts: Sequence[str] = self.reporting_shifts if shifts is None else shifts
+        self.stream: Stream = stream
+        self.evaluate_on: Split = evaluate_on
+        self.val_size = val_size
+        self.train_size = train_size
+        self.test_size = test_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.check()
+
+    @property
+    def reporting_shifts(self) -> tuple[str, ...]:
+        """Names of the shifts that results are reported on."""
+        return self.SHIFTS
+
+    @property
+    def tuning_shifts(self) -> tuple[str, ...]:
+        """Names of other shifts, only for choosing settings."""
+        return self.TUNING_SHIFTS
+
+    def check(self) -> None:
+        """Refuse settings out of their range, before any work; a subclass adds its own."""
+        for name in ("batch_size", "eval_batch_size"):
+            check_integer(name, getattr(self, name), 1)
+        for name in ("val_size", "train_size", "test_size"):
+            check_integer(name, getattr(self, name), 1, optional=name not in self.needed_sizes)
+        for name in ("num_workers", "seed"):
+            check_integer(name, getattr(self, name), 0)
+        check_choice("stream", self.stream, get_args(Stream))
+        check_choice("evaluate_on", self.evaluate_on, get_args(Split))
+        check_names(self.shifts, self.reporting_shifts[0])
+        for name in self.shifts:
+            self.check_shift(name)
+
+    @abstractmethod
+    def check_shift(self, name: str) -> None:
+        """Refuse a shift that is unknown, or cannot be tested on with these settings."""

@@ -1,70 +1,91 @@
-"""Training, validation and test images of a seed, and which test images were chosen."""
+"""Seeded parts of a set of samples: to train on, to validate on, to test on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
 
 from torch import Tensor
 
-from it3_lightning.data.images import Images
 from it3_lightning.data.sampling import subset
-from it3_lightning.data.settings import Split
 
 
-@dataclass(frozen=True)
-class Splits:
-    """Three sets of images.
+class Selectable(Protocol):
+    """Samples of which some can be taken."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, indices: Tensor, /) -> Self:
+        """Return the samples at ``indices`` ``(M,)``, in their order."""
+
+
+S = TypeVar("S", bound=Selectable)
+
+
+def chosen(samples: S, size: int | None, seed: int, purpose: str) -> S:
+    """Return ``size`` of the samples, chosen by seed and purpose; None for all.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    if size is None:
+        return samples
+    return samples.select(subset(len(samples), size, seed, purpose)[0])
+
+
+def held_out(samples: S, size: int, seed: int, purpose: str) -> tuple[S, S]:
+    """Return ``size`` of the samples, chosen by seed and purpose, and the others.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    indices, others = subset(len(samples), size, seed, purpose)
+    return samples.select(indices), samples.select(others)
+
+
+def split(
+    train: S,
+    test: S,
+    *,
+    val_size: int | None,
+    train_size: int | None,
+    test_size: int | None,
+    seed: int,
+) -> dict[str, S]:
+    """Part validation samples from those to train on, and choose as many as the sizes say.
 
     Args:
-        train: To train on.
-        validation: Taken from the training images.
-        test: To test on.
-        tested: Which of all test images these are, ``(M,)`` ascending; None for all.
-    """
+        train: Samples to train and validate on.
+        test: Samples to test on.
+        val_size: Samples to validate on; None for a tenth.
+        train_size: Samples to train on; None for all that are left.
+        test_size: Samples to test on; None for all.
+        seed: Of every choice.
 
-    train: Images
-    validation: Images
-    test: Images
-    tested: Tensor | None = None
+    Returns:
+        ``"train"``, ``"validation"`` and ``"test"``.
 
-    @classmethod
-    def of(
-        cls,
-        train: Images,
-        test: Images,
-        *,
-        val_size: int,
-        train_size: int | None,
-        test_size: int | None,
-        seed: int,
-    ) -> Splits:
-        """Split the training images in two, and keep seeded subsets where sizes are given.
+    Raises:
+        ValueError: There are too few samples.
 
-        Raises:
-            ValueError: There are too few images.
-
+    Example:
         >>> import torch
-        >>> from it3_lightning.data.image_set import ImageSet
+        >>> from it3_lightning.data import ImageSet
         >>> images = ImageSet(torch.zeros(8, 1, 2, 2), torch.arange(8))
-        >>> splits = Splits.of(images, images, val_size=3, train_size=4, test_size=2, seed=0)
-        >>> len(splits.train), len(splits.validation), len(splits.test)
-        (4, 3, 2)
-        """
-        validation, others = subset(len(train), val_size, seed, "val_size")
-        size = len(others) if train_size is None else train_size
-        kept, _ = subset(len(others), size, seed, "train_size")
-        tested = None if test_size is None else subset(len(test), test_size, seed, "test_size")[0]
-        return cls(
-            train=train.select(others[kept]),
-            validation=train.select(validation),
-            test=test if tested is None else test.select(tested),
-            tested=tested,
+        >>> parts = split(images, images, val_size=3, train_size=4, test_size=None, seed=0)
+        >>> {name: part.labels.tolist() for name, part in parts.items()}
+        {'train': [0, 3, 5, 6], 'validation': [2, 4, 7], 'test': [0, 1, 2, 3, 4, 5, 6, 7]}
+    """
+    size = max(1, len(train) // 10) if val_size is None else val_size
+    validation, kept = subset(len(train), size, seed, "val_size")
+    if not len(kept):
+        raise ValueError(
+            f"Expected val_size to leave samples to train on, got {size} of {len(train)}. Lower "
+            "val_size, or give more data."
         )
-
-    def held_out(self, split: Split) -> Images:
-        """Return the images that a data module evaluates on."""
-        return self.test if split == "test" else self.validation
-
-    def chosen(self, tested: Images) -> Images:
-        """Return those of all test images, under whatever shift, that are tested on."""
-        return tested if self.tested is None else tested.select(self.tested)
+    if train_size is not None:
+        kept = kept[subset(len(kept), train_size, seed, "train_size")[0]]
+    return {
+        "train": train.select(kept),
+        "validation": train.select(validation),
+        "test": chosen(test, test_size, seed, "test_size"),
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from it3_lightning.data.tabular.columns import to_table
 from it3_lightning.data.tabular.reading import read
@@ -63,11 +63,13 @@ class AdultDataModule(ShiftedTables):
         ValueError: a file is damaged or another one, or a setting is out of its range.
     """
 
-    source: ClassVar[tuple[str, ...]] = ("root",)
-
     def __init__(self, root: str | Path = "data/adult", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         self.root = root
+        super().__init__(**kwargs)
+
+    def source(self) -> tuple[object, ...]:
+        """Return where the rows come from."""
+        return (*super().source(), self.root)
 
     def load(self) -> tuple[Table, Table]:
         """Return the rows of the two files."""

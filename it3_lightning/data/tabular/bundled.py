@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
+from it3_lightning.data.checks import check_choice
 from it3_lightning.data.tabular.reading import needed
 from it3_lightning.data.tabular.shifted_tables import ShiftedTables
 from it3_lightning.data.tabular.table import Schema, Table
-from it3_lightning.messages import unknown
 
 Bundled = Literal["iris", "wine", "breast_cancer", "diabetes", "digits"]
 
@@ -39,13 +39,18 @@ class BundledDataModule(ShiftedTables):
         (torch.Size([36, 13]), tensor([10, 19,  7]))
     """
 
-    source: ClassVar[tuple[str, ...]] = ("name",)
-
     def __init__(self, name: Bundled = "breast_cancer", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if name not in get_args(Bundled):
-            raise ValueError(unknown("table", name, get_args(Bundled)))
         self.name: Bundled = name
+        super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Refuse settings out of their range."""
+        super().check()
+        check_choice("table", self.name, get_args(Bundled))
+
+    def source(self) -> tuple[object, ...]:
+        """Return where the rows come from."""
+        return (*super().source(), self.name)
 
     def load(self) -> tuple[Table, None]:
         """Return all rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +54,13 @@ class CovertypeDataModule(ShiftedTables):
         ValueError: the file is damaged or another one, or a setting is out of its range.
     """
 
-    source: ClassVar[tuple[str, ...]] = ("root",)
-
     def __init__(self, root: str | Path = "data/covertype", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         self.root = root
+        super().__init__(**kwargs)
+
+    def source(self) -> tuple[object, ...]:
+        """Return where the rows come from."""
+        return (*super().source(), self.root)
 
     def load(self) -> tuple[Table, None]:
         """Return all rows."""

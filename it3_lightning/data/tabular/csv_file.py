@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
+from it3_lightning.data.checks import check_choice
 from it3_lightning.data.tabular.columns import Task, inferred_schema, to_table
 from it3_lightning.data.tabular.reading import read
 from it3_lightning.data.tabular.shifted_tables import ShiftedTables
 from it3_lightning.data.tabular.table import Table
-from it3_lightning.messages import unknown
 
 
 class CSVDataModule(ShiftedTables):
@@ -46,17 +46,6 @@ class CSVDataModule(ShiftedTables):
         CSVDataModule("houses.csv", target="price", task="regression", test_path="new.csv")
     """
 
-    source: ClassVar[tuple[str, ...]] = (
-        "path",
-        "target",
-        "task",
-        "test_path",
-        "categorical",
-        "exclude",
-        "names",
-        "separator",
-    )
-
     def __init__(
         self,
         path: str | Path,
@@ -70,11 +59,6 @@ class CSVDataModule(ShiftedTables):
         separator: str = ",",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        if task not in get_args(Task):
-            raise ValueError(unknown("task", task, get_args(Task)))
-        if len(separator) != 1:
-            raise ValueError(f"Expected a separator of one character, got {separator!r}.")
         self.path = path
         self.target = target
         self.task: Task = task
@@ -83,6 +67,23 @@ class CSVDataModule(ShiftedTables):
         self.exclude = exclude
         self.names = names
         self.separator = separator
+        super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Refuse settings out of their range, before any file is read."""
+        super().check()
+        check_choice("task", self.task, get_args(Task))
+        if len(self.separator) != 1:
+            raise ValueError(
+                f"Expected a separator of one character, got {self.separator!r}. Give for example "
+                'separator=";".'
+            )
+
+    def source(self) -> tuple[object, ...]:
+        """Return the files and how they are read."""
+        files = self.path, self.test_path, self.names, self.separator
+        columns = self.target, self.task, self.categorical, self.exclude
+        return (*super().source(), *files, *columns)
 
     def load(self) -> tuple[Table, Table | None]:
         """Return the rows of the file, and those of the test file if there is one."""

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from it3_lightning.messages import not_installed
+
 MISSING_WORDS = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL")
 """Cells that stand for a missing value."""
 
@@ -87,10 +89,7 @@ def needed(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(
-            f"Expected {package}, which tables need, but it cannot be imported. "
-            "Install it with: pip install 'it3_lightning[tabular]'"
-        ) from error
+        raise ImportError(not_installed(package, "which tables need", "tabular", error)) from error
 
 
 def _content(file: Path) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, as_tensor
 from torch.utils.data import Dataset
 
-from it3_lightning.data.images import Batch
+from it3_lightning.data.contract import Batch
 
 
 class RowSet(Dataset[Batch]):

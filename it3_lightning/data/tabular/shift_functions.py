@@ -4,7 +4,7 @@ Every function takes features ``(N, F)``, float32, as
 :class:`~it3_lightning.data.tabular.Preprocessing` makes them: a number is in standard deviations
 from its training mean, a category is a block of zeros and ones. ``level`` is in the unit that the
 docstring names, ``layout`` says which features make up one variable, and all randomness comes from
-the generator. :class:`~it3_lightning.data.tabular.TabularShift` holds the five levels of each.
+the generator. :class:`~it3_lightning.data.TabularShift` holds the five levels of each.
 """
 
 from __future__ import annotations

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Generator, Tensor
 
+from it3_lightning.data.kinds import KindOfShift, Kinds
 from it3_lightning.data.tabular import shift_functions as functions
 from it3_lightning.data.tabular.preprocessing import Layout
-from it3_lightning.messages import unknown
 
-_Function = Callable[[Tensor, float, Layout, Generator], Tensor]
-_Levels = tuple[float, float, float, float, float]
-
-_EVALUATION: Mapping[str, tuple[_Function, _Levels]] = MappingProxyType(
+_EVALUATION: Kinds = MappingProxyType(
     {
         "zeroed": (functions.zeroed, (0.05, 0.1, 0.2, 0.3, 0.4)),
         "missing": (functions.missing, (0.05, 0.1, 0.2, 0.3, 0.4)),
@@ -24,7 +20,7 @@ _EVALUATION: Mapping[str, tuple[_Function, _Levels]] = MappingProxyType(
     }
 )
 
-_TUNING: Mapping[str, tuple[_Function, _Levels]] = MappingProxyType(
+_TUNING: Kinds = MappingProxyType(
     {
         "uniform_noise": (functions.uniform_noise, (0.2, 0.4, 0.7, 1.2, 1.7)),
         "scaled": (functions.scaled, (1.2, 1.5, 2.0, 3.0, 4.0)),
@@ -39,11 +35,9 @@ TABULAR_SHIFTS: tuple[str, ...] = tuple(_EVALUATION)
 TABULAR_TUNING_SHIFTS: tuple[str, ...] = tuple(_TUNING)
 """Other shifts of tables, only for choosing settings: no result is reported on them."""
 
-_ALL = MappingProxyType({**_EVALUATION, **_TUNING})
-
 
 @dataclass(frozen=True)
-class TabularShift:
+class TabularShift(KindOfShift):
     """One kind of shift at one severity, a pure function of the features and a generator.
 
     Features zeroed at random are the shift of Durasov et al., "IT3" (ICML 2025) on tables.
@@ -61,23 +55,7 @@ class TabularShift:
         tensor([ 0.5000, -2.0000])
     """
 
-    name: str
-    severity: int = 3
-
-    def __post_init__(self) -> None:
-        """Refuse an unknown name and a severity that is not an integer from 1 to 5."""
-        if self.name not in _ALL:
-            raise ValueError(unknown("shift", self.name, _ALL))
-        if type(self.severity) is not int or not 1 <= self.severity <= 5:
-            raise ValueError(
-                f"Expected severity to be one of 1, 2, 3, 4, 5, got {self.severity!r}. "
-                "Give an integer: 1 is the weakest, 5 the strongest."
-            )
-
-    @property
-    def level(self) -> float:
-        """Strength at this severity, in the unit of the shift (share, deviations, factor)."""
-        return _ALL[self.name][1][self.severity - 1]
+    KINDS = MappingProxyType({**_EVALUATION, **_TUNING})
 
     @torch.no_grad()
     def __call__(
@@ -103,4 +81,5 @@ class TabularShift:
                 "Pass the layout of the Preprocessing that made them."
             )
         source = torch.Generator().manual_seed(0) if generator is None else generator
-        return _ALL[self.name][0](features, self.level, layout, source).to(features.dtype)
+        shifted: Tensor = self.KINDS[self.name][0](features, self.level, layout, source)
+        return shifted.to(features.dtype)

@@ -1,0 +1,1 @@
+"""Airfoils: values inside a range of training and outside it."""

@@ -1,0 +1,1 @@
+"""Images: their data modules, where they come from, and their shifts."""
