@@ -544,6 +544,34 @@ def test_an_answer_on_other_inputs_is_not_taken_from_the_record(backend: str) ->
         torch.testing.assert_close(found[index : index + 1], expected, rtol=0, atol=1e-10)
 
 
+# Precision
+
+
+@pytest.mark.parametrize("kind", ["mlp", "batch norm", "lstm", "vit"])
+def test_autocast_gives_the_networks_own_data_type_in_both_backends(kind: str) -> None:
+    net, inputs = KINDS[kind].build(torch.float32), KINDS[kind].batch(4, torch.float32)
+
+    def answer(x: Tensor) -> tuple[Tensor, Any]:
+        outputs = forward_predict(net, x, None)
+        return outputs, {"logits": outputs, "probabilities": outputs.float().softmax(1)}
+
+    full = adapted(adapter_of(net, lr=1e-3), inputs, answer)
+    assert full.outputs is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in BACKENDS:
+            adapter = adapter_of(net, lr=1e-3, backend=backend)
+            found = adapted(adapter, inputs, answer)
+            adapted(adapter, inputs, lambda x: (forward_predict(net, x, None), None))
+            assert backend_of(adapter) == backend
+            assert found.outputs is not None
+            assert found.source_outputs is not None
+            assert found.outputs.dtype == found.source_outputs.dtype == torch.bfloat16
+            assert found.answers["logits"].dtype == torch.bfloat16
+            assert found.answers["probabilities"].dtype == torch.float32
+            difference = (found.outputs - full.outputs).abs().max()
+            assert 0 < difference < 0.05 * full.outputs.abs().max()  # by bfloat16's rounding
+
+
 # Settings
 
 

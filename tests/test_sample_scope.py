@@ -196,6 +196,38 @@ def test_weights_without_influence_do_not_decay_in_either_backend(decay: str) ->
     assert_close(run("vectorised"), expected, 1e-10)
 
 
+@pytest.mark.parametrize("anchor", ["frozen", "ema"])
+def test_samples_that_are_or_become_unreliable_stand_still(anchor: str) -> None:
+    def factory(parameters: Any) -> torch.optim.Optimizer:  # moves without a gradient, too
+        return torch.optim.SGD(parameters, lr=0.3, momentum=0.9, weight_decay=0.1)
+
+    net, inputs = toy(), images(12)
+    settings = {"anchor": anchor, "ema_decay": 0.5, "optimizer": factory}
+    moved = []
+    for steps in (1, 2, 6):
+        loop, at_once = (
+            adapted(
+                adapter_of(
+                    net,
+                    backend=backend,
+                    objective=Idempotence("l2", 0.45, sharpen=0.0),
+                    steps=steps,
+                    **settings,
+                ),
+                inputs,
+            ).outputs
+            for backend in ("loop", "vectorised")
+        )
+        assert loop is not None
+        assert_close(at_once, loop, 1e-10)
+        moved.append(loop)
+    source = forward_predict(net, inputs, None)
+    unreliable = (moved[0] == source).all(1)
+    halted = ((moved[1] - moved[2]).abs() < 1e-12).all(1) & ~unreliable
+    assert unreliable.any()
+    assert halted.any()
+
+
 def test_an_optimizer_may_treat_weights_by_their_shape() -> None:
     def factory(parameters: Any) -> torch.optim.Optimizer:
         given = list(parameters)

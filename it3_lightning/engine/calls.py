@@ -85,10 +85,6 @@ class Calls:
         self.watched: Iterable[nn.Module] = list(self._wrapped)
         self.answered = 0
 
-    def sees(self, module: nn.Module) -> bool:
-        """Whether calls of a module are noticed."""
-        return module in self._wrapped and _patchable(module)
-
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Tell of all calls of the watched modules within."""

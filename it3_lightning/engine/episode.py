@@ -32,23 +32,26 @@ def adapt_state(
     Raises:
         Skip: the batch cannot be adapted to.
     """
-    source = evaluate.measured(inputs, None) if carried and settings.measure else None
+    source = None
+    if carried and settings.measure:
+        source = evaluate.measured(inputs, None, at_source=True)  # the weights in place
+    by_source = not carried or (source is not None and settings.gate is None)  # the pass on record
     backup = state.backup() if carried else None
     state.enter()
     try:
         started = time.perf_counter()
         gate = None
         if settings.gate is not None and settings.steps:
-            same = state.anchored_at_source and not carried
+            same = state.anchored_at_source and by_source
             gate = Gate.of(settings.gate, state, inputs, evaluate, settings, at_source=same)
-        first = _steps(state, inputs, evaluate, settings.steps, gate, carried=carried)
+        first = _steps(state, inputs, evaluate, settings.steps, gate, by_source=by_source)
         seconds = time.perf_counter() - started
         outputs, answers, last = None, None, None
         if answer is not None:
             outputs, answers = evaluate.answer(inputs, answer)
         if settings.measure:
             whole = gate is None or gate.closed  # else the first pass known is with moved weights
-            same = whole and state.anchored_at_source and not carried
+            same = whole and state.anchored_at_source and by_source
             last = evaluate.measured(inputs, state.anchor, at_source=same, outputs=outputs)
     except BaseException:
         if backup is not None:
@@ -115,13 +118,16 @@ def _steps(
     steps: int,
     gate: Gate | None,
     *,
-    carried: bool,
+    by_source: bool,
 ) -> Evaluation | None:
-    """Take the steps; return the evaluation before the first."""
+    """Take the steps; return the evaluation before the first.
+
+    ``by_source``: the first pass over the batch has the source weights.
+    """
     first: Evaluation | None = None
     movers = inputs if gate is None else gate.movers
     for _ in range(0 if gate is not None and gate.closed else steps):
-        same = state.anchored_at_source and not carried
+        same = state.anchored_at_source and by_source
         evaluation = evaluate(movers, state.anchor, at_source=same)
         if gate is not None:
             evaluation = gate.masked(evaluation)
