@@ -1,4 +1,4 @@
-"""Serve a classifier over HTTP; each request adapts the weights to its own image and to no other.
+"""Serve a classifier over HTTP; the weights adapt to each image by itself.
 
 python examples/serve.py --checkpoint digits.ckpt   # trains one where there is none
 curl localhost:8000/predict --json '{"image": [[0, 0.5, ...], ...]}'   # 8 rows of 8 in 0..1
@@ -47,30 +47,31 @@ class DigitRequest(BaseModel):
 
 
 class DigitsAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
-    """Answers one request at a time.
+    """Answers several requests at once.
 
-    `max_batch_size` stays 1: a batch shares its adapted weights, so an answer would depend on what
-    other clients sent along. For the same reason weights are not carried along (`reset="never"`).
+    With `scope="sample"` each image has weights of its own, so an answer does not depend on what
+    other clients sent along. With `scope="batch"` it would: `max_batch_size` would have to be 1.
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        super().__init__(max_batch_size=1)
+        super().__init__(max_batch_size=8, batch_timeout=0.005)
         self.checkpoint = checkpoint
 
     def setup(self, device: str) -> None:
-        """Load the model, in the process that predicts."""
-        settings = Settings(steps=1, lr=1e-3)
+        """Load the model, in the process that predicts, and let it choose how to be fast."""
+        settings = Settings(scope="sample", steps=1, lr=1e-3)
         self.predictor = IT3Predictor.from_checkpoint(
             self.checkpoint, IT3Digits, settings=settings, device=device
         )
+        self.predictor(torch.rand(self.max_batch_size, 1, 8, 8))
 
     def decode_request(self, request: DigitRequest) -> Tensor:
-        """Return a batch of one image."""
-        return torch.tensor(request.image)[None, None]
+        """Return an image with one channel."""
+        return torch.tensor(request.image)[None]
 
-    def predict(self, x: Tensor) -> Prediction:
-        """Adapt, predict, and put every weight back."""
-        return self.predictor(x)
+    def predict(self, x: Tensor) -> list[Prediction]:
+        """Adapt to each image, predict, and put every weight back."""
+        return self.predictor(x).split()
 
     def encode_response(self, output: Prediction) -> dict[str, Any]:
         """Return what the client gets; `distance` is large where an image is unlike a digit."""

@@ -1,4 +1,4 @@
-"""Where a batch keeps its inputs and its target: in tuples, mappings, dataclasses and objects."""
+"""Where a batch keeps inputs and target: in tuples, mappings, dataclasses, objects and graphs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from it3_lightning.graphs import is_graph, label_of, relabelled, unlabelled
+
 INPUT_NAMES = ("input", "inputs", "image", "images", "x", "features", "data", "pixel_values")
 TARGET_NAMES = ("target", "targets", "label", "labels", "y", "mask", "masks", "class")
 
 
 def inputs_of(batch: Any) -> Any:
     """Return the inputs of a batch: the first entry, or the one with a usual name.
+
+    A batch of graphs is its own input, and so is any graph in the inputs, without its target.
 
     Raises:
         ValueError: there is none.
@@ -24,7 +28,7 @@ def inputs_of(batch: Any) -> Any:
     """
     if isinstance(batch, Tensor):
         return batch
-    return _entry(batch, "inputs", INPUT_NAMES, 0)
+    return unlabelled(batch if is_graph(batch) else _entry(batch, "inputs", INPUT_NAMES, 0))
 
 
 def target_of(batch: Any) -> Any:
@@ -36,6 +40,8 @@ def target_of(batch: Any) -> Any:
     >>> target_of((1, 2))
     2
     """
+    if is_graph(batch):
+        return _label(batch)
     return _entry(batch, "target", TARGET_NAMES, 1)
 
 
@@ -50,6 +56,8 @@ def with_inputs(batch: Any, inputs: Any) -> Any:
     """
     if isinstance(batch, Tensor):
         return inputs
+    if is_graph(batch):
+        return relabelled(inputs, batch)
     if hasattr(batch, "_replace"):  # a named tuple
         return batch._replace(**{_field(batch, "inputs", INPUT_NAMES, 0): inputs})
     if isinstance(batch, tuple | list):
@@ -64,6 +72,13 @@ def with_inputs(batch: Any, inputs: Any) -> Any:
         return dataclasses.replace(batch, **{name: inputs})
     setattr(changed, name, inputs)
     return changed
+
+
+def _label(graph: Any) -> Any:
+    label = label_of(graph)
+    if label is None:
+        raise ValueError(_missing(graph, "target", "no y"))
+    return label
 
 
 def _entry(batch: Any, kind: str, names: tuple[str, ...], position: int) -> Any:

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from it3_lightning.benchmark import Benchmark
 from it3_lightning.benchmark.progress import quiet
 from it3_lightning.data import ShiftedData
+from it3_lightning.parser import Parser
 from it3_lightning.report import show
 
 
@@ -67,6 +68,7 @@ def _cli(arguments: list[str], *, run: bool) -> IT3CLI:
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             run=run,
+            parser_class=Parser,
             parser_kwargs={"description": __doc__},
         )
     finally:

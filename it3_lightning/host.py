@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from it3_lightning.conditioned import Conditioned
@@ -65,11 +65,7 @@ def check_trainer(
         MisconfigurationException: sharded weights, carried weights or shared batch statistics on
             several processes, or single samples where several are needed.
     """
-    if isinstance(trainer.strategy, _SHARDED):
-        raise MisconfigurationException(
-            f"{type(trainer.strategy).__name__} shards the weights, which cannot be swapped. Use "
-            "one device or DDP for testing."
-        )
+    check_strategy(trainer)
     if trainer.world_size > 1 and not settings.episodic and not independent_ranks:
         raise MisconfigurationException(
             f"reset={settings.reset!r} carries weights along the stream, and {trainer.world_size} "
@@ -91,6 +87,19 @@ def check_trainer(
         rank_zero_warn("norm_stats='batch' has no effect: the module has no BatchNorm layer.")
 
 
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse sharded weights.
+
+    Raises:
+        MisconfigurationException: they are.
+    """
+    if isinstance(trainer.strategy, _SHARDED):
+        raise MisconfigurationException(
+            f"{type(trainer.strategy).__name__} shards the weights, which cannot be swapped. Use "
+            "one device or DDP for testing."
+        )
+
+
 def _synchronised(module: nn.Module) -> bool:
     return any(isinstance(layer, nn.SyncBatchNorm) for layer in batch_norms(module))
 
@@ -108,7 +117,14 @@ def _batch_sizes(trainer: Trainer) -> list[Any]:
 def normal(inputs: Any) -> Any:
     """Return copies of inputs that can take part in a backward pass, as inference tensors cannot.
 
-    Always copies, so that a network that writes into its inputs spoils no batch.
+    Always copies, so that a network that writes into its inputs spoils no batch. What else can
+    clone itself, as batches of graphs can, is cloned too.
     """
     with torch.inference_mode(False), torch.no_grad():
-        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+        return tree_map(_clone, inputs)
+
+
+def _clone(leaf: Any) -> Any:
+    """Return a copy of a tensor, or of another object that has a ``clone`` method."""
+    clone = getattr(leaf, "clone", None)
+    return clone() if callable(clone) and not isinstance(leaf, type) else leaf

@@ -27,3 +27,16 @@ def unknown(kind: str, got: object, known: Iterable[str]) -> str:
     names = [name for name in known if name]
     listed = ", ".join(names[:_MOST]) + (", ..." if len(names) > _MOST else "")
     return f"Unknown {kind} {got!r}.{closest(str(got), names)} Known: {listed}."
+
+
+def not_installed(package: str, purpose: str, extra: str, error: ImportError) -> str:
+    """Say which package is missing, what for, and how to install it.
+
+    >>> not_installed("timm", "which has the network", "vision", ImportError("No module 'timm'"))
+    "Expected timm, which has the network, but it cannot be imported (No module 'timm'). \
+Install it with: pip install 'it3_lightning[vision]'"
+    """
+    return (
+        f"Expected {package}, {purpose}, but it cannot be imported ({error}). "
+        f"Install it with: pip install 'it3_lightning[{extra}]'"
+    )

@@ -60,8 +60,8 @@ class IT3Mixin(Conditioned):
 
     Raises:
         TypeError: ``prior`` or ``conditioning`` is something else.
-        ValueError: ``train`` is unknown or loads no checkpoint, the conditioning names a layer that does not exist, or a
-            single pass is asked for where the network does not learn.
+        ValueError: ``train`` is unknown or loads no checkpoint, the conditioning names a layer that
+            does not exist, or a single pass is asked for where the network does not learn.
         MisconfigurationException: before any batch: prior or conditioning are missing (also when a
             checkpoint is loaded), or fitting finds a ``training_step`` that cannot be run twice.
     """

@@ -48,22 +48,34 @@ def _kept(owner: nn.Module, clones: dict[int, Tensor]) -> Iterator[None]:
     """Put the attributes of an object back, and what is in its lists, dicts and sets.
 
     Args:
-        owner: whose attributes.
+        owner: whose attributes. Of metrics also what is in containers inside containers: the groups
+            of a collection are lists in a dict.
         clones: of tensors seen already: metrics of one group share theirs.
     """
     attributes: MutableMapping[str, Any] = vars(owner)
     saved = {k: v for k, v in attributes.items() if k not in _OF_ANY_MODULE and k not in _LOGGING}
-    contents = {k: v.copy() for k, v in saved.items() if type(v) in (list, dict, set)}
+    nested = isinstance(owner, Metric | MetricCollection)
+    containers = [c for value in saved.values() for c in _containers(value, nested=nested)]
+    contents = [(container, container.copy()) for container in containers]
     tensors = isinstance(owner, Metric)
     for name, value in saved.items() if tensors else ():
-        if isinstance(value, Tensor):
-            saved[name] = clones.setdefault(id(value), value.detach().clone())
+        if isinstance(value, Tensor):  # which may be written into, and is what a metric goes by
+            attributes[name] = clones.setdefault(id(value), value.detach().clone())
     try:
         yield
     finally:
         attributes.update(saved)
-        for name, content in contents.items():
-            _refill(saved[name], content)
+        for container, content in contents:
+            _refill(container, content)
+
+
+def _containers(value: Any, *, nested: bool) -> Iterator[Any]:
+    """Return a value that is a list, dict or set, and where ``nested`` those directly in it."""
+    if type(value) not in (list, dict, set):
+        return
+    yield value
+    inner = value.values() if isinstance(value, dict) else value
+    yield from (v for v in inner if nested and type(v) in (list, dict, set))
 
 
 def _refill(container: Any, content: Any) -> None:

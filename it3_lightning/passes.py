@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from it3_lightning.graphs import chosen_graphs, is_graph
 from it3_lightning.muting import muted
 from it3_lightning.steps import loss_of
 
@@ -111,6 +112,8 @@ def _own(module: IT3Mixin, inputs: Any) -> Tensor:
 
 def _chosen(present: Tensor, a: Any, b: Any) -> Any:
     """Take ``a`` where a prior is present and ``b`` where not; other leaves than samples: ``a``."""
+    if a is not b and is_graph(a):
+        return chosen_graphs(present, a, b)
     if a is b or not isinstance(a, Tensor) or a.shape[:1] != present.shape:
         return a
     return torch.where(present.reshape(-1, *[1] * (a.ndim - 1)), a, b)

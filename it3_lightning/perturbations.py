@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from it3_lightning.graphs import graph_count, is_graph, map_nodes
+
 
 class RandomNoise(nn.Module):
     """Adds Gaussian noise whose size is drawn per sample from ``U(0, size)``.
@@ -18,7 +20,8 @@ class RandomNoise(nn.Module):
         high: values are clamped to at most this, where given.
 
     Shapes:
-        floating tensors ``(B, ...)``, possibly nested; others pass unchanged.
+        floating tensors ``(B, ...)``, possibly nested; others pass unchanged. In batches of graphs:
+        the floating node features, with one size per graph; edges stay as they are.
 
     Raises:
         ValueError: ``size`` is negative, or ``low`` above ``high``.
@@ -45,10 +48,16 @@ class RandomNoise(nn.Module):
         return tree_map(self._noisy, inputs)
 
     def _noisy(self, values: Any) -> Any:
+        if is_graph(values):
+            sizes = self.size * torch.rand(graph_count(values) or 1)
+            return map_nodes(values, lambda x, graphs: self._added(x, sizes.to(x)[graphs]))
         if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim == 0:
             return values
-        shape = (values.shape[0], *[1] * (values.ndim - 1))
-        sizes = self.size * torch.rand(shape, device=values.device, dtype=values.dtype)
-        noisy = values + sizes * torch.randn_like(values)
+        sizes = torch.rand(values.shape[0], device=values.device, dtype=values.dtype)
+        return self._added(values, self.size * sizes)
+
+    def _added(self, values: Tensor, sizes: Tensor) -> Tensor:
+        """Add noise of the size ``(rows,)`` to each row."""
+        noisy = values + sizes.reshape(-1, *[1] * (values.ndim - 1)) * torch.randn_like(values)
         clamped = self.low is not None or self.high is not None
         return noisy.clamp(self.low, self.high) if clamped else noisy

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Prediction:
         distance_adapted: ``(B,)``, the same with the adapted weights.
         skipped: ``(B,)`` booleans, the samples that got the source prediction.
         reason: why they were skipped.
+        gated: ``(B,)`` booleans, the samples within the gate, which were not adapted to.
     """
 
     outputs: Tensor
@@ -34,6 +36,25 @@ class Prediction:
     distance_adapted: Tensor
     skipped: Tensor
     reason: str | None
+    gated: Tensor
+
+    def split(self) -> list[Prediction]:
+        """Return the predictions of the single samples, each a batch of one.
+
+        >>> y, d = torch.tensor([[1.0], [2.0]]), torch.tensor([0.1, 0.2])
+        >>> no = torch.tensor([False, False])
+        >>> [p.outputs.item() for p in Prediction(y, y, d, d, no, None, no).split()]
+        [1.0, 2.0]
+        """
+        parts = []
+        for index, skipped in enumerate(self.skipped.tolist()):
+            rows: dict[str, Any] = {
+                name: value[index : index + 1]
+                for name, value in vars(self).items()
+                if isinstance(value, Tensor)
+            }
+            parts.append(replace(self, **rows, reason=self.reason if skipped else None))
+        return parts
 
     @classmethod
     def of(cls, adaptation: Adaptation, device: torch.device) -> Prediction:
@@ -42,6 +63,7 @@ class Prediction:
         assert outputs is not None
         assert source is not None
         nowhere = torch.full(adaptation.skipped.shape, float("nan"))
+        gated = adaptation.gated
         before, after = adaptation.distance_source, adaptation.distance_adapted
         return cls(
             outputs=outputs.to(device),
@@ -50,4 +72,5 @@ class Prediction:
             distance_adapted=(nowhere if after is None else after).to(device),
             skipped=adaptation.skipped.to(device),
             reason=adaptation.reason,
+            gated=(torch.zeros_like(adaptation.skipped) if gated is None else gated).to(device),
         )

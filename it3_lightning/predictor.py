@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import threading
-import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from it3_lightning.engine import Settings, batch_size
+from it3_lightning.adapters import adapter_of, in_precision
+from it3_lightning.calibration import check_level, gate_of
+from it3_lightning.engine import Adaptation, Settings, batch_size
+from it3_lightning.engine.samples import taken
 from it3_lightning.host import checked_module, normal
+from it3_lightning.loading import check_weights, loaded
 from it3_lightning.messages import unknown
 from it3_lightning.prediction import Prediction
-from it3_lightning.takeover import adapter_of
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 _AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -39,17 +41,22 @@ class IT3Predictor:
         module: a LightningModule with :class:`~it3_lightning.IT3Mixin`, or any that satisfies
             :class:`~it3_lightning.protocols.IT3Module`. Moved to the device and put in evaluation
             mode, once.
-        settings: how to adapt; default ``Settings()``. The samples of one call share their
-            statistics with ``norm_stats="batch"``, and a call on a single one is skipped there.
+        settings: how to adapt; default ``Settings()``. With ``scope="sample"`` a sample's
+            prediction does not depend on what else is in its batch. With ``norm_stats="batch"`` the
+            samples of one call share their statistics, and a call on a single one is skipped.
         device: where to predict; default: where the module is.
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``, as in a Trainer; outputs come
             in the precision that the network puts out.
+        gate: share of validation samples, such as 0.95, whose distance a sample must exceed to be
+            adapted to, as known to the module's checkpoint from a Trainer with the callback; the
+            distance itself is ``Settings.gate``.
 
     Raises:
-        ValueError: the precision is unknown, or the settings measure no distance.
+        ValueError: the precision is unknown, the settings measure no distance, or there are two
+            gates.
         MisconfigurationException: the module does not predict with a prior, its prior does not know
             the targets yet, its ``source_checkpoint`` was never loaded, its weights were made in
-            inference mode, or the selection of parameters matches nothing.
+            inference mode, the selection of parameters matches nothing, or the gate is not known.
 
     >>> from it3_lightning import ClassPrior, FeatureInjection
     >>> from it3_lightning.tasks import IT3Classifier
@@ -72,19 +79,22 @@ class IT3Predictor:
         *,
         device: str | torch.device | None = None,
         precision: Precision = "32-true",
+        gate: float | None = None,
     ) -> None:
         if precision not in _AUTOCAST:
             raise ValueError(unknown("precision", precision, _AUTOCAST))
         self.settings = settings or Settings()
         if not self.settings.measure:
             raise ValueError("Expected settings with measure=True, for the distances, got False.")
-        host = checked_module(module)
-        _check_weights(module)
+        self._host = checked_module(module)
+        check_weights(module)
+        if gate is not None:
+            self.settings = _gated(self.settings, gate, module)
         with torch.inference_mode(False):
             self.module = module.eval() if device is None else module.eval().to(device)
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.precision = precision
-        self._adapter = adapter_of(module, host, self.settings)
+        self._adapter = adapter_of(module, self._host, self.settings)
         self._lock = threading.Lock()
 
     @classmethod
@@ -96,6 +106,7 @@ class IT3Predictor:
         settings: Settings | None = None,
         device: str | torch.device | None = None,
         precision: Precision = "32-true",
+        gate: float | None = None,
         **kwargs: Any,
     ) -> IT3Predictor:
         """Return a predictor of the module in a checkpoint that a Trainer wrote.
@@ -106,6 +117,7 @@ class IT3Predictor:
             settings: see :class:`IT3Predictor`.
             device: see :class:`IT3Predictor`.
             precision: see :class:`IT3Predictor`.
+            gate: see :class:`IT3Predictor`.
             kwargs: of ``module_class.load_from_checkpoint``: arguments of the module that the
                 checkpoint does not hold; ``weights_only=True`` (Lightning 2.6 or newer) for a file
                 that may not be trusted.
@@ -114,14 +126,15 @@ class IT3Predictor:
             FileNotFoundError: there is no such file.
             ValueError: no Trainer wrote it, or not to its end.
         """
-        module = _loaded(path, module_class, {"map_location": device, **kwargs})
-        return cls(module, settings, device=device, precision=precision)
+        module = loaded(path, module_class, {"map_location": device, **kwargs})
+        return cls(module, settings, device=device, precision=precision, gate=gate)
 
     def __call__(self, x: Any) -> Prediction:
         """Return the prediction for a batch, from weights adapted to it.
 
         A batch that cannot be adapted to (a non-finite sample in it, say) gets the source
-        prediction; the :class:`Prediction` says so, and why.
+        prediction, with ``scope="sample"`` only the sample; the :class:`Prediction` says so, and
+        why.
 
         Args:
             x: what the network takes: tensors ``(B, ...)``, possibly nested; a tuple or a list is
@@ -139,8 +152,16 @@ class IT3Predictor:
         with torch.inference_mode(False), torch.no_grad():
             inputs = normal(move_data_to_device(x, self.device))
             with self._lock, autocast, self._adapter.adapted(inputs) as adaptation:
-                pass
+                adaptation = self._in_precision(adaptation, inputs)
             return Prediction.of(adaptation, home or self.device)
+
+    def _in_precision(self, adaptation: Adaptation, inputs: Any) -> Adaptation:
+        def ordinary() -> list[Tensor]:
+            return 2 * [self._host.predict_with(taken(inputs, range(1)), None)]
+
+        both = [t for t in (adaptation.outputs, adaptation.source_outputs) if t is not None]
+        outputs, source = in_precision(both, ordinary, self._adapter, self.module)
+        return replace(adaptation, outputs=outputs, source_outputs=source)
 
     def restart(self) -> None:
         """Forget the weights that were carried along: the next call starts from the source."""
@@ -148,35 +169,12 @@ class IT3Predictor:
             self._adapter.restart()
 
 
-def _loaded(
-    path: str | Path, module_class: type[LightningModule], kwargs: dict[str, Any]
-) -> LightningModule:
-    if Path(path).is_file() and not zipfile.is_zipfile(path):  # which Trainers write
+def _gated(settings: Settings, gate: float, module: LightningModule) -> Settings:
+    """Return the settings with the distance that this share of validation samples lies within."""
+    check_level(gate)
+    if settings.gate is not None:
         raise ValueError(
-            f"Expected a checkpoint that a Trainer wrote, got another or a truncated file: {path}."
+            f"Expected a gate as a share, gate={gate}, or as a distance, Settings(gate="
+            f"{settings.gate}), got both."
         )
-    try:
-        with torch.inference_mode(False):
-            return module_class.load_from_checkpoint(path, **kwargs)
-    except KeyError as error:
-        if error.args != ("pytorch-lightning_version",):
-            raise
-        raise ValueError(
-            f"Expected a checkpoint that a Trainer wrote, got a file without {error}: {path}. Load "
-            "weights alone into a module, and make the predictor of that: IT3Predictor(module)."
-        ) from error
-
-
-def _check_weights(module: LightningModule) -> None:
-    """Refuse weights that cannot adapt, and those of a network that still waits for its own."""
-    if any(parameter.is_inference() for parameter in module.parameters()):
-        raise MisconfigurationException(
-            f"{type(module).__name__} was made in inference mode, where no weight can adapt. Make "
-            "or load it outside of torch.inference_mode()."
-        )
-    if getattr(module, "it3_source_due", False):
-        raise MisconfigurationException(
-            f"{type(module).__name__} has not loaded its source_checkpoint, nor trained its "
-            "conditioning. Fit it first, or load a checkpoint written after fitting: "
-            "IT3Predictor.from_checkpoint(path, ...)."
-        )
+    return replace(settings, gate=gate_of(module, settings, gate))

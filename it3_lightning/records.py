@@ -8,7 +8,8 @@ from functools import partial
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from it3_lightning.engine import Adaptation, BatchAdapter, SampleAdapter, Settings
+from it3_lightning.adapters import Adapter
+from it3_lightning.engine import Adaptation, Settings
 from it3_lightning.summary import Summary
 
 
@@ -27,19 +28,25 @@ class Recorder:
     module: LightningModule
     summary: Summary
     settings: Settings
-    adapter: BatchAdapter | SampleAdapter
+    adapter: Adapter
     logs: bool
 
-    def __call__(self, adaptation: Adaptation) -> None:
-        """Add an adaptation to the summary, and log it."""
+    def __call__(self, adaptation: Adaptation, loader: int = 0) -> None:
+        """Add an adaptation to the summary, and log it.
+
+        Args:
+            adaptation: to a batch.
+            loader: which dataloader the batch comes from.
+        """
         if adaptation.reason is not None and adaptation.reason not in self.summary.reasons:
             what = "a batch" if self.settings.scope == "batch" else "a sample"
             rank_zero_warn(f"IT3 keeps the source prediction of {what}: {adaptation.reason}.")
         choice = getattr(self.adapter, "choice", None)
-        if choice is not None and str(choice) != self.summary.backend:
+        if choice is not None:
+            if not self.summary.backend:
+                rank_zero_info(f"IT3 takes {choice}")
             self.summary.backend = str(choice)
-            rank_zero_info(f"IT3 takes {choice}")
-        self.summary.add(adaptation)
+        self.summary.add(adaptation, loader)
         if self.logs:
             self._log(adaptation)
 

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import html
-import io
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from it3_lightning.benchmark import Results, Row
+from it3_lightning.display import document, fitting, svg
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-th { border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom; }
-tr.first td { border-top: 1px solid var(--line); }
-tr:hover { background: var(--soft); }
-.wide { overflow-x: auto; } .plot svg { width: 100%; height: auto; background: #fff; }
-pre { background: var(--soft); overflow-x: auto; padding: .8rem; }
-"""
+_TOLD = "Telling shifted from clean samples: area under the ROC curve, in percent; 50 is chance."
 
 
 def headers(results: Results) -> list[str]:
@@ -32,21 +19,28 @@ def headers(results: Results) -> list[str]:
     per_stream = [
         title
         for stream in results.streams
-        for title in (f"{stream}: clean", "shifts", "gain", "worst shift")
+        for title in (f"{stream}: clean", "shifts", "gain", "worst shift", *_error_title(results))
     ]
     return ["training", "at test time", *per_stream, "ms/sample"]
 
 
+def _error_title(results: Results) -> list[str]:
+    """Return the title of the mean corruption error, where there is a baseline for it."""
+    return [] if results.baseline_errors is None else ["mCE (lower is better)"]
+
+
 def line(results: Results, row: Row) -> list[str]:
     """Return the cells of one row, as text."""
-    cells = [row.training, row.name]
+    cells, style = [row.training, row.name], f".{results.decimals}f"
     for stream in results.streams:
         gain, worst = results.gain(row, stream), results.worst(row, stream)
+        error = results.corruption_error(row, stream)
         cells += [
-            str(results.clean(row, stream)),
-            str(results.shifted(row, stream)),
-            "" if gain is None else f"{gain.mean:+.1f} ± {gain.std:.1f}",
-            "" if worst is None else f"{worst[1]:+.1f} {worst[0]}",
+            format(results.clean(row, stream), style),
+            format(results.shifted(row, stream), style),
+            "" if gain is None else format(gain, f"+{style}"),
+            "" if worst is None else f"{worst[1]:+{style}} {worst[0]}",
+            *([] if error is None else [format(error, style)]),
         ]
     time = results.milliseconds(row)
     return [*cells, f"{time:.2f}" if time >= 0.005 else ""]
@@ -54,7 +48,7 @@ def line(results: Results, row: Row) -> list[str]:
 
 def table(results: Results) -> Table:
     """Return the aligned table of all rows; gains are over the same model's batch statistics."""
-    shown = Table(title=f"{results.metric}, mean ± std over seeds {results.seeds}")
+    shown = Table(title=f"{results.title}, mean ± std over seeds {results.seeds}")
     for index, title in enumerate(headers(results)):
         shown.add_column(title, justify="left" if index < 2 else "right", no_wrap=True)
     before = ""
@@ -68,34 +62,47 @@ def table(results: Results) -> Table:
 
 def markdown(results: Results) -> str:
     """Return the table in Markdown."""
-    titles = headers(results)
-    ruler = ["---" if index < 2 else "---:" for index in range(len(titles))]
-    rows = [titles, ruler, *(line(results, row) for row in results.rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return _as_markdown([headers(results), *(line(results, row) for row in results.rows)])
 
 
 def by_shift(results: Results, stream: str) -> str:
     """Return a table in Markdown: the gain over the baseline on each shift, mean over seeds."""
     titles = ["training", "at test time", *results.shifts]
-    rows = [titles, ["---", "---", *["---:"] * len(results.shifts)]]
+    rows = [titles]
     for row in results.rows:
         gains = [results.gain(row, stream, shift) for shift in results.shifts]
-        cells = [f"{gain.mean:+.1f}" for gain in gains if gain is not None]
+        cells = [f"{gain.mean:+.{results.decimals}f}" for gain in gains if gain is not None]
         if cells:
             rows.append([row.training, row.name, *cells])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return _as_markdown(rows)
+
+
+def separation(results: Results) -> list[list[str]]:
+    """Return a table: how well the distance tells each shift from clean samples, and its titles.
+
+    The area under the ROC curve in percent, 50 for not at all, for the distance of the un-adapted
+    network and beside it for the confidence of its prediction.
+    """
+    shifts = list(dict.fromkeys(record.shift for record in results.separations))
+    pairs = dict.fromkeys((record.training, record.row) for record in results.separations)
+    rows = [[*pair, *(str(results.separation(*pair, s)) for s in shifts)] for pair in pairs]
+    return [["training", "score", *shifts], *rows] if rows else []
+
+
+def _as_markdown(rows: list[list[str]]) -> str:
+    ruler = ["---" if index < 2 else "---:" for index in range(len(rows[0]))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [rows[0], ruler, *rows[1:]])
 
 
 def show(results: Results, folder: Path) -> None:
     """Print the table and write ``table.md`` and ``page.html`` into the folder."""
     shown = table(results)
-    console = Console()
-    needed = Console(width=400).measure(shown).maximum
-    if needed > console.width:
-        console = Console(width=needed)  # a table that wraps cannot be read
+    console = fitting(shown)
     console.print(shown)
-    parts = [markdown(results)]
+    parts = [f"{results.title}; a gain is an improvement.", markdown(results)]
     parts += [f"Gain by shift, {s} classes:\n\n{by_shift(results, s)}" for s in results.streams]
+    if told := separation(results):
+        parts.append(f"{_TOLD}\n\n{_as_markdown(told)}")
     (folder / "table.md").write_text("\n\n".join(parts) + "\n")
     (folder / "page.html").write_text(page(results))
     console.print(f"Written to {folder}: page.html, results.csv, results.json, table.md")
@@ -113,18 +120,26 @@ def page(results: Results) -> str:
         f"<h2>Gain by shift, {stream} classes</h2><div class=plot>{_plot(results, stream)}</div>"
         for stream in results.streams
     )
+    if told := separation(results):
+        plots += f"<h2>{_TOLD}</h2><div class=wide>{_as_html(told)}</div>"
     about = html.escape("\n".join(f"{k}: {v}" for k, v in _facts(results).items()))
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width'><title>IT3 benchmark</title>"
-        f"<style>{_STYLE}</style><h1>IT3 benchmark: {html.escape(results.metric)}</h1>"
+    return document(
+        "IT3 benchmark",
+        f"<h1>IT3 benchmark: {html.escape(results.title)}</h1>"
         f"<p>Mean ± standard deviation over seeds {results.seeds}. <em>shifts</em>: mean over "
-        f"{', '.join(s for s in results.shifts if s != 'clean')}. <em>gain</em>: over the same "
-        "model with batch statistics (its source where it has no BatchNorm), on the mean of the "
-        "shifts; <em>worst shift</em>: the smallest such gain.</p>"
+        f"{', '.join(s for s in results.shifts if s != 'clean')}. <em>gain</em>: the "
+        "improvement over the same model with batch statistics (its source where it has no "
+        "BatchNorm), on the mean of the shifts; <em>worst shift</em>: the smallest such gain.</p>"
         f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
-        f"</div>{plots}<h2>Made with</h2><pre>{about}</pre></html>"
+        f"</div>{plots}<h2>Made with</h2><pre>{about}</pre>",
     )
+
+
+def _as_html(rows: list[list[str]]) -> str:
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in rows[0])
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows[1:])
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _facts(results: Results) -> dict[str, Any]:
@@ -154,11 +169,9 @@ def _plot(results: Results, stream: str) -> str:
             style = {"ordinary": ":", "post-hoc": "-"}[row.training]
             label = f"{row.training}: {row.name}"
             axes.plot(results.shifts, means, style, marker="o", ms=3, lw=1.4, label=label)
-    axes.set_ylabel("gain over batch statistics")
+    axes.set_ylabel("gain over the unadapted model")
     axes.tick_params(axis="x", rotation=30)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    text = io.StringIO()
-    figure.savefig(text, format="svg")
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    return svg(figure)

@@ -7,55 +7,36 @@ place, so they are cloned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import operator
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class _Parameter:
-    parameter: nn.Parameter
-    data: Tensor
-    requires_grad: bool
-    grad: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Buffers:
-    owner: nn.Module
-    tensors: dict[str, Tensor | None]
-    values: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """What a module was, to be put back bit for bit.
 
     Attributes and gradients are kept by reference: what is written *into* them stays.
 
+    Args:
+        module: of which everything is noted; only buffers are copied.
+
     >>> layer = nn.Linear(1, 1)
     >>> before = layer.weight.item()
-    >>> snapshot = Snapshot.capture(layer)
+    >>> snapshot = Snapshot(layer)
     >>> layer.weight.data = torch.ones(1, 1)
     >>> snapshot.restore()
     >>> layer.weight.item() == before
     True
     """
 
-    parameters: tuple[_Parameter, ...]
-    buffers: tuple[_Buffers, ...]
-    attributes: tuple[tuple[nn.Module, dict[str, Any]], ...]
-
-    @classmethod
-    def capture(cls, module: nn.Module) -> Snapshot:
-        """Take note of everything; only buffers are copied."""
-        return cls(
-            tuple(_Parameter(p, p.data, p.requires_grad, p.grad) for p in module.parameters()),
-            tuple(_buffers(owner) for owner in module.modules()),
-            tuple((owner, dict(vars(owner))) for owner in module.modules()),
-        )
+    def __init__(self, module: nn.Module) -> None:
+        owners = list(module.modules())
+        self.parameters = list({id(p): p for owner in owners for p in _parameters(owner)}.values())
+        self._saved = [(p, p.data, p.requires_grad, p.grad) for p in self.parameters]
+        self._attributes = [(owner, dict(vars(owner))) for owner in owners]
+        self._buffers = [(owner, dict(owner._buffers), _copied(owner._buffers)) for owner in owners]
 
     def restore(self) -> None:
         """Put everything back, outside inference mode, so that no inference tensor stays."""
@@ -66,45 +47,51 @@ class Snapshot:
 
     def restore_attributes(self) -> None:
         """Put back each attribute that was set, replaced or removed, and so every mode."""
-        for owner, before in self.attributes:
+        for owner, before in self._attributes:
             now = vars(owner)
+            same = list(now) == list(before)
+            if same and all(map(operator.is_, now.values(), before.values())):
+                continue
             for name in [name for name in now if name not in before]:
                 del now[name]
-            now.update({k: v for k, v in before.items() if k not in now or now[k] is not v})
+            now.update(before)
 
     def restore_modes(self) -> None:
         """Put each submodule back into training or evaluation mode, as it was."""
-        for module, before in self.attributes:
-            if "training" in before:  # a compiled module keeps it elsewhere
-                module.training = before["training"]
+        for owner, before in self._attributes:
+            mode = before.get("training")  # a compiled module keeps it elsewhere
+            if mode is not None and owner.training is not mode:
+                owner.training = mode
 
     def restore_parameters(self) -> None:
         """Put the first storage back behind each parameter, with its flags and its gradient."""
-        for saved in self.parameters:
-            saved.parameter.data = saved.data
+        for parameter, data, _, _ in self._saved:
+            parameter.data = data
         self.restore_flags()
 
     def restore_flags(self) -> None:
         """Put back ``requires_grad`` and ``.grad`` of each parameter."""
-        for saved in self.parameters:
-            saved.parameter.requires_grad_(saved.requires_grad)
-            saved.parameter.grad = saved.grad
+        for parameter, _, requires_grad, gradient in self._saved:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
 
     def restore_buffers(self) -> None:
         """Put each buffer's tensor back, and its values into it; remove new ones."""
-        for saved in self.buffers:
-            now = saved.owner._buffers
-            for name in [name for name in now if name not in saved.tensors]:
+        for owner, tensors, values in self._buffers:
+            now = owner._buffers
+            for name in [name for name in now if name not in tensors]:
                 del now[name]
-            now.update(saved.tensors)
-            for name, values in saved.values.items():
-                _write(saved.tensors[name], values)
+            now.update(tensors)
+            for name, copy in values.items():
+                _write(tensors[name], copy)
 
 
-def _buffers(owner: nn.Module) -> _Buffers:
-    tensors = dict(owner._buffers)
-    values = {k: t.detach().clone() for k, t in tensors.items() if t is not None and _writable(t)}
-    return _Buffers(owner, tensors, values)
+def _parameters(owner: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in owner._parameters.values() if parameter is not None]
+
+
+def _copied(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {k: t.detach().clone() for k, t in buffers.items() if t is not None and _writable(t)}
 
 
 def _writable(tensor: Tensor) -> bool:

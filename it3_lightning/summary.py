@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from it3_lightning.engine import Adaptation
@@ -23,7 +24,20 @@ class Summary:
         distance_source: mean distance of the source weights, over the samples measured.
         distance_adapted: the same of the adapted weights.
         gated: samples whose distance lay within the gate.
-        backend: of scope ``"sample"``, and why it was taken.
+        backend: of scope ``"sample"``, and why it was taken; as of the last batch.
+        distances: for each dataloader, in order, the distances ``(N,)`` of its samples with the
+            source weights, on the CPU; NaN where they were not measured. With
+            :class:`~it3_lightning.Idempotence` a score of how unlike the training data a sample is:
+            the larger, the more (Durasov et al., ZigZag, TMLR 2024). Of this process's samples.
+
+    >>> from it3_lightning.engine import Settings, adapt
+    >>> def forward(x, prior):  # the second prediction is always 0
+    ...     return x if prior is None else 0 * x
+    >>> x, summary = torch.tensor([[1.0], [2.0]]), Summary()
+    >>> settings, given = Settings(steps=0), {"forward": forward, "to_label": lambda y: y}
+    >>> summary.add(adapt(torch.nn.Linear(1, 1), x, settings=settings, **given))
+    >>> summary.distances
+    [tensor([1., 4.])]
     """
 
     samples: int = 0
@@ -35,9 +49,15 @@ class Summary:
     milliseconds: float = 0.0
     _source: tuple[float, int] = (0.0, 0)
     _adapted: tuple[float, int] = (0.0, 0)
+    _distances: list[list[Tensor]] = field(default_factory=list)
 
-    def add(self, adaptation: Adaptation) -> None:
-        """Take one batch into account."""
+    def add(self, adaptation: Adaptation, loader: int = 0) -> None:
+        """Take one batch into account.
+
+        Args:
+            adaptation: to the batch.
+            loader: which dataloader it comes from.
+        """
         size = adaptation.skipped.numel()
         self.samples += size
         self.milliseconds += 1000 * adaptation.seconds
@@ -51,6 +71,13 @@ class Summary:
             self.reliable += int(adaptation.reliable.sum())
         self._source = _added(self._source, adaptation.distance_source)
         self._adapted = _added(self._adapted, adaptation.distance_adapted)
+        self._distances += [[] for _ in range(loader + 1 - len(self._distances))]
+        self._distances[loader].append(_known(adaptation))
+
+    @property
+    def distances(self) -> list[Tensor]:
+        """Distances ``(N,)`` with the source weights, for each dataloader."""
+        return [torch.cat([torch.empty(0), *parts]) for parts in self._distances]
 
     @property
     def distance_source(self) -> float:
@@ -82,6 +109,14 @@ def _added(total: tuple[float, int], values: Tensor | None) -> tuple[float, int]
         return total
     known = values[~values.isnan()]
     return total[0] + float(known.double().sum()), total[1] + known.numel()
+
+
+def _known(adaptation: Adaptation) -> Tensor:
+    """Return the source distances ``(B,)`` of a batch, on the CPU; NaN where they are not known."""
+    distances = adaptation.distance_source
+    if distances is None:
+        return torch.full(adaptation.skipped.shape, float("nan"))
+    return distances.detach().cpu()
 
 
 def _mean(total: tuple[float, int]) -> float:

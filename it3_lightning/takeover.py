@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, Protocol
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
-from it3_lightning.answering import Answering
-from it3_lightning.conditioning import Conditioning
-from it3_lightning.engine import Adaptation, BatchAdapter, Enters, SampleAdapter, Settings, adapter
+from it3_lightning.adapters import Adapter
+from it3_lightning.engine import Adaptation
 from it3_lightning.engine.randomness import undisturbed_rng
 from it3_lightning.host import normal
 from it3_lightning.muting import muted
@@ -23,21 +19,28 @@ from it3_lightning.protocols import IT3Module
 
 Step = Callable[..., Any]
 Prediction = Literal["first", "second"]
-Adapted = Callable[[Any], AbstractContextManager[Adaptation]]
-Record = Callable[[Adaptation], None]
+Record = Callable[[Adaptation, int], None]
 
 
-def adapting(
-    step: Step, host: IT3Module, adapted: Adapted, *, restart: Callable[[], None], record: Record
-) -> Step:
+class Runner(Protocol):
+    """Runs a step with adapted weights."""
+
+    @property
+    def adapter(self) -> Adapter:
+        """What adapts."""
+
+    def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
+        """Return what a step returned that ran with weights adapted to these inputs."""
+
+
+def adapting(step: Step, host: IT3Module, runner: Runner, record: Record) -> Step:
     """Return the step, run with weights adapted to its batch.
 
     Args:
         step: takes a batch, and what Lightning hands over with it.
         host: knows the inputs of a batch.
-        adapted: inputs to a context in which the step is to run.
-        restart: goes back to the source; called at every new dataloader.
-        record: takes note of each adaptation.
+        runner: adapts and runs; goes back to the source at every new dataloader.
+        record: takes note of each adaptation, and of its dataloader.
     """
     current = 0
 
@@ -47,86 +50,51 @@ def adapting(
         batch = args[0] if args else next(iter(kwargs.values()))
         loader = _loader_index(args, kwargs)
         if loader != current:
-            restart()
+            runner.adapter.restart()
             current = loader
-        with adapted(host.it3_inputs(batch)) as adaptation:
-            output = step(*args, **kwargs)
-        record(adaptation)
+        inputs = host.it3_inputs(batch)
+        output, adaptation = runner.run(inputs, functools.partial(step, *args, **kwargs))
+        record(adaptation, loader)
         return output
 
     return adapted_step
 
 
-def adapter_of(
-    module: LightningModule, host: IT3Module, settings: Settings, *, silent: bool = False
-) -> BatchAdapter | SampleAdapter:
-    """Return the engine for a module, and say which weights it adapts.
+class WholeBatch:
+    """Runs a step of scope ``"batch"``, or of no steps: its weights are in place meanwhile.
 
     Args:
-        module: whose weights adapt.
+        module: whose step runs.
         host: the same, as what predicts with a prior.
-        settings: how to adapt.
-        silent: say nothing.
-
-    Raises:
-        MisconfigurationException: the selection of parameters matches nothing.
-    """
-
-    def forward(inputs: Any, prior: Tensor | None) -> Tensor:
-        with muted(module):
-            return host.predict_with(inputs, prior)
-
-    return _built(module, host, settings, forward, silent=silent)
-
-
-def adapted_to(
-    made: BatchAdapter | SampleAdapter,
-    module: LightningModule,
-    host: IT3Module,
-    settings: Settings,
-    prediction: Prediction,
-    step: str,
-) -> Adapted:
-    """Return what a step runs in, given its inputs.
-
-    Args:
-        made: adapts.
-        module: whose step.
-        host: the same, as what predicts with a prior.
-        settings: how to adapt.
+        adapter: puts the weights in place.
         prediction: ``"first"``, or ``"second"``: every forward of the step sees the first
             prediction as its prior.
-        step: name of the step.
     """
-    if isinstance(made, BatchAdapter):
 
-        @contextmanager
-        def whole(inputs: Any) -> Iterator[Adaptation]:
-            own = normal(inputs)
-            with made.adapted(own) as adaptation:
-                if prediction == "first":
-                    yield adaptation
-                    return
-                with _second_prior(module, host, own):
-                    yield adaptation
+    def __init__(
+        self, module: LightningModule, host: IT3Module, adapter: Adapter, prediction: Prediction
+    ) -> None:
+        self.adapter = adapter
+        self._module = module
+        self._host = host
+        self._prediction = prediction
 
-        return whole
+    def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
+        """Adapt to the inputs and run the step."""
+        own = normal(inputs)
+        with ExitStack() as stack:
+            adaptation = stack.enter_context(self.adapter.adapted(own))
+            if self._prediction == "second":
+                stack.enter_context(self._second_prior(own))
+            return step(), adaptation
 
-    def predict(inputs: Any) -> Tensor:
-        with muted(module):
-            y0 = host.predict_with(inputs, None)
-            if prediction == "first":
-                return y0
-            return host.predict_with(inputs, host.it3_prior.from_output(y0))
-
-    def by_first(both: Any, prior: Tensor | None) -> Tensor:
-        with muted(module):
-            return host.predict_with(both[0], prior)
-
-    elsewhere = _built(module, host, settings, by_first, silent=True)
-    assert isinstance(elsewhere, SampleAdapter)
-    answering = Answering(module, made, elsewhere, predict)
-    return lambda inputs: answering.adapted(inputs, step)
+    @contextmanager
+    def _second_prior(self, inputs: Any) -> Iterator[None]:
+        """Let every forward pass within see the first prediction as its prior."""
+        with torch.no_grad(), undisturbed_rng(), muted(self._module):
+            outputs = self._host.predict_with(inputs, None)
+        with self._host.it3_given(self._host.it3_prior.from_output(outputs)):
+            yield
 
 
 def replace_step(module: LightningModule, name: str, step: Step) -> Callable[[], None]:
@@ -140,48 +108,6 @@ def replace_step(module: LightningModule, name: str, step: Step) -> Callable[[],
         attributes.update(before)
 
     return undo
-
-
-def _built(
-    module: LightningModule,
-    host: IT3Module,
-    settings: Settings,
-    forward: Callable[[Any, Tensor | None], Tensor],
-    *,
-    silent: bool = False,
-) -> BatchAdapter | SampleAdapter:
-    trainable = getattr(module, "it3_trainable", nullcontext)  # frozen while it is fitted
-    to_label = host.it3_prior.from_output
-    try:
-        with trainable():
-            made = adapter(module, forward, to_label, settings, enters=_enters(host))
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from error
-    if not silent:
-        names = list(made.selected)
-        weights = sum(parameter.numel() for parameter in made.selected.values())
-        rank_zero_info(
-            f"IT3 adapts {weights:,} weights in {len(names)} parameters: {', '.join(names[:5])}"
-            f"{', ...' * (len(names) > 5)}"
-        )
-    return made
-
-
-def _enters(host: IT3Module) -> Enters:
-    """Return where the prior enters, where that is known."""
-    conditioning = getattr(host, "it3_conditioning", None)
-    if not isinstance(conditioning, Conditioning):
-        return {}
-    return dict.fromkeys(conditioning.layers, conditioning.enters)
-
-
-@contextmanager
-def _second_prior(module: LightningModule, host: IT3Module, inputs: Any) -> Iterator[None]:
-    """Let every forward pass within see the first prediction as its prior."""
-    with torch.no_grad(), undisturbed_rng(), muted(module):
-        outputs = host.predict_with(inputs, None)
-    with host.it3_given(host.it3_prior.from_output(outputs)):
-        yield
 
 
 def _loader_index(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

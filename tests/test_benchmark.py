@@ -8,16 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 
-from it3_lightning import ClassPrior, DualPass, FeatureInjection, IT3TestTimeCallback
+from it3_lightning import (
+    ClassPrior,
+    DualPass,
+    FeatureInjection,
+    IT3TestTimeCallback,
+    MaskPrior,
+    ValuePrior,
+)
 from it3_lightning.benchmark import Benchmark, Record, Results, Row, rows_for
 from it3_lightning.benchmark.about import about
 from it3_lightning.benchmark.rows import Recipe
-from it3_lightning.data import DigitsDataModule
+from it3_lightning.data import BundledDataModule, DigitsDataModule, ImageSet
 from it3_lightning.networks import MLP, SmallCNN
 from it3_lightning.objectives import Entropy, Idempotence
-from it3_lightning.report import by_shift, headers, line, markdown, page
-from it3_lightning.tasks import Classifier, IT3Classifier
+from it3_lightning.report import by_shift, headers, line, markdown, page, table
+from it3_lightning.tasks import Classifier, IT3Classifier, IT3Regressor, IT3Segmenter
+
+FOG = [f"fog/{level}" for level in range(1, 6)]
 
 
 def make_model() -> IT3Classifier:
@@ -70,6 +80,62 @@ def test_gain_is_over_batch_statistics_of_the_same_model_seed_by_seed() -> None:
     assert results.gain(results.rows[1], "equal") is None
 
 
+def test_where_lower_is_better_a_gain_is_how_much_lower() -> None:
+    results = toy_results()
+    results.higher_is_better, results.decimals = False, 2
+    gain, worst = results.gain(results.rows[2], "equal"), results.worst(results.rows[2], "equal")
+    assert gain is not None
+    assert worst is not None
+    assert gain.mean == worst[1] == pytest.approx(-4.0)
+    assert line(results, results.rows[2])[2:6] == [
+        "90.00 ± 1.41",
+        "64.00 ± 1.41",
+        "-4.00 ± 1.41",
+        "-4.00 noise",
+    ]
+    assert by_shift(results, "equal").splitlines()[2:] == ["| ordinary | Tent | +0.00 | -4.00 |"]
+    assert str(table(results).title).startswith("acc (lower is better)")
+    assert "<h1>IT3 benchmark: acc (lower is better)</h1>" in page(results)
+
+
+def test_a_benchmark_of_errors_reports_improvements(tmp_path: Path) -> None:
+    def make() -> IT3Regressor:
+        return IT3Regressor(
+            MLP(10, 1, (8,), output_mean=150.0, output_std=75.0),
+            prior=ValuePrior(),
+            conditioning=FeatureInjection("network.layer0"),
+        )
+
+    errors = benchmark(
+        tmp_path,
+        metric="test_mae",
+        percent=False,
+        higher_is_better=False,
+        recipe=Recipe(distance="l1", lr=0.01),
+    )
+    results = errors.run(make, BundledDataModule("diabetes", shifts=["zeroed"], severity=5))
+    rows = {(row.training, row.name): row for row in results.rows}
+    for name in ("second prediction", "default objective, online"):
+        row, source = rows["joint", name], rows["joint", "source"]
+        (mine,), (base,) = (results.scores(r, "equal", ["zeroed"]) for r in (row, source))
+        gain = results.gain(row, "equal")
+        assert gain is not None
+        assert gain.mean == pytest.approx(base - mine)
+        assert mine != base
+        assert 20 < base < 200  # in units of the target
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert (content["metric"], content["higher_is_better"]) == ("test_mae", False)
+
+
+def test_a_distance_of_probabilities_is_refused_for_values(tmp_path: Path) -> None:
+    def make() -> IT3Regressor:
+        conditioning = FeatureInjection("network.layer0")
+        return IT3Regressor(MLP(10, 1), prior=ValuePrior(), conditioning=conditioning)
+
+    with pytest.raises(ValueError, match=r"distance l1 or l2 for a model of values, got 'js'"):
+        benchmark(tmp_path, metric="test_mae").run(make, BundledDataModule("diabetes"))
+
+
 def test_mean_of_shifts_leaves_the_clean_samples_out() -> None:
     results = toy_results()
     assert results.shifted(results.rows[0], "equal").mean == 50.0
@@ -80,6 +146,27 @@ def test_rows_without_classes_have_no_entropy_and_no_balance() -> None:
     names = {row.name for row in rows_for(Recipe(), classes=False, batch_norm=False)}
     assert not any("entropy" in n or "Tent" in n or "balance" in n for n in names)
     assert "batch statistics" not in names
+
+
+def test_rows_of_maps_have_entropy_but_no_balance() -> None:
+    rows = rows_for(Recipe(), classes=True, batch_norm=True, balanced=False)
+    names = {row.name for row in rows}
+    assert {"Tent", "filtered entropy, online", "default objective, episodic"} <= names
+    assert not any("balance" in name for name in names)
+
+
+def test_distances_of_distributions_are_refused_for_masks_of_one_channel(tmp_path: Path) -> None:
+    def masks() -> IT3Segmenter:
+        return IT3Segmenter(
+            torch.nn.Conv2d(3, 1, 1),
+            prior=MaskPrior(),
+            conditioning=FeatureInjection("network"),
+        )
+
+    with pytest.raises(
+        ValueError, match=r"l1 or l2 for a model of values, got .js.* MaskPrior to 2"
+    ):
+        benchmark(tmp_path).run(masks, digits())
 
 
 def test_filtered_entropy_and_the_default_differ_in_the_objective_alone() -> None:
@@ -218,9 +305,107 @@ def test_gains_by_shift_are_means_over_seeds_and_leave_unadapted_rows_out() -> N
 
 def test_page_holds_the_table_and_a_plot(finished: tuple[Path, Results]) -> None:
     text = page(finished[1])
-    assert text.count("<tr") == len(finished[1].rows) + 1
+    assert text.split("<h2>")[0].count("<tr") == len(finished[1].rows) + 1
     assert text.count("<svg") == 2
     assert "http" not in text.partition("<svg")[0]  # one file, nothing loaded from elsewhere
+
+
+def accuracies(row: str, seed: int, drop: float) -> list[Record]:
+    """One row on clean samples and on two corruptions at five severities."""
+    shifts = ["clean", *(f"{name}/{level}" for name in ("fog", "snow") for level in range(1, 6))]
+    scores = [90.0, *(80.0 - drop * level for _ in range(2) for level in range(1, 6))]
+    return [
+        Record("ordinary", row, "equal", seed, shift, score - 10 * ("snow" in shift), 0.0, 0)
+        for shift, score in zip(shifts, scores, strict=True)
+    ]
+
+
+def test_mean_corruption_error_is_the_errors_share_of_the_baselines() -> None:
+    rows = [Row("ordinary", "source"), Row("ordinary", "Tent")]
+    records = [
+        *accuracies("source", 0, 4.0),
+        *accuracies("source", 1, 5.0),
+        *accuracies("Tent", 0, 2.0),
+        *accuracies("Tent", 1, 2.0),
+    ]
+    results = Results("acc", rows, records, baseline_errors={"fog": 64.0, "snow": 84.0})
+    source, tent = (results.corruption_error(row, "equal") for row in rows)
+    assert source is not None
+    assert tent is not None
+    first = 100 * (32 / 64 + 42 / 84) / 2  # errors 20 + 4 * 3 and 30 + 4 * 3
+    second = 100 * (35 / 64 + 45 / 84) / 2
+    assert source.mean == pytest.approx((first + second) / 2)
+    assert tent.mean == pytest.approx(100 * (26 / 64 + 36 / 84) / 2)
+    assert headers(results)[-2:] == ["mCE (lower is better)", "ms/sample"]
+    assert line(results, rows[1])[-2] == f"{tent.mean:.1f} ± 0.0"
+    assert headers(results)[-2] in markdown(results)
+    assert "mCE" in page(results)
+
+
+def test_without_a_baseline_there_is_no_mean_corruption_error() -> None:
+    results = toy_results()
+    assert results.corruption_error(results.rows[0], "equal") is None
+    assert not any("mCE" in title for title in headers(results))
+
+
+class Compared(DigitsDataModule):
+    """Digits under fog, with errors of a reference network."""
+
+    @property
+    def baseline_errors(self) -> dict[str, float]:
+        return {"fog": 50.0}
+
+
+def test_a_data_module_with_baseline_errors_has_them_reported(tmp_path: Path) -> None:
+    data = Compared(shifts=["fog"], severity="all", train_size=60, test_size=30)
+    results = benchmark(tmp_path).run(make_model, data)
+    errors = [100 - score for score in results.scores(results.rows[0], "equal", FOG)]
+    found = results.corruption_error(results.rows[0], "equal")
+    assert found is not None
+    assert found.mean == pytest.approx(2 * errors[0])
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["table"][0]["equal"]["mean_corruption_error"]["mean"] == found.mean
+    assert benchmark(tmp_path / "b", percent=False).run(make_model, data).baseline_errors is None
+
+
+def test_a_pretrained_model_is_not_trained_ordinarily(tmp_path: Path) -> None:
+    results = benchmark(tmp_path, pretrained=True).run(make_model, digits())
+    seed_everything(0, verbose=False)  # the weights it came with
+    model = make_model().eval()
+    with torch.no_grad():
+        right = [model(x).argmax(1) == y for x, y in digits().test_dataloader()[0]]
+    score = results.scores(Row("ordinary", "source"), "equal", ["clean"])[0]
+    assert score == pytest.approx(100 * torch.cat(right).float().mean().item())
+
+
+def test_values_with_batch_statistics_are_scored_in_every_row(tmp_path: Path) -> None:
+    class Values(DigitsDataModule):
+        def load(self) -> tuple[ImageSet, ImageSet]:
+            train, test = super().load()
+            return as_values(train), as_values(test)
+
+    def make() -> IT3Regressor:
+        return IT3Regressor(
+            SmallCNN(1, 1, 8, width=4, hidden=16),
+            prior=ValuePrior(),
+            conditioning=FeatureInjection("network.dense1"),
+        )
+
+    data = Values(shifts=("contrast",), train_size=100, test_size=50)
+    settings = benchmark(
+        tmp_path,
+        metric="test_mae",
+        percent=False,
+        higher_is_better=False,
+        recipe=Recipe(distance="l1"),
+    )
+    results = settings.run(make, data)
+    assert {record.row for record in results.records} >= {"batch statistics", "second prediction"}
+    assert all(0 < record.score < 9 for record in results.records)
+
+
+def as_values(images: ImageSet) -> ImageSet:
+    return ImageSet(images.images, images.labels.float()[:, None])
 
 
 def test_a_row_callback_carries_all_its_settings() -> None:

@@ -1,30 +1,58 @@
 """The command line: every command on every configuration, and checkpoints through it."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from road_files import ROADS, road_arguments
+from vision import SMALL_NETWORKS, vision_arguments
 
 from it3_lightning.cli import main
 from it3_lightning.selection import OWN
 
 # A checkpoint read into another folder: Lightning says what it leaves behind.
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+    pytest.mark.usefixtures("airfoil_data"),
+]
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = [
     "--data.train_size=100",
     "--data.test_size=60",
     "--data.val_size=40",
-    "--data.shifts=[contrast]",
     "--trainer.max_epochs=1",
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
 ]
 
 
-def root_arguments(config: str, images: Path) -> list[str]:
-    return [f"--data.root={images}"] if config != "digits" else []
+def data_arguments(config: str, images: Path) -> list[str]:
+    if config in ROADS:
+        return ["--data.shifts=[contrast]", *road_arguments(config, images)]
+    if config in SMALL_NETWORKS:
+        return ["--data.shifts=[contrast]", *vision_arguments(config, images)]
+    tables, root = images / "tables", f"--data.root={images}"
+    return {
+        "adult": [f"--data.root={tables / 'adult'}", "--data.shifts=[missing]"],
+        "airfoil_self_noise": [root, "--data.shifts=[high_1,noise]"],
+        "airfoils_graph": [
+            root,
+            "--data.profiles=400",
+            "--data.nodes=16",
+            "--data.shifts=[shape_1,noise]",
+        ],
+        "airfoils_mlp": [root, "--data.profiles=400", "--data.shifts=[ratio_5,noise]"],
+        "boston": [f"--data.path={tables / 'boston.csv'}", "--data.shifts=[zeroed]"],
+        "breast_cancer": ["--data.shifts=[zeroed]"],
+        "covertype": [f"--data.root={tables / 'covertype'}", "--data.shifts=[zeroed]"],
+        "csv": [f"--data.path={tables / 'houses.csv'}", "--data.shifts=[gaussian_noise]"],
+        "digits": ["--data.shifts=[contrast]"],
+        "fashion_mnist": [root, "--data.shifts=[contrast]"],
+    }[config]
 
 
 @pytest.fixture(params=sorted(path.stem for path in CONFIGS.glob("*.yaml")))
@@ -39,7 +67,7 @@ def run(command: str, config: str, folder: Path, images: Path, *more: str) -> No
             f"--config={CONFIGS / config}.yaml",
             *SMALL,
             f"--trainer.default_root_dir={folder}",
-            *root_arguments(config, images),
+            *data_arguments(config, images),
             *more,
         ]
     )
@@ -55,6 +83,23 @@ def test_fit_test_and_predict_run(config: str, tmp_path: Path, idx_images: Path)
     run("validate", config, tmp_path, idx_images, path)
     run("test", config, tmp_path, idx_images, path)
     run("predict", config, tmp_path, idx_images, path)
+
+
+def test_scope_sample_and_gate_are_a_line_each(tmp_path: Path, idx_images: Path) -> None:
+    file = tmp_path / "gated.yaml"
+    file.write_text(
+        "trainer:\n  callbacks:\n    class_path: it3_lightning.IT3TestTimeCallback\n"
+        "    init_args:\n      scope: sample\n      gate: 0.5\n"
+    )
+    more = f"--config={file}"
+    run("fit", "digits", tmp_path, idx_images, more)
+    weights = torch.load(checkpoint(tmp_path), weights_only=True)["state_dict"]
+    assert weights["it3_calibration.quantiles"].diff().min() >= 0
+    assert weights["it3_calibration.quantiles"][-1] > 0
+    for command in ("validate", "test", "predict"):
+        run(command, "digits", tmp_path, idx_images, more, f"--ckpt_path={checkpoint(tmp_path)}")
+    logged = "".join(path.read_text() for path in tmp_path.rglob("metrics.csv"))
+    assert "it3/gated/dataloader_idx_0" in logged
 
 
 def test_fit_resumes(tmp_path: Path, idx_images: Path) -> None:
@@ -97,9 +142,45 @@ def test_benchmark_writes_its_page(config: str, tmp_path: Path, idx_images: Path
     assert {"page.html", "results.csv", "results.json", "table.md"} <= names
 
 
+@pytest.mark.parametrize("config", ["adult", "covertype"])
+def test_fit_without_its_tables_names_the_files(
+    config: str, tmp_path: Path, idx_images: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"Expected .*(adult|covtype)\.data .*nowhere"):
+        run("fit", config, tmp_path, idx_images, f"--data.root={tmp_path / 'nowhere'}")
+
+
+def test_fit_with_a_network_of_other_sizes_than_the_table_names_both(
+    tmp_path: Path, idx_images: Path
+) -> None:
+    wrong = "--model.network.init_args.in_features=6"
+    with pytest.raises(MisconfigurationException, match=r"in_features to be 5, .* got 6"):
+        run("fit", "csv", tmp_path, idx_images, wrong)
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    tmp_path: Path, idx_images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    with pytest.raises(SystemExit):
+        run("fit", "roads_procedural", tmp_path, idx_images)
+    assert "pip install 'it3_lightning[vision]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", ["massachusetts_roads", "roadtracer"])
+def test_a_missing_folder_of_roads_is_named(config: str, tmp_path: Path, idx_images: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Set root to the folder of the data"):
+        run("fit", config, tmp_path, idx_images, f"--data.root={tmp_path / 'nowhere'}")
+
+
 def test_an_unknown_objective_setting_is_named(
     tmp_path: Path, idx_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         run("test", "digits", tmp_path, idx_images, "--model.prior.init_args.num_clases=3")
     assert "num_clases" in capsys.readouterr().err
+
+
+def test_missing_data_is_named_before_any_training(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"airfoil_self_noise\.dat, got no such file"):
+        run("fit", "airfoil_self_noise", tmp_path, tmp_path)

@@ -307,6 +307,19 @@ def test_maps_of_priors_are_resized_to_the_features() -> None:
     torch.testing.assert_close(found, network(x) + small)
 
 
+def test_thin_lines_in_maps_are_not_lost_where_features_are_coarse() -> None:
+    network, x = nn.Sequential(nn.Conv2d(2, 8, 1, stride=8)), torch.randn(2, 2, 32, 24)
+    injection = attached(FeatureInjection("0"), network, MaskPrior(CLASSES))
+    maps = torch.zeros(2, CLASSES, 32, 24)
+    maps[:, 1, :, 8] = 1  # one column of 24, between those that interpolation would look at
+    rows = embedded(injection, "0", maps.movedim(1, -1)).movedim(-1, 1)
+    by_hand = rows.reshape(2, 8, 4, 8, 3, 8).mean((3, 5))
+    with injection.given(maps):
+        found = network(x)
+    torch.testing.assert_close(found, network(x) + by_hand)
+    assert not torch.allclose(by_hand[..., 1], by_hand[..., 0])
+
+
 @pytest.mark.parametrize("layer", ["linear", "tokens", "conv1d", "lstm, sequence first"])
 def test_maps_of_priors_are_averaged_where_features_have_no_positions(layer: str) -> None:
     module, x, axes = LAYERS[layer]
@@ -737,7 +750,9 @@ def test_forward_argument_takes_any_inputs_with_a_tensor(inputs: Any) -> None:
 def test_forward_argument_needs_a_tensor() -> None:
     network = Echo()
     attached(ForwardArgument(), network)
-    with pytest.raises(ValueError, match=r"called with a tensor \(B, ...\), got str"):
+    with pytest.raises(
+        ValueError, match=r"called with a tensor \(B, ...\) or a batch of graphs, got str"
+    ):
         network("text")
 
 

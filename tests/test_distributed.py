@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 from distributed_run import post_hoc, stream
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from toy import adapting, doubles, loader, net, quiet
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What came of a run on two processes: its numbers, and the batches each process saw."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run on two processes wrote."""
     folder = tmp_path_factory.mktemp("two")
     paths = os.pathsep.join((str(HERE), str(HERE.parent)))
     subprocess.run(
@@ -28,8 +28,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[
         timeout=120,
         capture_output=True,
     )
-    batches = [torch.load(path) for path in sorted(folder.glob("?-?.pt"))]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Its numbers, and the batches each process saw."""
+    batches = [torch.load(path) for path in sorted(folder.glob("batch-?-?.pt"))]
     return torch.load(folder / "main.pt"), batches
+
+
+def loader_of(bad: int, count: int = 12) -> Any:
+    """Serve the same samples without their numbers."""
+    images, labels, _ = stream(bad, count).dataset.tensors
+    return DataLoader(TensorDataset(images, labels), batch_size=3)
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +77,35 @@ def test_logs_are_reduced_over_processes_of_which_one_skipped_a_batch(run: Any) 
             means, count = means + 3 * callback.summary.distance_adapted, count + 3
     assert count == 9
     assert logged["it3/distance_adapted"] == pytest.approx(means / count)
+
+
+def test_with_scope_sample_no_sample_depends_on_its_process(folder: Path, run: Any) -> None:
+    batches = [torch.load(path) for path in sorted(folder.glob("sample-?-?.pt"))]
+    numbers = torch.cat([batch["numbers"] for batch in batches])
+    assert sorted(numbers.tolist()) == list(range(12))
+    callback = adapting(scope="sample", backend="loop")
+    with pytest.warns(UserWarning, match="of a sample: non-finite output"):
+        (alone,) = quiet(callbacks=[callback]).test(net(), loader_of(bad=2), verbose=False)
+    with pytest.warns(UserWarning, match="of a sample: non-finite output"):
+        expected: Any = quiet(callbacks=[callback]).predict(net(), loader_of(bad=2))
+    logits = torch.cat([batch["logits"] for batch in batches])
+    torch.testing.assert_close(logits, torch.cat(expected)[numbers], equal_nan=True)
+    by_sample = run[0]["by_sample"]
+    assert by_sample["it3/skipped"] == alone["it3/skipped"] == 1
+    assert by_sample["it3/reliable"] == pytest.approx(11 / 12)
+    for name in ("it3/distance_source", "it3/distance_adapted"):
+        assert by_sample[name] == pytest.approx(alone[name])
+
+
+def test_gate_is_calibrated_on_the_samples_of_all_processes(folder: Path) -> None:
+    callback = adapting(scope="sample", steps=0)
+    with pytest.warns(UserWarning, match="non-finite output"):
+        quiet(callbacks=[callback]).predict(net(), loader_of(bad=2, count=14))
+    (distances,) = callback.summary.distances
+    for rank in range(2):
+        quantiles = torch.load(folder / f"calibrated-{rank}.pt")["quantiles"]
+        expected = distances[~distances.isnan()].quantile(torch.linspace(0, 1, 1001))
+        torch.testing.assert_close(quantiles.double(), expected, rtol=1e-6, atol=0)
 
 
 def test_carried_weights_are_refused_on_two_processes(run: Any) -> None:

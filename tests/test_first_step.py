@@ -296,10 +296,10 @@ def uncollected() -> Iterator[None]:
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_used_up_one_by_one(name: Name, layout: str) -> None:
-    convs: Any = nn.Sequential(*(nn.Conv2d(128, 128, 3, bias=False) for _ in range(6)))
+    convs: Any = nn.Sequential(*(nn.Conv2d(192, 192, 3, bias=False) for _ in range(6)))
     if layout == "channels last":
         convs = convs.to(memory_format=torch.channels_last)
-    x, parameters = torch.randn(1, 128, 13, 13), dict(convs.named_parameters())
+    x, parameters = torch.randn(1, 192, 13, 13), dict(convs.named_parameters())
     one, weights = size_of(convs[0].weight), size_of(*convs.parameters())
     step = FirstStep(name, 0.1)
     with Live() as live:
@@ -307,7 +307,7 @@ def test_gradients_are_used_up_one_by_one(name: Name, layout: str) -> None:
         activations = live.bytes
         live.restarted()
         moved, _ = step.backward(loss, parameters)
-        scratch = 4 * (1 << 17)  # what is worked on at once
+        scratch = 4 * (1 << 18)  # what is worked on at once
         assert live.beyond <= weights + one + activations + scratch
         del loss
         loss = convs(x).square().mean()

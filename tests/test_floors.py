@@ -19,6 +19,7 @@ FLOORS = {
     "snapshot": 0,
     "selection": 0,
     "batches": 0,
+    "graphs": 0,
     "specs": 0,
     "perturbations": 0,
     "objectives": 1,

@@ -135,7 +135,39 @@ def test_muted_forgets_the_groups_a_first_update_formed() -> None:
     with muted(module):
         module.group.update(module(images), labels)
     assert not module.group._groups_checked
+    assert module.group._groups == Counting().group._groups
     assert [m.update_count for m in module.group.values()] == [0, 0, 0]
+
+
+def test_metrics_of_a_group_that_count_in_place_count_once_after_a_muted_pass() -> None:
+    class Share(Metric):
+        hits: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("hits", torch.tensor(0), dist_reduce_fx="sum")
+
+        def update(self, values: Tensor) -> None:
+            self.hits += values.sum()  # in place: metrics of a group share the tensor
+
+        def compute(self) -> Tensor:
+            return self.hits
+
+    class Other(Share):
+        pass
+
+    module = LitNet()
+    module.group = MetricCollection([Share(), Other()])
+    with muted(module):
+        module.group.update(torch.tensor([5]))
+    for _ in range(2):
+        module.group.update(torch.tensor([1]))
+        with muted(module):
+            module.group.update(torch.tensor([5]))
+    assert {name: int(value) for name, value in module.group.compute().items()} == {
+        "Other": 2,
+        "Share": 2,
+    }
 
 
 def test_silence_ends_with_the_logging_methods_as_they_were() -> None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -132,6 +133,97 @@ def test_mixed_precision_is_that_of_a_trainer(precision: Any, dtype: torch.dtype
         assert torch.equal(half(x).outputs, ours)
         torch.testing.assert_close(ours.float(), full(x).outputs, atol=2e-2, rtol=0)
         assert not torch.equal(ours.float(), full(x).outputs)
+
+
+# Scope sample, and the gate
+
+
+@pytest.mark.parametrize("backend", ["loop", "vectorised"])
+def test_each_sample_gets_what_it_gets_alone(backend: Any) -> None:
+    settings = published(scope="sample", backend=backend, steps=2)
+    predictor, x = IT3Predictor(net(), settings), samples()[0]
+    together = predictor(x)
+    for index in range(len(x)):
+        alone = predictor(x[index : index + 1])
+        for name in ("outputs", "source_outputs", "distance", "distance_adapted"):
+            mine, whole = getattr(alone, name)[0], getattr(together, name)[index]
+            torch.testing.assert_close(mine, whole, rtol=0, atol=1e-9)
+    expected: Any = quiet(callbacks=[adapting(steps=2)]).predict(net(), loader(batch=1))
+    torch.testing.assert_close(together.outputs, torch.cat(expected), rtol=0, atol=1e-9)
+    assert not together.gated.any()
+
+
+@pytest.mark.parametrize("backend", ["loop", "vectorised"])
+def test_sample_that_is_not_finite_harms_no_other_of_its_batch(backend: Any) -> None:
+    predictor = IT3Predictor(net(), published(scope="sample", backend=backend))
+    x = samples()[0]
+    expected, x[3] = predictor(x), float("nan")
+    prediction = predictor(x)
+    assert prediction.skipped.nonzero().tolist() == [[3]]
+    assert prediction.distance.isnan().nonzero().tolist() == [[3]]
+    assert prediction.reason == "non-finite output"
+    others = [index for index in range(12) if index != 3]
+    torch.testing.assert_close(prediction.outputs[others], expected.outputs[others])
+    reasons = [part.reason for part in prediction.split()]
+    assert reasons == [None, None, None, "non-finite output", *[None] * 8]
+    for part, outputs in zip(prediction.split(), prediction.outputs, strict=True):
+        torch.testing.assert_close(part.outputs, outputs[None], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["loop", "vectorised"])
+def test_outputs_come_in_the_precision_of_the_network(backend: Any) -> None:
+    torch.set_default_dtype(torch.float32)
+    settings = published(scope="sample", backend=backend, steps=3)
+    half = IT3Predictor(net(), settings, precision="bf16-mixed")
+    prediction, full = half(samples()[0]), IT3Predictor(net(), settings)(samples()[0])
+    assert prediction.outputs.dtype == prediction.source_outputs.dtype == torch.bfloat16
+    torch.testing.assert_close(prediction.outputs.float(), full.outputs, atol=3e-2, rtol=0)
+
+
+def calibrated() -> Any:
+    """A module that knows the distances of validation samples."""
+
+    class Validated(IT3Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+    module = net(Validated)
+    callback = adapting(gate=0.5)
+    quiet(callbacks=[callback]).validate(module, loader(20, seed=1), verbose=False)
+    return module
+
+
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+def test_gate_is_that_of_the_callback(scope: Any, tmp_path: Path) -> None:
+    module = calibrated()
+    expected: Any = quiet(callbacks=[adapting(scope=scope, backend="loop", gate=0.5)]).predict(
+        module, loader()
+    )
+    path = tmp_path / "gate.ckpt"
+    trainer = quiet()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path)
+    settings = published(scope=scope, backend="loop")
+    predictor = IT3Predictor.from_checkpoint(path, IT3Net, settings=settings, gate=0.5, **parts())
+    measured = IT3Predictor(module, published())(samples(20, seed=1)[0]).distance.numpy()
+    limit = float(predictor.settings.gate or 0)
+    assert limit == pytest.approx(np.quantile(measured, 0.5))
+    gated = []
+    for x, outputs in zip(batches(), expected, strict=True):
+        prediction = predictor(x)
+        assert torch.equal(prediction.outputs, outputs)
+        assert torch.equal(prediction.gated, prediction.distance <= limit)
+        gated += prediction.gated.tolist()
+    assert 0 < sum(gated) < 12
+
+
+def test_gate_that_is_not_known_or_given_twice_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="validation samples, measured by Idem"):
+        IT3Predictor(net(), published(), gate=0.5)
+    with pytest.raises(ValueError, match=r"as a share, gate=0.5, or as a distance, Settings\(gate"):
+        IT3Predictor(calibrated(), published(gate=0.1), gate=0.5)
+    with pytest.raises(ValueError, match=r"gate to be a share in \[0, 1\] or None, got 2"):
+        IT3Predictor(calibrated(), published(), gate=2)
 
 
 # Inputs

@@ -281,6 +281,16 @@ def test_perturbed_masks_mix_two_images() -> None:
     torch.testing.assert_close(mixed, share * maps + (1 - share) * other)
 
 
+def test_a_mask_alone_in_its_batch_is_mixed_with_its_mirror_image() -> None:
+    generator_state()
+    mask = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)
+    mixed = MaskPrior().perturb(mask)
+    generator_state()
+    torch.randperm(1)
+    share = torch.rand(1).item()
+    torch.testing.assert_close(mixed.flatten(), torch.tensor([share, 0.0, 0.0, 1 - share]))
+
+
 @pytest.mark.parametrize(
     ("prior", "rows"),
     [

@@ -103,6 +103,12 @@ def test_sharded_strategies_are_refused() -> None:
         checked(FSDPStrategy(), 2)
 
 
+def test_sharded_strategies_are_refused_before_fitting_where_the_gate_is_calibrated() -> None:
+    trainer: Any = Host(FSDPStrategy(), 2)
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy shards the weights"):
+        IT3TestTimeCallback(gate=0.95).setup(trainer, IT3Net(**parts()), "fit")
+
+
 @pytest.mark.parametrize("reset", ["never", 5])
 def test_carried_weights_on_several_processes_need_a_word(reset: Any) -> None:
     with pytest.raises(MisconfigurationException, match=r"2 processes would .*independent_rank"):

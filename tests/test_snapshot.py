@@ -70,7 +70,7 @@ def test_restore_puts_back_every_bit(
     net = module()
     before = bits(net)
     with mode():
-        snapshot = Snapshot.capture(net)
+        snapshot = Snapshot(net)
     with torch.enable_grad():
         change(net)
     assert changed(before, net) != []
@@ -83,7 +83,7 @@ def test_restore_puts_back_every_bit(
 def test_it_can_be_restored_again_and_again() -> None:
     net = module()
     before = bits(net)
-    snapshot = Snapshot.capture(net)
+    snapshot = Snapshot(net)
     for change in CHANGES:
         change(net)
         snapshot.restore()
@@ -94,7 +94,7 @@ def test_buffers_made_in_inference_mode_are_restored() -> None:
     net = nn.Linear(1, 1)
     with torch.inference_mode():
         net.register_buffer("made", torch.ones(2))
-    snapshot = Snapshot.capture(net)
+    snapshot = Snapshot(net)
     with torch.inference_mode():
         net.get_buffer("made").zero_()
     snapshot.restore()
@@ -106,7 +106,7 @@ def test_a_parameter_trains_on_after_restore() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     nn.init.ones_(net.weight)
     with torch.inference_mode():
-        snapshot = Snapshot.capture(net)
+        snapshot = Snapshot(net)
         net.weight.data = torch.zeros(1, 1)
         snapshot.restore()
     torch.autograd.backward(net(torch.full((1, 1), 3.0)).sum())

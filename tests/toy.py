@@ -20,6 +20,7 @@ from it3_lightning import (
     IT3Mixin,
     IT3TestTimeCallback,
 )
+from it3_lightning.objectives import Objective, SecondPass
 
 Batch = tuple[Tensor, Tensor]
 
@@ -53,6 +54,60 @@ class LitNet(LightningModule):
 
 class IT3Net(IT3Mixin, LitNet):
     """The same with priors."""
+
+
+class Draws(IT3Net):
+    """Draws random numbers in every forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.rand(1)
+
+
+class Marked(IT3Net):
+    """Has all that could be left behind; its steps may fail."""
+
+    fails: BaseException | None
+    calls: Tensor
+
+    def __init__(self, **args: Any) -> None:
+        super().__init__(**args)
+        self.fails = None
+        self.register_buffer("calls", torch.zeros(1), persistent=False)
+        self.net.conv.weight.requires_grad_(False)
+        for parameter in self.net.head.parameters():
+            parameter.grad = torch.ones_like(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes = 1  # an attribute made on the way
+        return super().forward(x)
+
+    def _step(self, batch: Batch) -> Tensor:
+        outputs: Tensor = self(batch[0])
+        self.calls.add_(1)
+        if self.fails is not None and self.calls >= 2:
+            raise self.fails
+        return outputs
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step(batch).sum()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:  # type: ignore[override]
+        return self._step(batch).sum()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:  # type: ignore[override]
+        return self._step(batch)
+
+
+class Raises(Idempotence):
+    """An objective that fails at the second batch."""
+
+    batches = 0
+
+    def __call__(self, y0: Tensor, second: SecondPass) -> Objective:
+        type(self).batches += 1
+        if type(self).batches > 3:
+            raise ValueError("engine")
+        return super().__call__(y0, second)
 
 
 def parts(**args: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from it3_lightning.specs import spec
 if TYPE_CHECKING:
     from it3_lightning.benchmark.run import Benchmark
 
-_NO_SETTINGS = ("seeds", "output", "threads")  # that change no score of a seed
+_NO_SETTINGS = ("seeds", "output", "threads", "higher_is_better", "decimals")  # change no score
 _SET_BY_RUN = ("seed", "stream")
 
 

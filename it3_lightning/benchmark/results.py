@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from it3_lightning.benchmark.cell import Cell
 from it3_lightning.benchmark.rows import Row
+from it3_lightning.data import mean_corruption_error
+from it3_lightning.data.settings import SEVERITIES
 
 
 @dataclass(frozen=True)
@@ -38,28 +41,6 @@ class Record:
     adapted: int
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Mean over seeds and standard deviation over seeds (0 for one seed).
-
-    >>> print(Cell.of([1.0, 3.0]))
-    2.0 ± 1.4
-    """
-
-    mean: float
-    std: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Cell:
-        """Summarise one value per seed."""
-        numbers = list(values)
-        spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-        return cls(statistics.fmean(numbers), spread)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.std:.1f}"
-
-
 @dataclass
 class Results:
     """All records of a benchmark, and what they were made with.
@@ -68,13 +49,26 @@ class Results:
         metric: name of the score.
         rows: in the order of the table.
         records: the scores.
+        separations: records of how well a score tells shifted samples from clean ones.
         about: versions, settings, seeds.
+        higher_is_better: whether a larger score is the better one; gains are improvements.
+        decimals: of scores and gains in tables.
+        baseline_errors: see :class:`~it3_lightning.data.ShiftedData`.
     """
 
     metric: str
     rows: list[Row]
     records: list[Record] = field(default_factory=list)
+    separations: list[Record] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+    higher_is_better: bool = True
+    decimals: int = 1
+    baseline_errors: Mapping[str, float] | None = None
+
+    @property
+    def title(self) -> str:
+        """The name of the score, and its direction where smaller is better."""
+        return self.metric + (" (lower is better)" if not self.higher_is_better else "")
 
     @property
     def seeds(self) -> list[int]:
@@ -112,7 +106,8 @@ class Results:
     def gain(self, row: Row, stream: str, shift: str | None = None) -> Cell | None:
         """Return the gain over the same model's strongest unadapted row, seed by seed.
 
-        That is the row of its batch statistics, or its source where it has no BatchNorm.
+        That is the row of its batch statistics, or its source where it has no BatchNorm. A gain is
+        an improvement: how much higher the score is, or how much lower where that is better.
 
         Args:
             row: that adapts, or predicts otherwise; ``None`` comes back for an unadapted one.
@@ -124,7 +119,23 @@ class Results:
             return None
         shifts = self._shifted() if shift is None else [shift]
         mine, theirs = (self.scores(r, stream, shifts) for r in (row, base))
-        return Cell.of(a - b for a, b in zip(mine, theirs, strict=True))
+        sign = 1 if self.higher_is_better else -1
+        return Cell.of(sign * (a - b) for a, b in zip(mine, theirs, strict=True))
+
+    def corruption_error(self, row: Row, stream: str) -> Cell | None:
+        """Return the mean corruption error over the severities 1 to 5 of every baseline error.
+
+        See :func:`~it3_lightning.data.mean_corruption_error`; ``None`` without a baseline.
+        """
+        if self.baseline_errors is None:
+            return None
+        scores = {
+            name: self.scores(row, stream, [f"{name}/{severity}" for severity in SEVERITIES])
+            for name in self.baseline_errors
+        }
+        by_seed = zip(*scores.values(), strict=True)
+        errors = [{n: 100 - s for n, s in zip(scores, seed, strict=True)} for seed in by_seed]
+        return Cell.of(mean_corruption_error(e, self.baseline_errors) for e in errors)
 
     def worst(self, row: Row, stream: str) -> tuple[str, float] | None:
         """Return the shift with the smallest gain over the baseline, mean over seeds."""
@@ -142,6 +153,11 @@ class Results:
         still = {r.name: r for r in self.rows if r.training == row.training}
         return still.get("batch statistics") or still["source"]
 
+    def separation(self, training: str, name: str, shift: str) -> Cell:
+        """Return the area under the ROC curve of a score, clean against shifted, in percent."""
+        wanted = (training, name, shift)
+        return Cell.of(r.score for r in self.separations if (r.training, r.row, r.shift) == wanted)
+
     def milliseconds(self, row: Row) -> float:
         """Return milliseconds of adaptation per sample, mean over everything."""
         mine = [
@@ -158,9 +174,11 @@ class Results:
             writer.writerows(asdict(record) for record in self.records)
         content = {
             "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
             "about": self.about,
             "table": [self._summary(row) for row in self.rows],
             "records": [asdict(record) for record in self.records],
+            "separations": [asdict(record) for record in self.separations],
         }
         (folder / "results.json").write_text(json.dumps(content, indent=1))
 
@@ -170,11 +188,12 @@ class Results:
     def _summary(self, row: Row) -> dict[str, Any]:
         summary: dict[str, Any] = {"training": row.training, "row": row.name}
         for stream in self.streams:
-            gain = self.gain(row, stream)
+            gain, error = self.gain(row, stream), self.corruption_error(row, stream)
             summary[stream] = {
                 "clean": asdict(self.clean(row, stream)),
                 "shifted": asdict(self.shifted(row, stream)),
                 "gain": None if gain is None else asdict(gain),
+                **({} if error is None else {"mean_corruption_error": asdict(error)}),
             }
         summary["ms_per_sample"] = self.milliseconds(row)
         return summary

@@ -72,19 +72,23 @@ class Recipe:
     balance: float = 0.3
 
 
-def rows_for(recipe: Recipe, *, classes: bool, batch_norm: bool) -> list[Row]:
+def rows_for(
+    recipe: Recipe, *, classes: bool, batch_norm: bool, balanced: bool = True
+) -> list[Row]:
     """Return the rows that make sense for a model.
 
     Args:
         recipe: settings that the rows share.
         classes: whether it predicts classes; entropy and balance need them.
         batch_norm: whether it has BatchNorm layers; else there are no batch statistics.
+        balanced: whether the classes may be about equally frequent, as balance needs them; those
+            of pixels are not.
     """
     still = Settings(steps=0, norm_stats="batch" if batch_norm else "source", measure=False)
     rows = list(_ordinary(recipe, still, classes=classes, batch_norm=batch_norm))
     for training in ("joint", "post-hoc"):
         rows += _with_priors(recipe, still, training, classes=classes, batch_norm=batch_norm)
-    return rows
+    return [row for row in rows if balanced or "balance" not in row.name]
 
 
 def _ordinary(recipe: Recipe, still: Settings, *, classes: bool, batch_norm: bool) -> Iterator[Row]:

@@ -14,13 +14,17 @@ from it3_lightning.benchmark.about import about
 from it3_lightning.benchmark.progress import Progress, quiet, threads
 from it3_lightning.benchmark.results import Record, Results
 from it3_lightning.benchmark.rows import Recipe, Row, rows_for
+from it3_lightning.benchmark.separation import separations
 from it3_lightning.benchmark.training import MakeModel, train_models, with_priors
 from it3_lightning.data import ShiftedData
 from it3_lightning.dual_pass import DualPass
 from it3_lightning.engine.norm import batch_norms
 from it3_lightning.mixin import IT3Mixin
-from it3_lightning.priors import ClassPrior
+from it3_lightning.objectives import Idempotence
+from it3_lightning.priors import ClassPrior, MaskPrior, ValuePrior
 from it3_lightning.selection import select
+
+_KEPT = ("records", "separations")  # of a seed, in its file
 
 
 @dataclass(kw_only=True)
@@ -33,9 +37,14 @@ class Benchmark:
             many gradients.
         posthoc_epochs: of training the conditioning on the ordinary network.
         ckpt_path: an ordinary checkpoint to take instead of ordinary training.
+        pretrained: whether the model comes with trained weights: then ordinary training is left
+            out, and joint training starts from these weights.
         streams: ``"equal"`` and ``"unequal"`` class frequencies.
         metric: key that the module's ``test_step`` logs; the score.
         percent: multiply scores by 100.
+        higher_is_better: whether a larger score is the better one; false for errors such as
+            ``"test_mae"``. Gains in the tables are improvements either way.
+        decimals: of scores and gains in the tables.
         rows: ``"main"``: each training's unadapted rows and the default objective; ``"all"``: also
             the published objective, the balance term and filtered entropy.
         recipe: settings that the rows share.
@@ -51,9 +60,12 @@ class Benchmark:
     epochs: int = 6
     posthoc_epochs: int = 2
     ckpt_path: str | None = None
+    pretrained: bool = False
     streams: Sequence[str] = ("equal", "unequal")
     metric: str = "test_acc"
     percent: bool = True
+    higher_is_better: bool = True
+    decimals: int = 1
     rows: Literal["main", "all"] = "main"
     recipe: Recipe = field(default_factory=Recipe)
     joint: DualPass | None = None
@@ -88,17 +100,41 @@ class Benchmark:
         with quiet(), threads(self.threads):
             probe = with_priors(make_model())
             rows = self._rows(probe)
-            results = Results(self.metric, rows, about=about(self, probe, data, configuration))
+            results = Results(
+                self.metric,
+                rows,
+                about=about(self, probe, data, configuration),
+                higher_is_better=self.higher_is_better,
+                decimals=self.decimals,
+                baseline_errors=self._baseline_errors(data),
+            )
             with Progress(len(self.seeds), len(rows) * len(self.streams)) as progress:
                 for seed in self.seeds:
                     settings = results.about["settings"]
-                    results.records += self._seed(seed, rows, make_model, data, progress, settings)
+                    scores = self._seed(seed, rows, make_model, data, progress, settings)
+                    results.records += scores[0]
+                    results.separations += scores[1]
         results.save(Path(self.output))
         return results
 
+    def _baseline_errors(self, data: ShiftedData) -> dict[str, float] | None:
+        """Return the errors that those of an accuracy in per cent are compared with, if any."""
+        if data.baseline_errors is None or not (self.percent and self.higher_is_better):
+            return None
+        return dict(data.baseline_errors)
+
     def _rows(self, model: IT3Mixin) -> list[Row]:
-        classes = isinstance(model.it3_prior, ClassPrior)
-        rows = rows_for(self.recipe, classes=classes, batch_norm=bool(batch_norms(model)))
+        prior, distance = model.it3_prior, self.recipe.distance
+        maps = isinstance(prior, MaskPrior) and prior.channels > 1
+        classes, batch_norm = isinstance(prior, ClassPrior) or maps, bool(batch_norms(model))
+        values = isinstance(prior, ValuePrior) or (isinstance(prior, MaskPrior) and not maps)
+        if values and distance not in ("l1", "l2"):
+            raise ValueError(
+                f"Expected recipe.distance l1 or l2 for a model of values, got {distance!r}, which "
+                "compares probabilities. Set benchmark.recipe.distance to one of the two; for "
+                "binary masks, num_classes of MaskPrior to 2 does as well."
+            )
+        rows = rows_for(self.recipe, classes=classes, batch_norm=batch_norm, balanced=not maps)
         return [row for row in rows if row.main or self.rows == "all"]
 
     def _seed(
@@ -109,14 +145,15 @@ class Benchmark:
         data: ShiftedData,
         progress: Progress,
         settings: Any,
-    ) -> list[Record]:
-        """Return the records of one seed, from its file where that fits the settings."""
+    ) -> tuple[list[Record], list[Record]]:
+        """Return scores and separations of one seed, from its file where that fits the settings."""
         file = Path(self.output) / f"seed_{seed}.json"
         fingerprint = json.dumps(settings, sort_keys=True)
         kept = json.loads(file.read_text()) if file.is_file() else {}
         if kept.get("fingerprint") == fingerprint:
             progress.skip(f"seed {seed}: from {file}", len(rows) * len(self.streams))
-            return [Record(**record) for record in kept["records"]]
+            first, second = ([Record(**r) for r in kept.get(k, ())] for k in _KEPT)
+            return first, second
         data.seed = seed
         models = train_models(self, seed, make_model, data, progress.say)
         records: list[Record] = []
@@ -126,10 +163,12 @@ class Benchmark:
                 progress.say(f"seed {seed}, {stream} classes: {row.training}, {row.name}")
                 records += self._scored(seed, stream, row, models[row.training], data)
                 progress.advance()
+        data.stream = self.streams[0]  # type: ignore[assignment]
+        told = separations(models, data, Idempotence(self.recipe.distance))
         file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"fingerprint": fingerprint, "records": [asdict(r) for r in records]}
-        file.write_text(json.dumps(content))
-        return records
+        content = {k: [asdict(r) for r in v] for k, v in zip(_KEPT, (records, told), strict=True)}
+        file.write_text(json.dumps({"fingerprint": fingerprint, **content}))
+        return records, told
 
     def _scored(
         self, seed: int, stream: str, row: Row, model: IT3Mixin, data: ShiftedData

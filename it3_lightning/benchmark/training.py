@@ -46,12 +46,14 @@ def train_models(
 
     data.stream = "equal"
     ordinary = fresh("ordinary", "off")
-    if benchmark.ckpt_path is None:
-        benchmark.trainer(max_epochs=2 * benchmark.epochs).fit(ordinary, datamodule=data)
-    else:
+    if benchmark.ckpt_path is not None:
         load_source(ordinary, benchmark.ckpt_path)
+    elif not benchmark.pretrained:
+        benchmark.trainer(max_epochs=2 * benchmark.epochs).fit(ordinary, datamodule=data)
     joint = fresh("joint", "joint", benchmark.joint)
     benchmark.trainer(max_epochs=benchmark.epochs).fit(joint, datamodule=data)
+    # What a prior knows of the training targets: every row that adapts asks for it.
+    ordinary.it3_parts()[0].load_state_dict(joint.it3_parts()[0].state_dict())
     posthoc = fresh("post-hoc", "conditioning", DualPass.of(benchmark.posthoc, post_hoc=True))
     posthoc.load_state_dict(network_weights(ordinary.state_dict()))
     benchmark.trainer(max_epochs=benchmark.posthoc_epochs).fit(posthoc, datamodule=data)

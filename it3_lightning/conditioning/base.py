@@ -102,8 +102,11 @@ class Conditioning(nn.Module, ABC):
     def _is_on(self, layer: nn.Module) -> bool:
         """Whether a hook of this conditioning sits on the layer."""
         hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
-        methods = (getattr(hook, "func", None) for hook in hooks)
-        return any(getattr(method, "__self__", None) is self for method in methods)
+        return any(map(self.owns, hooks))
+
+    def owns(self, hook: Any) -> bool:
+        """Whether a hook is one of this conditioning."""
+        return getattr(getattr(hook, "func", None), "__self__", None) is self
 
 
 def key(name: str) -> str:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from it3_lightning.conditioning.base import Conditioning
 from it3_lightning.conditioning.seen import seen
+from it3_lightning.graphs import first_floats, graph_count, is_graph
 from it3_lightning.priors import Prior
 
 
@@ -59,14 +60,23 @@ class ForwardArgument(Conditioning):
         if self._prior is None and self._source.neutral == "none":
             return None
         leaves = tree_leaves(inputs)
-        like = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
+        size, like = next(filter(None, map(_samples, leaves)), (0, None))
         if like is None:
             raise ValueError(
                 f"Expected the forward that takes {self.argument!r} to be called with a tensor "
-                f"(B, ...), got {', '.join(type(leaf).__name__ for leaf in leaves) or 'nothing'}."
+                "(B, ...) or a batch of graphs, got "
+                f"{', '.join(type(leaf).__name__ for leaf in leaves) or 'nothing'}."
             )
-        return seen(self._source, self._prior, self._present, like.shape[0], like)
+        return seen(self._source, self._prior, self._present, size, like)
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         return {"argument": self.argument, "layer": self.layers[0]}
+
+
+def _samples(leaf: Any) -> tuple[int, Tensor] | None:
+    """Return the number of samples, and a tensor of their device and data type, where told."""
+    if isinstance(leaf, Tensor):
+        return (leaf.shape[0], leaf) if leaf.ndim else None
+    count, values = (graph_count(leaf), first_floats(leaf)) if is_graph(leaf) else (None, None)
+    return None if count is None or values is None else (count, values)

@@ -31,12 +31,19 @@ def placed(embedding: Tensor, features: Tensor, axes: tuple[int, int]) -> Tensor
 
 
 def resized(maps: Tensor, size: list[int]) -> Tensor:
-    """Interpolate maps ``(B, C, ...)`` linearly to other positions.
+    """Bring maps ``(B, C, ...)`` to other positions: averaged to fewer, interpolated to more.
+
+    Interpolation alone would skip most positions of a much larger map, and thin lines with them.
 
     >>> import torch
     >>> resized(torch.tensor([[[0.0, 1.0]]]), [4])
     tensor([[[0.0000, 0.2500, 0.7500, 1.0000]]])
+    >>> resized(torch.tensor([[[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]]), [2])
+    tensor([[[0.3333, 0.0000]]])
     """
-    if list(maps.shape[2:]) == size:
+    fewer = [min(pair) for pair in zip(maps.shape[2:], size, strict=True)]
+    if list(maps.shape[2:]) != fewer:
+        maps = F.interpolate(maps, size=fewer, mode="area")
+    if fewer == size:
         return maps
     return F.interpolate(maps, size=size, mode=_INTERPOLATION[len(size)])

@@ -34,7 +34,7 @@ def _either(first: Tensor, second: Tensor, generator: Generator) -> Tensor:
     return torch.where(coin < 0.5, first, second)
 
 
-def _pixels(images: Tensor, length: float) -> float:
+def pixels(images: Tensor, length: float) -> float:
     """Scale a length from a 28-pixel image to this one.
 
     Below 14 pixels the factor stays 1/2: a blur of a fifth of a pixel would change nothing.
@@ -62,7 +62,7 @@ def impulse_noise(images: Tensor, level: float, generator: Generator) -> Tensor:
 
 def blur(images: Tensor, level: float, _: Generator) -> Tensor:
     """Blur with a Gaussian; ``level`` is its sigma in pixels of a 28-pixel image."""
-    sigma = _pixels(images, level)
+    sigma = pixels(images, level)
     reach = min(math.ceil(3 * sigma), min(images.shape[-2:]) - 1)
     size = 2 * reach + 1
     blurred: Tensor = tv.gaussian_blur(images, [size, size], [sigma, sigma])
@@ -85,7 +85,7 @@ def pixelation(images: Tensor, level: float, _: Generator) -> Tensor:
 
     Below 28 pixels the excess over 1 shrinks with the image, at most to a half of itself.
     """
-    block = 1 + (level - 1) * min(_pixels(images, 1.0), 1.0)
+    block = 1 + (level - 1) * min(pixels(images, 1.0), 1.0)
     rows, columns = (_mosaic(size, max(1, round(size / block))) for size in images.shape[-2:])
     return rows.to(images.device) @ images @ columns.to(images.device).T
 
@@ -126,7 +126,7 @@ def uniform_noise(images: Tensor, level: float, generator: Generator) -> Tensor:
 def motion_blur(images: Tensor, level: float, generator: Generator) -> Tensor:
     """Smear each image along a random direction, over ``level`` pixels of a 28-pixel image."""
     height, width = images.shape[-2:]
-    length = _pixels(images, level)
+    length = pixels(images, level)
     angle = math.pi * _uniform(images, (images.shape[0],), generator)
     step = torch.stack([angle.cos() / width, angle.sin() / height], dim=1)  # (B, 2), half-pixels
     still = torch.eye(2, device=images.device).expand(images.shape[0], 2, 2)

@@ -1,98 +1,74 @@
 """A LightningDataModule that tests on clean images and on every shift of them."""
 
-from collections.abc import Sequence
+from torch.utils.data import DataLoader, Dataset
 
-from torch.utils.data import DataLoader
-
-from it3_lightning.data.contract import ShiftedData
-from it3_lightning.data.image_set import Batch, ImageSet, loader, shifted
-from it3_lightning.data.sampling import seeded, subset, unequal_stream
-from it3_lightning.data.settings import (
-    Split,
-    Stream,
-    check_choices,
-    check_integer,
-    check_shifts,
-)
-from it3_lightning.data.shifts import SHIFTS, Shift
+from it3_lightning.data.image_settings import ImageSettings
+from it3_lightning.data.images import Batch, Images
+from it3_lightning.data.loading import loader
+from it3_lightning.data.sampling import seeded, unequal_stream
+from it3_lightning.data.splits import Splits
 
 
-class ShiftedImages(ShiftedData):
+class ShiftedImages(ImageSettings):
     """Images for training, and the same held-out images clean and under shifts for testing.
 
-    A subclass says in :meth:`load` where its images come from. ``test_dataloader`` and
+    A subclass says in :meth:`load` where its images come from; what else it may say are the other
+    hooks: ``source``, ``training``, ``change`` and ``published``. ``test_dataloader`` and
     ``predict_dataloader`` return a list of loaders, in the order of ``test_names``: clean first,
-    then one for each shift. Each batch is ``(images, labels)``: float32 ``(B, C, H, W)`` in
-    [0, 1] and int64 ``(B,)``. All settings are attributes that may be changed between runs; the
-    next ``setup`` (every loader calls it) follows them, and does again only what they touch.
+    then one for each shift. Each batch is ``(images, labels)``: float32 ``(B, C, H, W)`` in [0, 1]
+    and int64 ``(B,)``. All settings are attributes that may be changed between runs; the next
+    ``setup`` (every loader calls it) follows them, and does again only what they touch.
 
-    Shifted images are computed once and kept as the source's own dtype: 8-bit images stay 8-bit,
-    which rounds a shifted value by at most 1/510. The same seed gives bitwise the same images.
+    Shifted images in memory are computed once and kept as the source's own dtype: 8-bit images
+    stay 8-bit, which rounds a shifted value by at most 1/510. Images on disk are shifted as they
+    are read. The same seed gives bitwise the same images, with any number of workers.
 
-    Args:
-        batch_size: Samples in a training batch.
-        eval_batch_size: Samples in a validation, test or prediction batch.
-        shifts: Names of shifts (see ``SHIFTS`` and ``TUNING_SHIFTS``); may be empty.
-        severity: 1 (weak) to 5 (strong).
-        stream: ``"equal"`` keeps the source's samples and order; ``"unequal"`` makes three
-            classes ten times as frequent, see :func:`~it3_lightning.data.unequal_stream`.
-        evaluate_on: ``"validation"`` has the test loaders hold the validation images, for
-            choosing settings without a look at the test images.
-        val_size: Samples taken from the training images for validation.
-        train_size: Samples to train on, a seeded subset; None for all that validation leaves.
-        test_size: Samples to test on, a seeded subset; None for all.
-        seed: Seed of the split, the subsets, the shifts, the stream and the training order.
-        num_workers: Worker processes of each loader.
-
-    Raises:
-        ValueError: A setting is out of its range, or the data has too few samples for it.
+    Args and errors: see :class:`~it3_lightning.data.image_settings.ImageSettings`.
     """
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 128,
-        eval_batch_size: int = 100,
-        shifts: Sequence[str] = SHIFTS,
-        severity: int = 3,
-        stream: Stream = "equal",
-        evaluate_on: Split = "test",
-        val_size: int = 5000,
-        train_size: int | None = None,
-        test_size: int | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__()
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.shifts = shifts
-        self.severity = severity
-        self.stream: Stream = stream
-        self.evaluate_on: Split = evaluate_on
-        self.val_size = val_size
-        self.train_size = train_size
-        self.test_size = test_size
-        self.seed = seed
-        self.num_workers = num_workers
-        self._splits: dict[str, ImageSet] = {}
-        self._splits_key: tuple[object, ...] = ()
-        self._shifted: dict[str, ImageSet] = {}
-        self._shifted_key: tuple[object, ...] = ()
-        self._check()
+    _splits: Splits
+    _splits_key: tuple[object, ...] = ()
+    _shifted: dict[str, Images]
+    _shifted_key: tuple[object, ...] = ()
 
-    def load(self) -> tuple[ImageSet, ImageSet]:
+    # Hooks of a subclass
+
+    def load(self) -> tuple[Images, Images]:
         """Return all training images and all test images; a subclass implements this."""
         raise NotImplementedError(
-            f"Expected {type(self).__name__} to define load(self) -> tuple[ImageSet, ImageSet]. "
-            "Return the training images and the test images."
+            f"Expected {type(self).__name__} to define load(self) -> tuple[Images, Images]. "
+            "Return the training images and the test images, e.g. as ImageSet."
         )
+
+    def source(self) -> tuple[object, ...]:
+        """Return the settings of its own that :meth:`load` and :meth:`published` depend on."""
+        return ()
+
+    def training(self, images: Images) -> Dataset[Batch]:
+        """Return the images as they are trained on: :class:`Augmented`, where they are changed."""
+        return images
+
+    def published(self, name: str, severity: int) -> Images | None:
+        """Return all test images under a shift where they are not made but lie in files."""
+        return None
+
+    # What Lightning and the benchmark call
 
     @property
     def num_classes(self) -> int:
-        """Number of classes: one more than the largest label to train on."""
+        """Number of classes: one more than the largest label to train on.
+
+        Raises:
+            ValueError: The labels are values, not classes.
+        """
         self.setup("fit")
-        return 1 + int(self._splits["train"].labels.max())
+        labels = self._splits.train.labels
+        if labels.is_floating_point():
+            raise ValueError(
+                f"Expected classes, got values {tuple(labels.shape)}: {type(self).__name__} is "
+                "for regression. Give the network one output for each value."
+            )
+        return 1 + int(labels.max())
 
     def setup(self, stage: str) -> None:
         """Load and split the images, and shift them for the stages ``test`` and ``predict``."""
@@ -104,28 +80,36 @@ class ShiftedImages(ShiftedData):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the training images, in an order that is new in every epoch."""
         self.setup("fit")
-        return self._loader(self._splits["train"], self.batch_size, shuffle=True)
+        return self._loader(self.training(self._splits.train), self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the clean validation images."""
         self.setup("validate")
-        return self._loader(self._splits["validation"], self.eval_batch_size)
+        return self._loader(self._splits.validation, self.eval_batch_size)
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
         """Return one loader for each of ``test_names``, all of the same samples."""
         self.setup("test")
-        clean = self._splits[self.evaluate_on]
-        sets = [clean, *(self._shifted[name] for name in self.shifts)]
-        if self.stream == "unequal":
-            order = unequal_stream(clean.labels, self.seed)
-            sets = [images.select(order) for images in sets]
-        return [self._loader(images, self.eval_batch_size) for images in sets]
+        return [self._loader(images, self.eval_batch_size) for images in self._test_sets()]
 
     def predict_dataloader(self) -> list[DataLoader[Batch]]:
         """Return the loaders of :meth:`test_dataloader`."""
         return self.test_dataloader()
 
-    def _loader(self, source: ImageSet, size: int, shuffle: bool = False) -> DataLoader[Batch]:
+    # How it works
+
+    def _test_sets(self) -> list[Images]:
+        """Return the images of the test loaders, in their order."""
+        clean = self._splits.held_out(self.evaluate_on)
+        sets = [clean, *(self._shifted[name] for name in self._wanted())]
+        if self.stream == "unequal":
+            order = unequal_stream(clean.labels, self.seed)
+            sets = [images.select(order) for images in sets]
+        return sets
+
+    def _loader(
+        self, source: Dataset[Batch], size: int, shuffle: bool = False
+    ) -> DataLoader[Batch]:
         """Return a loader whose order depends on the seed and the epoch it is built in."""
         epoch = self.trainer.current_epoch if self.trainer else 0
         generator = seeded(self.seed, "loader", epoch)
@@ -135,20 +119,18 @@ class ShiftedImages(ShiftedData):
 
     def _split(self) -> None:
         """Load the images and split them, unless this has been done for these settings."""
-        key = (self.seed, self.val_size, self.train_size, self.test_size)
+        key = (self.seed, self.val_size, self.train_size, self.test_size, *self.source())
         if self._splits_key == key:
             return
         train, test = self.load()
-        validation, others = subset(len(train), self.val_size, self.seed, "val_size")
-        size = len(others) if self.train_size is None else self.train_size
-        kept, _ = subset(len(others), size, self.seed, "train_size")
-        if self.test_size is not None:
-            test = test.select(subset(len(test), self.test_size, self.seed, "test_size")[0])
-        self._splits = {
-            "train": train.select(others[kept]),
-            "validation": train.select(validation),
-            "test": test,
-        }
+        self._splits = Splits.of(
+            train,
+            test,
+            val_size=self.val_size,
+            train_size=self.train_size,
+            test_size=self.test_size,
+            seed=self.seed,
+        )
         self._splits_key = key
 
     def _shift(self) -> None:
@@ -156,18 +138,14 @@ class ShiftedImages(ShiftedData):
         key = (*self._splits_key, self.evaluate_on, self.severity)
         if self._shifted_key != key:
             self._shifted, self._shifted_key = {}, key
-        clean = self._splits[self.evaluate_on]
-        for name in self.shifts:
-            if name not in self._shifted:
-                self._shifted[name] = shifted(clean, Shift(name, self.severity), self.seed)
+        for loader_name, (name, severity) in self._wanted().items():
+            if loader_name not in self._shifted:
+                self._shifted[loader_name] = self._shifted_images(name, severity)
 
-    def _check(self) -> None:
-        """Refuse settings out of their range, before any data is read."""
-        for name in ("batch_size", "eval_batch_size", "val_size"):
-            check_integer(name, getattr(self, name), 1)
-        for name in ("train_size", "test_size"):
-            check_integer(name, getattr(self, name), 1, optional=True)
-        for name in ("num_workers", "seed"):
-            check_integer(name, getattr(self, name), 0)
-        check_choices(self.stream, self.evaluate_on)
-        check_shifts(self.shifts, self.severity)
+    def _shifted_images(self, name: str, severity: int) -> Images:
+        """Return the held-out images under a shift, from files where they lie in some."""
+        there = self.published(name, severity)
+        if there is not None:
+            return self._splits.chosen(there)
+        clean = self._splits.held_out(self.evaluate_on)
+        return clean.shifted(self.change(name, severity), self.seed)

@@ -39,6 +39,8 @@ _TUNING: Mapping[str, tuple[_Function, _Levels]] = MappingProxyType(
     }
 )
 
+_LENGTHS = ("blur", "motion_blur")  # whose levels are pixels of a 28-pixel image
+
 SHIFTS: tuple[str, ...] = tuple(_EVALUATION)
 """The nine shifts that results are reported on."""
 
@@ -54,14 +56,18 @@ class Shift:
 
     The kinds follow Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common
     Corruptions and Perturbations" (ICLR 2019); the levels are set for 28-pixel images, and the
-    lengths in them grow with the image.
+    lengths in them grow with the image, unless ``pixel`` says otherwise.
 
     Args:
         name: One of ``SHIFTS`` or ``TUNING_SHIFTS``.
         severity: 1 (weak) to 5 (strong).
+        pixel: Pixels that stand for one of a 28-pixel image in the lengths of blurs, whatever the
+            size of the image: for tiles, which show more when they are larger, not more closely.
+            None: lengths grow with the image.
 
     Raises:
-        ValueError: The name is unknown, or the severity is not one of 1, 2, 3, 4, 5.
+        ValueError: The name is unknown, the severity is not one of 1, 2, 3, 4, 5, or ``pixel`` is
+            not positive.
 
     Example:
         >>> images = torch.full((1, 1, 2, 2), 0.5)
@@ -71,9 +77,10 @@ class Shift:
 
     name: str
     severity: int = 3
+    pixel: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown name and a severity that is not an integer from 1 to 5."""
+        """Refuse an unknown name, a severity that is not an integer from 1 to 5, a bad pixel."""
         if self.name not in _ALL:
             raise ValueError(unknown("shift", self.name, _ALL))
         if type(self.severity) is not int or not 1 <= self.severity <= 5:
@@ -81,6 +88,8 @@ class Shift:
                 f"Expected severity to be one of 1, 2, 3, 4, 5, got {self.severity!r}. "
                 "Give an integer: 1 is the weakest, 5 the strongest."
             )
+        if self.pixel is not None and self.pixel <= 0:
+            raise ValueError(f"Expected pixel > 0 or None, got {self.pixel}.")
 
     @property
     def level(self) -> float:
@@ -108,8 +117,14 @@ class Shift:
             generator = torch.Generator().manual_seed(0)
         if images.numel() == 0:
             return images.clone()
-        shifted = _ALL[self.name][0](images.float(), self.level, generator)
+        shifted = _ALL[self.name][0](images.float(), self._level(images), generator)
         return shifted.clamp(0, 1).to(images.dtype)
+
+    def _level(self, images: Tensor) -> float:
+        """Return the level for these images, which the function scales by their size."""
+        if self.pixel is None or self.name not in _LENGTHS:
+            return self.level
+        return self.level * self.pixel / functions.pixels(images, 1.0)
 
 
 def _check(images: Tensor) -> None:

@@ -98,13 +98,13 @@ class BatchAdapter:
         self._evaluate.restart()
         with ExitStack() as norm:
             norm.enter_context(norm_statistics(self._module, self._settings.norm_stats))
-            snapshot = Snapshot.capture(self._module)
+            snapshot = Snapshot(self._module)
             try:
                 adaptation = self._attempt(inputs, answer, snapshot)
                 if isinstance(adaptation, str):
                     snapshot.restore_parameters()
                     norm.close()
-                    snapshot = Snapshot.capture(self._module)
+                    snapshot = Snapshot(self._module)
                     with untraced(snapshot):
                         adaptation = keep_source(
                             inputs, self._evaluate, self._settings, answer, adaptation
@@ -119,18 +119,18 @@ class BatchAdapter:
         """Adapt, and leave the adapted weights in place; or say why the batch is skipped."""
         try:
             with untraced(snapshot):
-                return self._adapt(inputs, answer)
+                return self._adapt(inputs, answer, snapshot)
         except Skip as reason:
             return str(reason)
         finally:
             self._evaluate.forget()
 
-    def _adapt(self, inputs: Any, answer: Answer | None) -> Adaptation:
+    def _adapt(self, inputs: Any, answer: Answer | None, snapshot: Snapshot) -> Adaptation:
         settings = self._settings
         if settings.needs_batch and batch_size(inputs) < 2:
             raise Skip("batch statistics and batch terms need at least two samples")
         state, carried = self._start()
-        for parameter in self._module.parameters():
+        for parameter in snapshot.parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
         adaptation = adapt_state(state, inputs, self._evaluate, settings, answer, carried=carried)
@@ -141,7 +141,7 @@ class BatchAdapter:
 
     def bytes_kept(self, inputs: Any) -> int:
         """Return the bytes that the passes of a step keep for its backward pass."""
-        snapshot = Snapshot.capture(self._module)
+        snapshot = Snapshot(self._module)
         with untraced(snapshot):
             state, _ = self._start()
             state.enter()

@@ -85,6 +85,10 @@ class Calls:
         self.watched: Iterable[nn.Module] = list(self._wrapped)
         self.answered = 0
 
+    def sees(self, module: nn.Module) -> bool:
+        """Whether calls of a module are noticed."""
+        return module in self._wrapped and _patchable(module)
+
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Tell of all calls of the watched modules within."""
@@ -110,7 +114,7 @@ class Calls:
     @contextmanager
     def _installed(self, mode: Literal["take", "answer"]) -> Iterator[None]:
         """Put the wrappers in the place of the modules' own ``forward``."""
-        patched = [m for m in self.watched if _patchable(m)]
+        patched = [m for m in self.watched if self.sees(m)]
         for m in patched:
             vars(m)["forward"] = self._wrapped[m]
         self._mode, self._place = mode, [0]
@@ -155,11 +159,16 @@ class Calls:
 
 
 def recordable(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the submodules, but not this library's own, nor what is inside compiled ones."""
+    """Yield the submodules, but not this library's own, nor what is inside compiled ones.
+
+    Nor metrics, which are modules whose hash changes with what they have counted.
+    """
     if _compiled(module):
         return
     for name, child in module.named_children():
-        if not (name.startswith(OWN) or isinstance(child, torch.jit.ScriptModule)):
+        if name.startswith(OWN) or isinstance(child, torch.jit.ScriptModule):
+            continue
+        if type(child).__hash__ is object.__hash__:
             if not _compiled(child):
                 yield child
             yield from recordable(child)

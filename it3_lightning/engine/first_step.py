@@ -19,7 +19,7 @@ from it3_lightning.engine.updates import HALF, OptimizerName
 
 _EPS = 1e-8  # torch's default, of both optimizers
 _SHARE = {"adam": 1.0, "adamw": 1.0, "rmsprop": 0.1}  # of |g| in the denominator; sqrt(1 - 0.99)
-_CHUNK = 1 << 17  # elements worked on at once, so that they stay in the cache
+_CHUNK = 1 << 18  # elements worked on at once, so that they stay in the cache
 
 
 def single_step(settings: Settings) -> FirstStep | None:
@@ -85,7 +85,7 @@ class FirstStep:
         for parameter in rest.values():
             parameter.grad = None
         ordered = {name: moved[name] for name in parameters if name in moved}
-        return ordered, torch.stack([s.to(loss.device) for s in sums]).sum() if sums else loss
+        return ordered, _total(sums) if sums else loss
 
     def move(self, weights: Tensor, gradients: Tensor, *, out: Tensor) -> Tensor:
         """Write moved weights into ``out``, which may be the gradients; return their sum.
@@ -147,6 +147,12 @@ class FirstStep:
 def _kind(tensor: Tensor) -> tuple[object, ...]:
     """Return what memory for moved weights must have in common with them."""
     return tensor.device, tensor.dtype, tensor.shape
+
+
+def _total(sums: list[Tensor]) -> Tensor:
+    if len({each.device for each in sums}) > 1:
+        sums = [each.to(sums[0].device) for each in sums]
+    return torch.stack(sums).sum()
 
 
 def _sum(values: Tensor, dim: int | None = None) -> Tensor:

@@ -152,9 +152,9 @@ class SampleAdapter:
 
     def _at_once(self, inputs: Any, answer: Answer) -> Adaptation:
         """Adapt to all samples by ``torch.func``; what goes wrong in the end keeps the source."""
-        snapshot = Snapshot.capture(self._module)
+        snapshot = Snapshot(self._module)
         with untraced(snapshot):
-            for parameter in self._module.parameters():
+            for parameter in snapshot.parameters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
             adaptation = self._vectorised(inputs, answer)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from it3_lightning.graphs import graph_count
+
 Answer = Callable[[Any], tuple[Tensor, Any]]
 """Inputs to outputs ``(B, ...)``, and what is answered with them, each leaf ``(B, ...)``."""
 
@@ -39,7 +41,7 @@ def batch_size(inputs: Any) -> int:
     4
     """
     for leaf in tree_flatten(inputs)[0]:
-        size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else graphs(leaf)
+        size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else graph_count(leaf)
         if isinstance(size, int):
             return size
     raise ValueError(
@@ -71,7 +73,7 @@ def taken(inputs: Any, indices: Sequence[int]) -> Any:
     def of(leaf: Any) -> Any:
         if batched(leaf, size):
             return leaf[indices[0] : indices[-1] + 1] if run else leaf[list(indices)]
-        if isinstance(leaf, Tensor) or graphs(leaf) != size:
+        if isinstance(leaf, Tensor) or graph_count(leaf) != size:
             return leaf
         if not hasattr(leaf, "get_example"):
             raise ValueError(
@@ -90,7 +92,9 @@ def divisible(inputs: Any) -> bool:
     True
     """
     leaves = tree_flatten(inputs)[0]
-    return all(isinstance(v, Tensor) or not graphs(v) or hasattr(v, "get_example") for v in leaves)
+    return all(
+        isinstance(v, Tensor) or not graph_count(v) or hasattr(v, "get_example") for v in leaves
+    )
 
 
 def joined(parts: Sequence[Any]) -> Any:
@@ -142,8 +146,3 @@ def cast_like(values: Any, model: Any) -> Any:
 def _cast(leaf: Any, like: Any) -> Any:
     tensors = isinstance(leaf, Tensor) and isinstance(like, Tensor)
     return leaf.to(like.dtype) if tensors else leaf
-
-
-def graphs(leaf: Any) -> Any:
-    """Return the number of graphs in a batch of them, by the names that graph libraries use."""
-    return getattr(leaf, "num_graphs", None) or getattr(leaf, "batch_size", None)

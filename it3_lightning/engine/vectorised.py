@@ -19,13 +19,15 @@ from torch.func import grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from it3_lightning.engine.adaptation import Adaptation
+from it3_lightning.engine.compiled import Compiled
 from it3_lightning.engine.evaluation import Forward, ToLabel
 from it3_lightning.engine.record import Record
-from it3_lightning.engine.samples import Answer, batch_size, batched, graphs
+from it3_lightning.engine.samples import Answer, batch_size, batched
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.stacked import Stacked, Weights
 from it3_lightning.engine.vmappable import recurrent_layers, vmappable, without_graph
 from it3_lightning.engine.weights import Sites
+from it3_lightning.graphs import graph_count
 
 _REASONS = ("non-finite output", "non-finite loss", "non-finite gradient or weights")
 
@@ -76,8 +78,12 @@ class Vectorised:
         self._settings = settings
         self._record = record
         self._device = next(iter(selected.values())).device.type
+        self._compiled: dict[bool, Compiled] = {}
+        if settings.compile:
+            self._compiled = {r: Compiled(partial(self._step, r)) for r in (False, True)}
         self._unused: frozenset[str] | None = None if callable(settings.optimizer) else frozenset()
         self._forwards = 0
+        self._passes: dict[bool, int] = {}
 
     def __call__(self, inputs: Any, answer: Answer) -> Adaptation:
         """Adapt to every sample of the inputs, and answer with its weights.
@@ -85,7 +91,7 @@ class Vectorised:
         Raises:
             Exception: whatever ``torch.func`` says of a network that cannot be vectorised.
         """
-        if any(graphs(leaf) for leaf in tree_leaves(inputs)):
+        if any(graph_count(leaf) for leaf in tree_leaves(inputs)):
             raise NotImplementedError("torch.func takes tensors, not batches of graphs.")
         self._forwards = 0
         try:
@@ -142,7 +148,27 @@ class Vectorised:
         self, stacked: Stacked, inputs: Any, *, at_source: bool
     ) -> tuple[Weights, _Seen]:
         """Return gradients ``(B, *shape)`` of every sample's loss by its weights."""
-        record = self._record if at_source and stacked.anchor is not None else None
+        recorded = at_source and stacked.anchor is not None
+        step = self._compiled.get(recorded) or partial(self._step, recorded)
+        given = (stacked.weights, stacked.dim), (stacked.anchor, stacked.anchor_dim)
+        before = self._forwards
+        gradients, seen = step(*given, inputs)
+        if self._forwards == before:  # compiled: the passes were counted when it was traced
+            self._forwards += self._passes.get(recorded, 0)
+        else:
+            self._passes[recorded] = self._forwards - before
+        used = {name: g for name, g in gradients.items() if name not in (self._unused or ())}
+        return used, _Seen(*seen)
+
+    def _step(
+        self,
+        recorded: bool,
+        weights: tuple[Weights, int | None],
+        anchor: tuple[Weights | None, int | None],
+        inputs: Any,
+    ) -> tuple[Weights, tuple[Tensor, ...]]:
+        """Return gradients, and what :class:`_Seen` holds; each given with its dimension."""
+        record = self._record if recorded else None
 
         def one(weights: Weights, anchor: Weights | None, sample: Any) -> Any:
             def loss(own: Weights) -> Any:
@@ -150,10 +176,9 @@ class Vectorised:
 
             return grad(loss, has_aux=True)(weights)
 
-        dims = (stacked.dim, stacked.anchor_dim)
-        gradients, seen = self._mapped(one, dims, stacked.weights, stacked.anchor, inputs)
-        used = {name: g for name, g in gradients.items() if name not in (self._unused or ())}
-        return used, _Seen(*seen)
+        dims = (weights[1], anchor[1])
+        gradients, seen = self._mapped(one, dims, weights[0], anchor[0], inputs)
+        return gradients, seen
 
     def _loss(
         self, own: Weights, anchor: Weights | None, sample: Any, record: Record | None

@@ -11,33 +11,63 @@ class MLP(nn.Module):
     """Linear layers ``layer0``, ``layer1``, ... with ReLU between, and a linear ``head``.
 
     Args:
-        in_features: features of the input.
-        out_features: outputs.
+        in_features: features ``F`` of the input.
+        out_features: outputs ``C``.
         hidden: widths of the hidden layers.
+        batch_norm: whether a BatchNorm ``norm0``, ``norm1``, ... follows each hidden layer.
+        output_mean: about the mean of the values to predict, where these are large; with
+            ``output_std`` it lets the last layer learn numbers around 0 of size 1.
+        output_std: about their standard deviation.
 
     Shapes:
-        ``(B, in_features) -> (B, out_features)``.
+        ``(B, F) -> (B, C)``.
+
+    Raises:
+        ValueError: there is no hidden layer, or ``output_std`` is not positive.
 
     >>> import torch
-    >>> MLP(4, 1)(torch.zeros(2, 4)).shape
-    torch.Size([2, 1])
+    >>> network = MLP(4, 1, output_mean=22.0, output_std=9.0)
+    >>> _ = nn.init.zeros_(network.head.weight), nn.init.ones_(network.head.bias)
+    >>> network(torch.zeros(2, 4)).flatten()  # 22 + 9 * 1
+    tensor([31., 31.], grad_fn=<ViewBackward0>)
     """
 
     def __init__(
-        self, in_features: int, out_features: int, hidden: Sequence[int] = (64, 64)
+        self,
+        in_features: int,
+        out_features: int,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        batch_norm: bool = False,
+        output_mean: float = 0.0,
+        output_std: float = 1.0,
     ) -> None:
         super().__init__()
         if not hidden:
             raise ValueError("Expected at least one hidden layer, got none.")
-        widths = [in_features, *hidden]
+        if output_std <= 0:
+            raise ValueError(f"Expected output_std > 0, got {output_std}.")
+        self.in_features, self.out_features = in_features, out_features
+        self.output_mean, self.output_std = output_mean, output_std
         self.depth = len(hidden)
+        widths = [in_features, *hidden]
         for index in range(self.depth):
             self.add_module(f"layer{index}", nn.Linear(widths[index], widths[index + 1]))
+            if batch_norm:
+                self.add_module(f"norm{index}", nn.BatchNorm1d(widths[index + 1]))
+        self.batch_norm = batch_norm
         self.head = nn.Linear(widths[-1], out_features)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the outputs."""
         for index in range(self.depth):
-            features = self.get_submodule(f"layer{index}")(features).relu()
+            features = self.get_submodule(f"layer{index}")(features)
+            if self.batch_norm:
+                features = self.get_submodule(f"norm{index}")(features)
+            features = features.relu()
         outputs: Tensor = self.head(features)
-        return outputs
+        return self.output_mean + self.output_std * outputs
+
+    def extra_repr(self) -> str:
+        """Return what the layers do not show."""
+        return f"output_mean={self.output_mean}, output_std={self.output_std}"

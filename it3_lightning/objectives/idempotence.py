@@ -25,7 +25,7 @@ class Idempotence:
     reliable samples count, those whose second prediction confirms the first, and on these the
     entropy of the first prediction is minimised with the distance. Under shift this gains about as
     much as the published form, and it costs less where that one loses: on clean samples and on the
-    worst shift; see the README's table, which has each part as a row of its own.
+    worst shift; see RESULTS.md, which has each part as a row of its own.
 
     Args:
         distance: a name, or a callable ``(B, C, ...), (B, C, ...) -> (B,)``.

@@ -10,6 +10,7 @@ from torch import Tensor
 from it3_lightning.priors.base import Neutral, Prior
 from it3_lightning.priors.probabilities import (
     OutputKind,
+    both,
     check_outputs,
     check_range,
     floating,
@@ -21,17 +22,21 @@ from it3_lightning.priors.probabilities import (
 class MaskPrior(Prior):
     """Maps of class probabilities: binary masks (sigmoid) or ``C`` classes (softmax).
 
-    Perturbed: each image's map mixed, by a random share, with that of a random other image.
+    Perturbed: each image's map mixed, by a random share, with that of a random image of the batch;
+    where this is the image itself, with its own mirrored map.
 
     Args:
-        num_classes: 1 for a binary mask, else the number of classes ``C``.
+        num_classes: 1 for a binary mask as one map, as published: for the squared L2 and the L1
+            distance; 2 for a binary mask as a distribution over background and foreground, which
+            all other distances, filters and entropies need; else the number of classes ``C``.
         outputs: what the network puts out: ``"logits"`` or ``"probabilities"``.
         neutral: see :class:`Prior`.
         neutral_value: see :class:`Prior`.
 
     Shapes:
         targets ``(B, H, W)`` or ``(B, 1, H, W)`` indices, or ``(B, C, H, W)`` probabilities;
-        outputs ``(B, C, H, W)``.
+        outputs ``(B, C, H, W)``, and of up to 2 classes ``(B, 1, H, W)`` or ``(B, H, W)``: logits
+        or probabilities of the foreground.
 
     Raises:
         ValueError: a target or output does not fit the number of classes.
@@ -71,23 +76,27 @@ class MaskPrior(Prior):
 
     def from_output(self, output: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` probabilities."""
-        maps = output.unsqueeze(1) if output.ndim == 3 and self.channels == 1 else output
-        if self.channels > 1:
-            return probabilities(maps, self.channels, self.outputs)
-        if maps.ndim != 4 or maps.shape[1] != 1:
+        maps = output.unsqueeze(1) if output.ndim == 3 else output
+        if maps.ndim == 4 and maps.shape[1] == 1 and self.channels <= 2:
+            one = maps.sigmoid() if self.outputs == "logits" else maps
+            return one if self.channels == 1 else both(one)
+        if maps.ndim != 4 or self.channels == 1:
             raise ValueError(
-                f"MaskPrior() expected an output of shape (B, 1, H, W) or (B, H, W), got "
-                f"{tuple(output.shape)}. Give the prior as many classes as the network has outputs."
+                f"MaskPrior({self.channels}) expected an output of shape (B, {self.channels}, H, "
+                f"W), got {tuple(output.shape)}. Give the prior as many classes as the network has "
+                "outputs."
             )
-        return maps.sigmoid() if self.outputs == "logits" else maps
+        return probabilities(maps, self.channels, self.outputs)
 
     def neutral_input(self, batch_size: int, like: Tensor) -> Tensor:
         """Return the neutral maps ``(B, C + 1, 1, 1)``, which broadcast over positions."""
         return super().neutral_input(batch_size, like)[:, :, None, None]
 
     def perturb(self, prior: Tensor) -> Tensor:
-        """Mix each map with that of a random other image."""
-        other = prior[torch.randperm(prior.shape[0], device=prior.device)]
+        """Mix each map with that of a random image, or with its own mirrored one."""
+        drawn = torch.randperm(prior.shape[0], device=prior.device)
+        itself = drawn == torch.arange(prior.shape[0], device=prior.device)
+        other = torch.where(itself[:, None, None, None], prior.flip(3), prior[drawn])
         share = torch.rand(prior.shape[0], 1, 1, 1, device=prior.device, dtype=prior.dtype)
         return share * prior + (1 - share) * other
 

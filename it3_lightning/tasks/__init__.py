@@ -1,6 +1,21 @@
 """Ready LightningModules around a network: plain ones, and the same with priors."""
 
+from it3_lightning.tasks.auroc import AUROC
 from it3_lightning.tasks.classification import Classifier, IT3Classifier
 from it3_lightning.tasks.regression import IT3Regressor, Regressor
+from it3_lightning.tasks.road_scores import Completeness, Correctness, Quality, RelaxedScore
+from it3_lightning.tasks.segmentation import IT3Segmenter, Segmenter
 
-__all__ = ["Classifier", "IT3Classifier", "IT3Regressor", "Regressor"]
+__all__ = [
+    "AUROC",
+    "Classifier",
+    "Completeness",
+    "Correctness",
+    "IT3Classifier",
+    "IT3Regressor",
+    "IT3Segmenter",
+    "Quality",
+    "Regressor",
+    "RelaxedScore",
+    "Segmenter",
+]

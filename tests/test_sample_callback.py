@@ -1,0 +1,395 @@
+"""Scope ``"sample"`` under a Trainer: the laws, whole runs, precision, logs."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+from toy import (
+    Batch,
+    Draws,
+    IT3Net,
+    Marked,
+    Raises,
+    adapting,
+    differing,
+    doubles,
+    ending,
+    everything,
+    loader,
+    net,
+    quiet,
+    samples,
+)
+
+from it3_lightning import Idempotence, IT3TestTimeCallback
+
+BACKENDS = ["loop", "vectorised"]
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    with doubles():
+        yield
+
+
+def each(backend: Any = "loop", **settings: Any) -> IT3TestTimeCallback:
+    return adapting(scope="sample", backend=backend, **settings)
+
+
+def predicted(model: Any, *callbacks: Callback, data: Any = None, **kwargs: Any) -> Tensor:
+    batches: Any = quiet(callbacks=list(callbacks), **kwargs).predict(model, data or loader())
+    return torch.cat(list(batches))
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+
+
+# 1. Labels never reach adaptation
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scrambled_labels_leave_every_prediction_unchanged(backend: str) -> None:
+    images, labels = samples()
+    runs = [
+        predicted(net(), each(backend), data=DataLoader(TensorDataset(images, y), batch_size=4))
+        for y in (labels, labels.roll(1), torch.full_like(labels, 2))
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+# 2. Nothing is left behind
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+@pytest.mark.parametrize(
+    "error", [None, ValueError("step"), KeyboardInterrupt(), ValueError("engine")], ids=str
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_left_behind(stage: Any, error: BaseException | None, backend: str) -> None:
+    model: Any = net(Marked).eval()
+    quiet().predict(model, loader())  # Lightning leaves attributes of its own
+    in_engine = str(error) == "engine"
+    model.fails = None if in_engine else error
+    model.calls.zero_()
+    Raises.batches = 0
+    objective = Raises(reliability=None) if in_engine else Idempotence(reliability=None)
+    before = everything(model)
+    trainer = quiet(callbacks=[each(backend, objective=objective, stages=[stage])])
+    with ending(error):
+        getattr(trainer, stage)(model, loader())
+    model.calls.sub_({"None": 3, "engine": 0}.get(str(error), 2))  # the step's own doing
+    assert differing(before, everything(model)) == []
+    assert trainer.global_step == 0
+
+
+def test_module_and_callback_can_be_copied_and_pickled_after_a_run() -> None:
+    model, callback = net(), each()
+    expected = predicted(model, callback)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(predicted(twin, each()), expected)
+    assert torch.equal(predicted(model, pickle.loads(pickle.dumps(callback))), expected)
+
+
+def test_checkpoint_written_in_a_step_holds_the_source_weights(tmp_path: Path) -> None:
+    class Saves(IT3Net):
+        def predict_step(self, batch: Batch, batch_idx: int) -> Any:  # type: ignore[override]
+            outputs = self(batch[0])
+            self.trainer.save_checkpoint(tmp_path / "between.ckpt")
+            return outputs
+
+    model = net(Saves)
+    source = {name: value.clone() for name, value in model.state_dict().items()}
+    predicted(model, each("vectorised"))
+    kept = torch.load(tmp_path / "between.ckpt", weights_only=True)["state_dict"]
+    assert kept.keys() == source.keys()
+    assert all(torch.equal(kept[name], value) for name, value in source.items())
+
+
+def test_other_callbacks_see_the_source_weights() -> None:
+    class Sees(Callback):
+        def on_predict_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+            seen.append(module.get_parameter("net.head.weight").detach().clone())
+
+    seen: list[Tensor] = []
+    model = net()
+    source = model.net.head.weight.detach().clone()
+    predicted(model, each("vectorised", steps=2), Sees())
+    assert len(seen) == 3
+    assert all(torch.equal(weights, source) for weights in seen)
+
+
+# 3. Off is off
+
+
+@pytest.mark.parametrize("kind", [IT3Net, Draws])
+@pytest.mark.parametrize("measure", [True, False])
+def test_no_steps_are_no_callback(kind: type[IT3Net], measure: bool) -> None:
+    model, runs = net(kind), []
+    for callbacks in ([], [each(steps=0, measure=measure)]):
+        torch.manual_seed(0)
+        runs.append((predicted(model, *callbacks), torch.get_rng_state()))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_second_prediction_without_steps_is_that_of_the_source() -> None:
+    callbacks = [make(steps=0, prediction="second") for make in (each, adapting)]
+    one, other = (predicted(net(), callback) for callback in callbacks)
+    assert torch.equal(one, other)
+    assert callbacks[0].summary.distance_source == callbacks[1].summary.distance_source
+
+
+# 5. A sample's prediction depends on nothing but the sample
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_predictions_depend_neither_on_batch_size_nor_on_order(backend: str) -> None:
+    expected = predicted(net(), each(backend, steps=2, optimizer="adam", lr=0.01))
+    for size in (1, 3, 5, 12):
+        callback = each(backend, steps=2, optimizer="adam", lr=0.01)
+        close(predicted(net(), callback, data=loader(batch=size)), expected)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled: Any = DataLoader(Subset(loader().dataset, order), batch_size=4)
+    callback = each(backend, steps=2, optimizer="adam", lr=0.01)
+    close(predicted(net(), callback, data=shuffled), expected[order])
+
+
+def test_backends_agree_however_many_samples_are_vectorised_at_once() -> None:
+    expected = predicted(net(), each("loop"))
+    for chunk in (1, 3, "auto"):
+        close(predicted(net(), each("vectorised", chunk_size=chunk)), expected)
+    close(predicted(net(), each("auto")), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_run_may_be_limited_and_have_several_dataloaders(backend: str) -> None:
+    class Keeps(IT3Net):
+        def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+            outputs[dataloader_idx].append(self(batch[0]))
+            super().test_step(batch, batch_idx)
+
+    alone = [predicted(net(), each(), data=loader(seed=seed))[:8] for seed in (0, 1)]
+    outputs: list[list[Tensor]] = [[], []]
+    callback = each(backend)
+    trainer = quiet(callbacks=[callback], limit_test_batches=2)
+    logged = trainer.test(net(Keeps), [loader(seed=0), loader(seed=1)], verbose=False)
+    assert callback.summary.samples == 16
+    for index, expected in enumerate(alone):
+        close(torch.cat(outputs[index]), expected)
+        distances = callback.summary.distances[index]
+        assert distances.shape == (8,)
+        name = f"it3/distance_source/dataloader_idx_{index}"
+        assert logged[index][name] == pytest.approx(distances.mean().item())
+
+
+# 8. A bad sample harms no other
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_bad_sample_alone_is_skipped_counted_and_logged(backend: str, steps: int) -> None:
+    class Keeps(IT3Net):
+        def test_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+            outputs.append(self(batch[0]))
+
+    outputs: list[Tensor] = []
+    images, labels = samples()
+    images[5] = float("nan")
+    callback = each(backend, steps=steps)
+    data: Any = DataLoader(TensorDataset(images, labels), batch_size=4)
+    trainer = quiet(callbacks=[callback])
+    with pytest.warns(UserWarning, match="keeps the source prediction of a sample: non-finite"):
+        (logged,) = trainer.test(net(Keeps), data, verbose=False)
+    good = [index for index in range(12) if index != 5]
+    expected = predicted(net(), each(steps=steps))
+    close(torch.cat(outputs)[good], expected[good])
+    assert torch.cat(outputs)[5].isnan().all()
+    assert (logged["it3/skipped"], callback.summary.skipped, callback.summary.samples) == (1, 1, 12)
+    assert callback.summary.reasons == {"non-finite output": 1}
+    (distances,) = callback.summary.distances
+    assert distances.isnan().nonzero().tolist() == [[5]]
+    known = distances[good].mean().item()
+    assert logged["it3/distance_source"] == pytest.approx(known)
+    assert logged["it3/reliable"] == pytest.approx(11 / 12)
+
+
+# Stages, precision, modes
+
+
+@pytest.mark.parametrize("stages", [("validate",), ("predict",)])
+def test_only_the_stages_asked_for_adapt(stages: Any) -> None:
+    class Validated(IT3Net):
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            seen["validate"].append(self(batch[0]))
+
+        def test_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+            seen["test"].append(self(batch[0]))
+
+        def predict_step(self, batch: Batch, batch_idx: int) -> int:  # type: ignore[override]
+            seen["predict"].append(self(batch[0]))
+            return batch_idx
+
+    seen: dict[str, list[Tensor]] = {stage: [] for stage in ("validate", "test", "predict")}
+    for stage in seen:
+        getattr(quiet(callbacks=[each(stages=stages)]), stage)(net(Validated), loader())
+    source = predicted(net())
+    adapted = {stage for stage in seen if not torch.equal(torch.cat(seen[stage]), source)}
+    assert adapted == set(stages)
+
+
+def test_validation_inside_fit_adapts_each_sample_and_leaves_training_alone() -> None:
+    class Validated(IT3Net):
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            seen.append(self(batch[0]))
+
+    runs = []
+    for callbacks in ([], [each("vectorised", stages=["validate"])]):
+        seen: list[Tensor] = []
+        model = net(Validated)
+        trainer = quiet(callbacks=callbacks, num_sanity_val_steps=2, max_epochs=2)
+        torch.manual_seed(0)
+        trainer.fit(model, loader(), loader(seed=1))
+        runs.append((seen, model))
+    ours, theirs = (model.state_dict() for _, model in runs)
+    assert all(torch.equal(theirs[name], value) for name, value in ours.items())
+    same = [torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True)]
+    assert same == [True, True] + 6 * [False]  # the sanity check keeps the source
+    close(torch.cat(runs[1][0][-3:]), predicted(runs[1][1], each(), data=loader(seed=1)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU:UserWarning")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_adapts_as_batches_of_one_do(precision: Any, backend: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    single = predicted(net(), adapting(steps=3), data=loader(batch=1), precision=precision)
+    callback = each(backend, steps=3)
+    outputs = predicted(net(), callback, precision=precision)
+    assert outputs.dtype == single.dtype == torch.bfloat16
+    assert callback.summary.skipped == 0
+    source = predicted(net(), precision=precision).float()
+    moved = (single.float() - source).abs().max()
+    assert (outputs.float() - single.float()).abs().max() < 0.1 * moved
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_precision_adapts_as_full_precision_does(precision: Any, backend: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    exact, half = each(backend, steps=4, lr=0.1), each(backend, steps=4, lr=0.1)
+    predicted(net(), exact)
+    assert predicted(net(), half, precision=precision).dtype in (torch.bfloat16, torch.float16)
+    moved = exact.summary.distance_source - exact.summary.distance_adapted
+    assert half.summary.distance_adapted == pytest.approx(
+        exact.summary.distance_adapted, abs=0.1 * moved
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_mode_does_not_matter(backend: str) -> None:
+    runs = [predicted(net(), each(backend), inference_mode=mode) for mode in (True, False)]
+    assert torch.equal(*runs)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+def test_compiled_lightning_module_adapts_like_the_plain_one(scope: Any) -> None:
+    callback, data = adapting(scope=scope, backend="loop"), loader(count=4)
+    compiled: Any = torch.compile(net(), backend="eager")
+    close(predicted(compiled, callback, data=data), predicted(net(), callback, data=data))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_on_the_instance_is_used_and_put_back(backend: str) -> None:
+    model = net()
+    plain = model.forward
+
+    def doubled(x: Tensor) -> Tensor:
+        outputs: Tensor = 2 * plain(x)
+        return outputs
+
+    class Doubled(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model.forward = doubled
+    close(predicted(model, each(backend)), predicted(net(Doubled), each()))
+    assert vars(model)["forward"] is doubled
+
+
+# Logs
+
+
+def test_step_logs_and_counts_each_sample_once() -> None:
+    class Metrics(IT3Net):
+        def __init__(self, **args: Any) -> None:
+            super().__init__(**args)
+            self.accuracy = MulticlassAccuracy(3, average="micro")
+
+        def test_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+            logits = self(batch[0])
+            self.accuracy(logits, batch[1])
+            outputs.append(logits)
+            self.log("accuracy", self.accuracy)
+            super().test_step(batch, batch_idx)
+
+    outputs: list[Tensor] = []
+    trainer = quiet(callbacks=[each("vectorised", steps=2)])
+    (logged,) = trainer.test(net(Metrics), loader(), verbose=False)
+    labels = samples()[1]
+    right = (torch.cat(outputs).argmax(1) == labels).double().mean().item()
+    assert logged["accuracy"] == pytest.approx(right)
+    loss = nn.functional.cross_entropy(torch.cat(outputs), labels).item()
+    assert logged["test_loss"] == pytest.approx(loss)
+    ours = {"distance_source", "distance_adapted", "reliable", "skipped", "ms_per_sample"}
+    assert logged.keys() == {"accuracy", "test_loss"} | {f"it3/{name}" for name in ours}
+
+
+def test_without_measuring_no_distance_is_logged_and_predictions_stay() -> None:
+    callback = each("vectorised", measure=False)
+    (logged,) = quiet(callbacks=[callback]).test(net(), loader(), verbose=False)
+    measured = quiet(callbacks=[each("vectorised")]).test(net(), loader(), verbose=False)[0]
+    assert {"it3/distance_source", "it3/distance_adapted"} == measured.keys() - logged.keys()
+    assert logged["test_loss"] == measured["test_loss"]
+    close(callback.summary.distances[0].mean(), torch.tensor(measured["it3/distance_source"]))
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "IT3 takes" in record.getMessage()]
+
+
+def test_backend_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    callback = each("auto")
+    with caplog.at_level("INFO"):
+        quiet(callbacks=[callback]).predict(net(), [loader(batch=1), loader(batch=12)])
+    (message,) = messages(caplog)
+    assert "ms a sample, 1 at once" in message
+    assert "ms a sample, 12 at once" in callback.summary.backend
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        predicted(net(), each("loop"))
+    assert messages(caplog) == ["IT3 takes backend 'loop': as asked for"]
+
+
+@pytest.mark.parametrize("backend", ["auto", "vectorised"])
+def test_network_that_cannot_be_vectorised_is_looped_over_with_one_warning(backend: Any) -> None:
+    class Asks(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 100 else -x)
+
+    callback = each(backend)
+    with pytest.warns(UserWarning, match="The network cannot be vectorised, so") as caught:
+        outputs = predicted(net(Asks), callback)
+    assert len([w for w in caught if "cannot be vectorised" in str(w.message)]) == 1
+    assert callback.summary.backend.startswith("backend 'loop': cannot be vectorised")
+    close(outputs, predicted(net(Asks), adapting(), data=loader(batch=1)))
