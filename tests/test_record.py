@@ -167,7 +167,7 @@ def test_the_record_changes_no_bit(entry: str, settings: str) -> None:
 
 
 @pytest.mark.parametrize("selected", ["all", "head"])
-@pytest.mark.parametrize("settings", ["steps", "ema", "online", "gated"])
+@pytest.mark.parametrize("settings", ["steps", "ema", "gated"])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_the_record_changes_no_bit_of_other_weights(
     entry: str, settings: str, selected: str

@@ -72,10 +72,11 @@ def test_adaptation_leaves_nothing_behind(settings: str, mode: Callable[[], Any]
 def test_no_kind_of_network_keeps_anything(kind: str) -> None:
     net = in_use(KINDS[kind].build())
     before = bits(net)
-    fast = torch.backends.mha.get_fastpath_enabled()
     adapted(adapter_of(net), KINDS[kind].batch(3))
     assert changed(before, net) == []
-    assert torch.backends.mha.get_fastpath_enabled() is fast
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    assert torch._C._get_mkldnn_enabled()
 
 
 def test_a_restless_network_is_left_as_it_was() -> None:
@@ -500,6 +501,26 @@ def test_wrong_numbers_are_noticed() -> None:
     with pytest.warns(UserWarning, match="outputs differ by .*, where .* may be rounding"):
         adapted(adapter, images())
     assert backend_of(adapter) == "loop"
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("gate", [None, 0.0])
+def test_a_network_that_writes_into_its_inputs_spoils_no_pass(
+    gate: float | None, backend: str
+) -> None:
+    net, inputs = toy(), images(4)
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        return forward_predict(net, x.mul_(1.5), prior)
+
+    adapter = adapter_of(net, forward, backend=backend, gate=gate)
+    found = adapted(adapter, inputs)
+    assert torch.equal(inputs, images(4))
+    if backend != "auto":
+        assert backend_of(adapter) == backend
+    expected = adapted(adapter_of(toy()), 1.5 * inputs)
+    for name in ("outputs", "source_outputs", "distance_source", "distance_adapted"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
 
 
 # What an answer is

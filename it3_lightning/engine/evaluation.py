@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from it3_lightning.engine.first_step import FirstStep
 from it3_lightning.engine.record import Record
-from it3_lightning.engine.samples import Answer, Plain
+from it3_lightning.engine.samples import Answer, Plain, copied
 from it3_lightning.engine.weights import Sites
 from it3_lightning.objectives import Objective, TestTimeObjective
 
@@ -134,7 +134,7 @@ class Evaluator:
         self.forwards += 1
         record = self._record if isinstance(answer, Plain) else None
         with nullcontext() if record is None else record.first_pass(inputs):
-            outputs, answers = answer(inputs)
+            outputs, answers = answer(copied(inputs))
         if finite and not bool(outputs.isfinite().all()):
             raise Skip("non-finite output")
         return outputs.detach(), answers
@@ -182,13 +182,13 @@ class Evaluator:
         )
 
     def run(self, inputs: Any, prior: Tensor | None) -> Tensor:
-        """Run one forward pass and count it.
+        """Run one forward pass, on inputs that it may write into, and count it.
 
         Raises:
             TypeError: it returned something else than a tensor.
         """
         self.forwards += 1
-        outputs = self._forward(inputs, prior)
+        outputs = self._forward(copied(inputs), prior)
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"Expected the forward pass to return a tensor (B, ...), got "

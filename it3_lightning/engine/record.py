@@ -45,7 +45,8 @@ class Record:
         self._module = module
         self._selected = list(selected.values())
         self._calls = Calls(module, self._begun, self._finished)
-        self._entries = {named[name]: where for name, where in enters.items()}
+        inputs_last = sorted(enters.items(), key=lambda entry: entry[1] == "input")
+        self._entries = {named[name]: where for name, where in inputs_last}  # which come first
         self._owners = [
             m for m in module.modules() if any(id(p) in ids for p in m._parameters.values())
         ]

@@ -120,7 +120,12 @@ class SampleAdapter:
             return source
         within = source.distance_source <= gate
         rows = (~within.cpu() & ~source.skipped).nonzero()[:, 0].tolist()
-        source = replace(source, reliable=torch.zeros_like(within), gated=within.cpu())
+        source = replace(
+            source,
+            reliable=torch.zeros_like(within),
+            gated=within.cpu(),
+            distance_adapted=source.distance_adapted if self._settings.measure else None,
+        )
         if not rows:
             return source
         return replaced(source, self._each(taken(inputs, rows), answer), rows)

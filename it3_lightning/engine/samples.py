@@ -97,6 +97,21 @@ def divisible(inputs: Any) -> bool:
     )
 
 
+def copied(inputs: Any) -> Any:
+    """Return a copy, so that a network that writes into its inputs spoils no other pass.
+
+    >>> x = torch.zeros(1)
+    >>> copied([x])[0].add_(1), x
+    (tensor([1.]), tensor([0.]))
+    """
+
+    def copy(leaf: Any) -> Any:
+        clone = getattr(leaf, "clone", None)
+        return clone() if callable(clone) and not isinstance(leaf, type) else leaf
+
+    return tree_map(copy, inputs)
+
+
 def joined(parts: Sequence[Any]) -> Any:
     """Return the batch of which these are the parts, in order.
 

@@ -22,7 +22,7 @@ from it3_lightning.engine.adaptation import Adaptation
 from it3_lightning.engine.compiled import Compiled
 from it3_lightning.engine.evaluation import Forward, ToLabel
 from it3_lightning.engine.record import Record
-from it3_lightning.engine.samples import Answer, batch_size, batched
+from it3_lightning.engine.samples import Answer, batch_size, batched, copied
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.stacked import Stacked, Weights
 from it3_lightning.engine.vmappable import recurrent_layers, vmappable, without_graph
@@ -212,7 +212,7 @@ class Vectorised:
         def one(weights: Weights, sample: Any) -> Any:
             self._forwards += 1
             with self._sites.swapped(weights):
-                leaves, structure = tree_flatten(answer(sample))
+                leaves, structure = tree_flatten(answer(copied(sample)))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             plain[:] = [structure, [None if isinstance(v, Tensor) else (v,) for v in leaves]]
             return tuple(map(_without_batch, tensors))
@@ -244,7 +244,7 @@ class Vectorised:
 
     def _run(self, sample: Any, prior: Tensor | None) -> Tensor:
         self._forwards += 1
-        return self._forward(sample, prior)
+        return self._forward(copied(sample), prior)
 
     def _mapped(self, one: Callable[..., Any], dims: tuple[int | None, ...], *given: Any) -> Any:
         """Call ``one`` for every sample of the last argument, a batch of one each."""
