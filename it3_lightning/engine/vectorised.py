@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,31 +20,20 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from it3_lightning.engine.adaptation import Adaptation
 from it3_lightning.engine.compiled import Compiled
 from it3_lightning.engine.evaluation import Forward, ToLabel
+from it3_lightning.engine.layers import Gradient
+from it3_lightning.engine.layerwise import Layerwise
+from it3_lightning.engine.products import Product
 from it3_lightning.engine.record import Record
-from it3_lightning.engine.samples import Answer, batch_size, batched, copied
+from it3_lightning.engine.samples import Answer, batch_size, batched, copied, joined, taken
+from it3_lightning.engine.seen import REASONS, Seen
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.stacked import Stacked, Weights
 from it3_lightning.engine.vmappable import recurrent_layers, vmappable, without_graph
 from it3_lightning.engine.weights import Sites
 from it3_lightning.graphs import graph_count
 
-_REASONS = ("non-finite output", "non-finite loss", "non-finite gradient or weights")
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What an evaluation says of every sample: outputs ``(B, ...)``, the others ``(B,)``."""
-
-    outputs: Tensor
-    measure: Tensor
-    reliable: Tensor
-    moves: Tensor
-    loss: Tensor
-
-    def trouble(self) -> Tensor:
-        """Return ``(B,)`` on the CPU: 0, or the number of the reason not to go on."""
-        output = ~self.outputs.isfinite().flatten(1).all(1)
-        return torch.where(output, 1, 2 * ~self.loss.isfinite()).cpu()
+_FEW = 4  # samples whose gradients are found both ways
+_LARGE = 1 << 20  # elements of the weights that each sample has
 
 
 class Vectorised:
@@ -82,6 +70,10 @@ class Vectorised:
         if settings.compile:
             self._compiled = {r: Compiled(partial(self._step, r)) for r in (False, True)}
         self._unused: frozenset[str] | None = None if callable(settings.optimizer) else frozenset()
+        self._layerwise: Layerwise | None = None  # known to agree with torch.func
+        self._asked = settings.compile or self._device != "cpu" or settings.anchor == "live"
+        self._memory: Weights = {}
+        self._large = sum(p.numel() for p in selected.values()) >= _LARGE and self._device == "cpu"
         self._forwards = 0
         self._passes: dict[bool, int] = {}
 
@@ -106,18 +98,21 @@ class Vectorised:
     def _adapt(self, inputs: Any, answer: Answer) -> Adaptation:
         size = batch_size(inputs)
         started = time.perf_counter()
-        stacked = Stacked(self._selected, self._settings, size)
+        stacked = Stacked(self._selected, self._settings, size, self._memory)
         failed = torch.zeros(size, dtype=torch.long)
         active = torch.ones(size, dtype=torch.bool)
-        first: _Seen | None = None
+        first: Seen | None = None
         for _ in range(self._settings.steps):
-            gradients, seen = self._gradients(stacked, inputs, at_source=first is None)
-            first = first or seen
+            if first is None:
+                gradients, seen = self._first(stacked, inputs)
+                first = seen
+            else:
+                gradients, seen = self._gradients(stacked, inputs, at_source=False)
             failed = torch.where(active, seen.trouble(), failed)
             active &= (failed == 0) & seen.moves.cpu()
             if active.any():
                 finite = stacked.step(gradients, active)
-                failed[active & ~finite] = len(_REASONS)
+                failed[active & ~finite] = len(REASONS)
                 active &= finite
             del gradients
         assert first is not None
@@ -127,7 +122,7 @@ class Vectorised:
         outputs, answers = self._answers(stacked, inputs, answer)
         adapted = self._measured(stacked, inputs, outputs) if self._settings.measure else None
         known = ~bad.to(outputs.device)
-        reasons = [_REASONS[code - 1] for code in sorted(set(failed[failed > 0].tolist()))]
+        reasons = [REASONS[code - 1] for code in sorted(set(failed[failed > 0].tolist()))]
         return Adaptation(
             outputs=outputs,
             source_outputs=first.outputs,
@@ -144,9 +139,56 @@ class Vectorised:
             answers=answers,
         )
 
+    def _first(self, stacked: Stacked, inputs: Any) -> tuple[Weights, Seen]:
+        """Return the gradients at the source, layer by layer where that is known to agree."""
+        if self._layerwise is not None:
+            try:
+                return self._layer_by_layer(self._layerwise, stacked, inputs)
+            except Exception:  # torch.func is asked, and raises what is no fault of the rules
+                self._layerwise = None
+                stacked.forget()
+        gradients, seen = self._gradients(stacked, inputs, at_source=True)
+        if not self._asked:
+            self._ask(inputs, gradients, seen)
+        return gradients, seen
+
+    def _layer_by_layer(
+        self, layerwise: Layerwise, stacked: Stacked, inputs: Any
+    ) -> tuple[Weights, Seen]:
+        gradients: Weights = {}
+
+        def take(name: str, gradient: Gradient) -> None:
+            if isinstance(gradient, Product):
+                if stacked.use_up(name, gradient):
+                    return
+                gradient = gradient.whole(self._selected[name].shape)
+            gradients[name] = gradient
+
+        seen = layerwise(inputs, take)
+        return {n: g for n, g in gradients.items() if n not in (self._unused or ())}, seen
+
+    def _ask(self, inputs: Any, gradients: Weights, seen: Seen) -> None:
+        """Find out whether the gradients can be found layer by layer, from some that are known."""
+        few = range(min(_FEW, len(seen.loss)))
+        if bool(seen.trouble().any()) or not bool(seen.moves[: len(few)].any()):
+            return  # another batch will tell
+        self._asked, forwards = True, self._forwards
+        layerwise = Layerwise(
+            self._module,
+            self._selected,
+            self._run,
+            self._to_label,
+            self._settings.objective,
+            self._record,
+        )
+        self._record.clear()
+        if layerwise.agrees(taken(inputs, few), {n: g[: len(few)] for n, g in gradients.items()}):
+            self._layerwise = layerwise
+        self._forwards = forwards
+
     def _gradients(
         self, stacked: Stacked, inputs: Any, *, at_source: bool
-    ) -> tuple[Weights, _Seen]:
+    ) -> tuple[Weights, Seen]:
         """Return gradients ``(B, *shape)`` of every sample's loss by its weights."""
         recorded = at_source and stacked.anchor is not None
         step = self._compiled.get(recorded) or partial(self._step, recorded)
@@ -158,7 +200,7 @@ class Vectorised:
         else:
             self._passes[recorded] = self._forwards - before
         used = {name: g for name, g in gradients.items() if name not in (self._unused or ())}
-        return used, _Seen(*seen)
+        return used, Seen(*seen)
 
     def _step(
         self,
@@ -167,7 +209,7 @@ class Vectorised:
         anchor: tuple[Weights | None, int | None],
         inputs: Any,
     ) -> tuple[Weights, tuple[Tensor, ...]]:
-        """Return gradients, and what :class:`_Seen` holds; each given with its dimension."""
+        """Return gradients, and what :class:`Seen` holds; each given with its dimension."""
         record = self._record if recorded else None
 
         def one(weights: Weights, anchor: Weights | None, sample: Any) -> Any:
@@ -183,7 +225,7 @@ class Vectorised:
     def _loss(
         self, own: Weights, anchor: Weights | None, sample: Any, record: Record | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return one sample's loss, and what :class:`_Seen` holds of it."""
+        """Return one sample's loss, and what :class:`Seen` holds of it."""
         kept = record.vectorised() if record else None
         with self._sites.swapped(own):
             with nullcontext() if kept is None else kept.first_pass(sample):
@@ -207,6 +249,8 @@ class Vectorised:
 
     def _answers(self, stacked: Stacked, inputs: Any, answer: Answer) -> tuple[Tensor, Any]:
         """Return outputs ``(B, ...)`` and answers with every sample's own weights."""
+        if stacked.dim is not None and self._large:
+            return self._answers_one_by_one(stacked.weights, inputs, answer)
         plain: list[Any] = []  # what is no tensor, and the structure, is the same for all
 
         def one(weights: Weights, sample: Any) -> Any:
@@ -222,6 +266,18 @@ class Vectorised:
         structure, others = plain
         leaves = [next(tensors) if other is None else other[0] for other in others]
         outputs, answers = tree_unflatten(leaves, structure)
+        return outputs, answers
+
+    def _answers_one_by_one(
+        self, weights: Weights, inputs: Any, answer: Answer
+    ) -> tuple[Tensor, Any]:
+        """Do the same sample by sample: to read the weights takes longer than to call layers."""
+        parts = []
+        for row in range(batch_size(inputs)):
+            self._forwards += 1
+            with self._sites.swapped({name: w[row] for name, w in weights.items()}):
+                parts.append(answer(taken(inputs, range(row, row + 1))))
+        outputs, answers = joined(parts)
         return outputs, answers
 
     def _measured(self, stacked: Stacked, inputs: Any, outputs: Tensor) -> Tensor:

@@ -1,0 +1,195 @@
+"""The first gradients of many samples, by passes that they share: all start from the same weights.
+
+Only activations are differentiated together. The gradients of the weights are found layer by
+layer, for each sample, on the way back; a large one is used up as soon as it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.modules.module import register_module_forward_hook
+
+from it3_lightning.engine.evaluation import Forward, ToLabel
+from it3_lightning.engine.layers import Gradient, Rules, rules_for
+from it3_lightning.engine.products import Product
+from it3_lightning.engine.record import Record
+from it3_lightning.engine.samples import batch_size
+from it3_lightning.engine.seen import Seen
+from it3_lightning.objectives import TestTimeObjective
+
+_CLOSE = 1e-3  # of the largest element of a gradient: rounding is far less, an error far more
+_NOTHING = 1e-6  # of the largest element of all gradients
+
+Take = Callable[[str, Gradient], None]
+"""Takes the gradient of a weight by its name: ``(B, *shape)``, or the factors of it."""
+
+
+class NotLayerwiseError(Exception):
+    """The network does something with a layer that the rules do not know of."""
+
+
+@dataclass
+class _Layer:
+    """A layer, the names of its adapting weights, and whether it was called."""
+
+    module: nn.Module
+    rules: Rules
+    names: dict[str, str]
+    called: bool = False
+
+
+class Layerwise:
+    """Finds the gradients of each sample's loss by the weights, all of them the source's.
+
+    Args:
+        module: whose weights; none of them may need gradients.
+        selected: the adapting parameters by name.
+        run: ``(inputs, prior) -> outputs (B, ...)``.
+        to_label: brings outputs into label space.
+        objective: is evaluated on every sample alone.
+        record: of what need not be computed twice.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        selected: Mapping[str, nn.Parameter],
+        run: Forward,
+        to_label: ToLabel,
+        objective: TestTimeObjective,
+        record: Record,
+    ) -> None:
+        names = {id(parameter): name for name, parameter in selected.items()}
+        self._sites = [
+            (owner, key, names[id(parameter)])
+            for owner in module.modules()
+            for key, parameter in owner._parameters.items()
+            if id(parameter) in names
+        ]
+        self._selected = selected
+        self._run = run
+        self._to_label = to_label
+        self._objective = objective
+        self._record = record
+        self._asks = True  # whether the objective asks for the second pass
+
+    def __call__(self, inputs: Any, take: Take) -> Seen:
+        """Hand every gradient to ``take``, and say what the passes have shown.
+
+        Raises:
+            NotLayerwiseError: a layer has no rules, or is not used as they expect.
+        """
+        layers, size = self._layers(), batch_size(inputs)
+        given: set[str] = set()
+
+        def back(layer: _Layer, features: Tensor, version: int, gradient: Tensor) -> None:
+            if features._version != version:
+                raise NotLayerwiseError("the inputs of a layer were written into")
+            for key, name in layer.names.items():
+                rule: Any = getattr(layer.rules, key)
+                take(name, rule(layer.module, features, gradient))
+                given.add(name)
+
+        with torch.enable_grad():
+            root = torch.zeros((), requires_grad=True)
+            losses, seen = self._losses(inputs, layers, size, root, back)
+            if losses.requires_grad:
+                torch.autograd.grad(losses.sum(), root)
+        for name, parameter in self._selected.items():
+            if name not in given:  # no influence on these samples
+                take(name, parameter.new_zeros(size, *parameter.shape))
+        return seen
+
+    def agrees(self, inputs: Any, expected: Mapping[str, Tensor]) -> bool:
+        """Whether it finds these gradients ``(B, *shape)`` of these inputs."""
+        found: dict[str, Tensor] = {}
+
+        def take(name: str, gradient: Gradient) -> None:
+            product = isinstance(gradient, Product)
+            found[name] = gradient.whole(expected[name].shape[1:]) if product else gradient
+
+        try:
+            self(inputs, take)
+        except Exception:  # whatever it is, torch.func is asked next
+            return False
+        largest = max(float(g.abs().amax()) for g in expected.values() if g.numel())
+        return largest > 0 and all(
+            float((found[name] - g).abs().amax()) <= _CLOSE * float(g.abs().amax()) + _NOTHING * largest
+            for name, g in expected.items()
+            if g.numel()
+        )
+
+    def _layers(self) -> dict[int, _Layer]:
+        layers: dict[int, _Layer] = {}
+        for owner, key, name in self._sites:
+            rules = rules_for(owner)
+            if rules is None or not hasattr(rules, key):
+                raise NotLayerwiseError(f"no rule for {key} of {type(owner).__name__}")
+            layers.setdefault(id(owner), _Layer(owner, rules, {})).names[key] = name
+        if len(self._sites) != len(self._selected):
+            raise NotLayerwiseError("a weight that several layers share")
+        return layers
+
+    def _losses(
+        self, inputs: Any, layers: Mapping[int, _Layer], size: int, root: Tensor, back: Any
+    ) -> tuple[Tensor, Seen]:
+        """Return the samples' losses ``(B,)`` with the graph of activations."""
+        with self._record.first_pass(inputs), _watched(layers, size, root, back):
+            outputs = self._run(inputs, None)
+        y0 = self._to_label(outputs)
+        y1 = None
+        if self._asks:
+            with self._record.second_pass(same=True):
+                y1 = self._to_label(self._run(inputs, y0))
+        losses, others = vmap(self._alone, in_dims=(0, None if y1 is None else 0))(y0, y1)
+        return losses, Seen(*(value.detach() for value in (outputs, *others, losses)))
+
+    def _alone(self, y0: Tensor, y1: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return one sample's loss, and its measure, reliability, and whether it moves."""
+        alone, asked = y0[None], []
+
+        def second(prior: Tensor) -> Tensor:
+            if prior is not alone or y1 is None:
+                raise NotLayerwiseError("the objective asks for another second pass")
+            asked.append(prior)
+            return y1[None]
+
+        objective = self._objective(alone, second)
+        self._asks = bool(asked)
+        reliable = objective.reliable[0]
+        moves = reliable if objective.batch_term is None else torch.ones_like(reliable)
+        return objective.loss(), (objective.measure[0], reliable, moves)
+
+
+@contextmanager
+def _watched(
+    layers: Mapping[int, _Layer], size: int, root: Tensor, back: Callable[..., None]
+) -> Iterator[None]:
+    """Let ``back`` know what comes back to these layers; graphs start at the first of them."""
+
+    def called(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+        layer = layers.get(id(module))
+        if layer is None:
+            return None
+        features = inputs[0] if len(inputs) == 1 else None
+        if layer.called or not isinstance(features, Tensor) or len(features) != size:
+            raise NotLayerwiseError(f"{type(module).__name__} is not called once, with a batch")
+        layer.called = True
+        started: Tensor = output if output.requires_grad else output + root
+        kept = features.detach()
+        started.register_hook(partial(back, layer, kept, kept._version))
+        return started
+
+    handle = register_module_forward_hook(called)
+    try:
+        yield
+    finally:
+        handle.remove()
