@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from it3_lightning.engine.finite import all_finite
 from it3_lightning.engine.first_step import FirstStep
 from it3_lightning.engine.record import Record
 from it3_lightning.engine.samples import Answer, Plain, copied
@@ -107,7 +108,7 @@ class Evaluator:
         if outputs is None:
             with nullcontext() if self._record is None else self._record.first_pass(inputs):
                 outputs = self.run(inputs, None)
-            if not bool(outputs.isfinite().all()):
+            if not all_finite(outputs):
                 raise Skip("non-finite output")
         second = partial(self._second, inputs, anchor, at_source)
         return Evaluation(outputs, self._objective(self._to_label(outputs), second))
@@ -135,7 +136,7 @@ class Evaluator:
         record = self._record if isinstance(answer, Plain) else None
         with nullcontext() if record is None else record.first_pass(inputs):
             outputs, answers = answer(copied(inputs))
-        if finite and not bool(outputs.isfinite().all()):
+        if finite and not all_finite(outputs):
             raise Skip("non-finite output")
         return outputs.detach(), answers
 
@@ -169,7 +170,7 @@ class Evaluator:
         return moved, total
 
     def _check(self, loss: Tensor) -> None:
-        if not bool(loss.isfinite()):
+        if not all_finite(loss):
             raise Skip("non-finite loss")
         if not loss.requires_grad:
             raise self._uninfluenced()

@@ -126,16 +126,14 @@ class FirstStep:
         """Move many small ones in few calls."""
         weights = [p.detach() for p in parameters.values()]
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
-        moved = [self._buffer(name, w) for name, w in zip(parameters, weights, strict=True)]
-        torch._foreach_copy_(moved, weights)
         if self._share is None:
-            torch._foreach_add_(moved, gradients, alpha=-self._lr)
+            moved = torch._foreach_add(weights, gradients, alpha=-self._lr)
         else:
             sizes = list(torch._foreach_abs(gradients))
             if self._share != 1:
                 torch._foreach_mul_(sizes, self._share)
             torch._foreach_add_(sizes, _EPS)
-            torch._foreach_addcdiv_(moved, gradients, sizes, value=-self._lr)
+            moved = torch._foreach_addcdiv(weights, gradients, sizes, value=-self._lr)
         return dict(zip(parameters, moved, strict=True))
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
