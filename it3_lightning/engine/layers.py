@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -90,9 +90,7 @@ def _group_norm(layer: nn.GroupNorm, inputs: Tensor, back: Tensor) -> Tensor:
 
 def _layer_norm(layer: nn.LayerNorm, inputs: Tensor, back: Tensor) -> Tensor:
     shape = list(layer.normalized_shape)
-    return _layer_norm_bias(
-        layer, inputs, F.layer_norm(inputs, shape, eps=layer.eps).mul_(back)
-    )
+    return _layer_norm_bias(layer, inputs, F.layer_norm(inputs, shape, eps=layer.eps).mul_(back))
 
 
 def _layer_norm_bias(layer: nn.LayerNorm, inputs: Tensor, back: Tensor) -> Tensor:

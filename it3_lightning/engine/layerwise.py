@@ -113,18 +113,19 @@ class Layerwise:
         found: dict[str, Tensor] = {}
 
         def take(name: str, gradient: Gradient) -> None:
-            product = isinstance(gradient, Product)
-            found[name] = gradient.whole(expected[name].shape[1:]) if product else gradient
+            if isinstance(gradient, Product):
+                gradient = gradient.whole(expected[name].shape[1:])
+            found[name] = gradient
 
         try:
             self(inputs, take)
         except Exception:  # whatever it is, torch.func is asked next
             return False
-        largest = max(float(g.abs().amax()) for g in expected.values() if g.numel())
-        return largest > 0 and all(
-            float((found[name] - g).abs().amax()) <= _CLOSE * float(g.abs().amax()) + _NOTHING * largest
-            for name, g in expected.items()
-            if g.numel()
+        sizes = {name: _largest(gradient) for name, gradient in expected.items()}
+        nothing = _NOTHING * max(sizes.values())
+        return nothing > 0 and all(
+            _largest(found[name] - expected[name]) <= max(_CLOSE * size, nothing)
+            for name, size in sizes.items()
         )
 
     def _layers(self) -> dict[int, _Layer]:
@@ -169,13 +170,17 @@ class Layerwise:
         return objective.loss(), (objective.measure[0], reliable, moves)
 
 
+def _largest(values: Tensor) -> float:
+    return float(values.abs().amax()) if values.numel() else 0.0
+
+
 @contextmanager
 def _watched(
     layers: Mapping[int, _Layer], size: int, root: Tensor, back: Callable[..., None]
 ) -> Iterator[None]:
     """Let ``back`` know what comes back to these layers; graphs start at the first of them."""
 
-    def called(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+    def called(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         layer = layers.get(id(module))
         if layer is None:
             return None
@@ -185,7 +190,7 @@ def _watched(
         layer.called = True
         started: Tensor = output if output.requires_grad else output + root
         kept = features.detach()
-        started.register_hook(partial(back, layer, kept, kept._version))
+        started.register_hook(partial(back, layer, kept, kept._version))  # type: ignore[no-untyped-call]
         return started
 
     handle = register_module_forward_hook(called)

@@ -186,9 +186,7 @@ class Vectorised:
             self._layerwise = layerwise
         self._forwards = forwards
 
-    def _gradients(
-        self, stacked: Stacked, inputs: Any, *, at_source: bool
-    ) -> tuple[Weights, Seen]:
+    def _gradients(self, stacked: Stacked, inputs: Any, *, at_source: bool) -> tuple[Weights, Seen]:
         """Return gradients ``(B, *shape)`` of every sample's loss by its weights."""
         recorded = at_source and stacked.anchor is not None
         step = self._compiled.get(recorded) or partial(self._step, recorded)
