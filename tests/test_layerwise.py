@@ -12,7 +12,15 @@ from reference import adapt_stream, forward_predict, softmax_label
 from torch import Tensor, nn
 from zoo import KINDS, RESNET, noise, singles
 
-from it3_lightning.engine import Adaptation, SampleAdapter, Settings, products, stacked, vectorised
+from it3_lightning.engine import (
+    Adaptation,
+    SampleAdapter,
+    Settings,
+    gradients,
+    products,
+    stacked,
+    vectorised,
+)
 from it3_lightning.engine.layers import rules_for
 from it3_lightning.engine.layerwise import Layerwise
 from it3_lightning.engine.products import Product
@@ -99,14 +107,14 @@ class Spy:
     """Counts the batches whose gradients were found layer by layer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.batches, own = 0, vectorised.Vectorised._layer_by_layer
+        self.batches, own = 0, gradients.Gradients._layer_by_layer
 
         def counted(*arguments: Any) -> Any:
             found = own(*arguments)
             self.batches += 1
             return found
 
-        monkeypatch.setattr(vectorised.Vectorised, "_layer_by_layer", counted)
+        monkeypatch.setattr(gradients.Gradients, "_layer_by_layer", counted)
 
 
 @pytest.fixture

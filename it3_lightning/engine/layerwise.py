@@ -6,44 +6,24 @@ layer, for each sample, on the way back; a large one is used up as soon as it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.modules.module import register_module_forward_hook
 
 from it3_lightning.engine.evaluation import Forward, ToLabel
-from it3_lightning.engine.layers import Gradient, Rules, rules_for
+from it3_lightning.engine.layers import Gradient
 from it3_lightning.engine.products import Product
 from it3_lightning.engine.record import Record
 from it3_lightning.engine.samples import batch_size
 from it3_lightning.engine.seen import Seen
+from it3_lightning.engine.watched import NotLayerwiseError, Take, layers_of, watched
 from it3_lightning.objectives import TestTimeObjective
 
 _CLOSE = 1e-3  # of the largest element of a gradient: rounding is far less, an error far more
 _NOTHING = 1e-6  # of the largest element of all gradients
-
-Take = Callable[[str, Gradient], None]
-"""Takes the gradient of a weight by its name: ``(B, *shape)``, or the factors of it."""
-
-
-class NotLayerwiseError(Exception):
-    """The network does something with a layer that the rules do not know of."""
-
-
-@dataclass
-class _Layer:
-    """A layer, the names of its adapting weights, and whether it was called."""
-
-    module: nn.Module
-    rules: Rules
-    names: dict[str, str]
-    called: bool = False
 
 
 class Layerwise:
@@ -67,13 +47,7 @@ class Layerwise:
         objective: TestTimeObjective,
         record: Record,
     ) -> None:
-        names = {id(parameter): name for name, parameter in selected.items()}
-        self._sites = [
-            (owner, key, names[id(parameter)])
-            for owner in module.modules()
-            for key, parameter in owner._parameters.items()
-            if id(parameter) in names
-        ]
+        self._module = module
         self._selected = selected
         self._run = run
         self._to_label = to_label
@@ -87,20 +61,15 @@ class Layerwise:
         Raises:
             NotLayerwiseError: a layer has no rules, or is not used as they expect.
         """
-        layers, size = self._layers(), batch_size(inputs)
-        given: set[str] = set()
+        size, given = batch_size(inputs), set[str]()
 
-        def back(layer: _Layer, features: Tensor, version: int, gradient: Tensor) -> None:
-            if features._version != version:
-                raise NotLayerwiseError("the inputs of a layer were written into")
-            for key, name in layer.names.items():
-                rule: Any = getattr(layer.rules, key)
-                take(name, rule(layer.module, features, gradient))
-                given.add(name)
+        def noted(name: str, gradient: Gradient) -> None:
+            given.add(name)
+            take(name, gradient)
 
         with torch.enable_grad():
             root = torch.zeros((), requires_grad=True)
-            losses, seen = self._losses(inputs, layers, size, root, back)
+            losses, seen = self._losses(inputs, size, root, noted)
             if losses.requires_grad:
                 torch.autograd.grad(losses.sum(), root)
         for name, parameter in self._selected.items():
@@ -128,22 +97,10 @@ class Layerwise:
             for name, size in sizes.items()
         )
 
-    def _layers(self) -> dict[int, _Layer]:
-        layers: dict[int, _Layer] = {}
-        for owner, key, name in self._sites:
-            rules = rules_for(owner)
-            if rules is None or not hasattr(rules, key):
-                raise NotLayerwiseError(f"no rule for {key} of {type(owner).__name__}")
-            layers.setdefault(id(owner), _Layer(owner, rules, {})).names[key] = name
-        if len(self._sites) != len(self._selected):
-            raise NotLayerwiseError("a weight that several layers share")
-        return layers
-
-    def _losses(
-        self, inputs: Any, layers: Mapping[int, _Layer], size: int, root: Tensor, back: Any
-    ) -> tuple[Tensor, Seen]:
+    def _losses(self, inputs: Any, size: int, root: Tensor, take: Take) -> tuple[Tensor, Seen]:
         """Return the samples' losses ``(B,)`` with the graph of activations."""
-        with self._record.first_pass(inputs), _watched(layers, size, root, back):
+        layers = layers_of(self._module, self._selected)
+        with self._record.first_pass(inputs), watched(layers, size, root, take):
             outputs = self._run(inputs, None)
         y0 = self._to_label(outputs)
         y1 = None
@@ -172,29 +129,3 @@ class Layerwise:
 
 def _largest(values: Tensor) -> float:
     return float(values.abs().amax()) if values.numel() else 0.0
-
-
-@contextmanager
-def _watched(
-    layers: Mapping[int, _Layer], size: int, root: Tensor, back: Callable[..., None]
-) -> Iterator[None]:
-    """Let ``back`` know what comes back to these layers; graphs start at the first of them."""
-
-    def called(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        layer = layers.get(id(module))
-        if layer is None:
-            return None
-        features = inputs[0] if len(inputs) == 1 else None
-        if layer.called or not isinstance(features, Tensor) or len(features) != size:
-            raise NotLayerwiseError(f"{type(module).__name__} is not called once, with a batch")
-        layer.called = True
-        started: Tensor = output if output.requires_grad else output + root
-        kept = features.detach()
-        started.register_hook(partial(back, layer, kept, kept._version))  # type: ignore[no-untyped-call]
-        return started
-
-    handle = register_module_forward_hook(called)
-    try:
-        yield
-    finally:
-        handle.remove()

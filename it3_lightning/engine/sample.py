@@ -194,13 +194,16 @@ class SampleAdapter:
                 activations=kept,
                 copies=copies_of_weights(self._settings),
             )
-        return chosen(
+        choice = chosen(
             self._settings.backend,
             size,
             inputs,
             loop=lambda part: self._looped(part, answer),
             vectorised=lambda part: self._at_once(part, answer),
         )
+        if choice.backend == "loop":
+            self._vectorised.release()
+        return choice
 
 
 def _empty(leaf: Any) -> Any:

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
+from it3_lightning.engine.elementwise import optimizer_of_all
 from it3_lightning.engine.first_step import FirstStep, single_step
 from it3_lightning.engine.products import Product
 from it3_lightning.engine.settings import Settings
-from it3_lightning.engine.updates import Updater, full_precision, optimizer_factory
+from it3_lightning.engine.updates import Updater, full_precision
 
 Weights = dict[str, Tensor]
 
 _LARGE = 1 << 15  # elements of a weight that does not stay in the cache until it is moved
-
-_ELEMENTWISE = (  # each element moves by its own gradients alone, so stacking changes nothing
-    optim.SGD,
-    optim.Adam,
-    optim.AdamW,
-    optim.RMSprop,
-    optim.Adagrad,
-    optim.Adadelta,
-    optim.Adamax,
-    optim.NAdam,
-    optim.RAdam,
-    optim.ASGD,
-    optim.Rprop,
-)
 
 
 class Stacked:
@@ -148,7 +135,9 @@ class Stacked:
                 name: nn.Parameter(w.expand(self._size, *w.shape).clone())
                 for name, w in self._source.items()
             }
-            self._updater = Updater(list(stacked.values()), self._optimizer, None)
+            self._updater = Updater(
+                list(stacked.values()), partial(optimizer_of_all, self._settings), None
+            )
             self.weights, self.dim = dict(stacked), 0
             if self._settings.anchor == "ema":
                 self._average = {
@@ -156,30 +145,6 @@ class Stacked:
                 }
         self._updater.step([gradients.get(name) for name in self.weights])
         self.weights = {name: w.detach() for name, w in self.weights.items()}
-
-    def _optimizer(self, stacked: Iterable[Any]) -> optim.Optimizer:
-        """Return the optimizer that one sample would get, for the weights of all.
-
-        Raises:
-            NotImplementedError: it may mix the weights of different samples.
-        """
-        many = list(stacked)
-        one = [nn.Parameter(weights.detach()[0]) for weights in many]  # shapes may decide
-        optimizer = optimizer_factory(self._settings.optimizer, self._settings.lr)(one)
-        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        if type(optimizer) not in _ELEMENTWISE or hooks:
-            raise NotImplementedError(
-                f"{type(optimizer).__name__} may mix the samples' weights, as optimizers of one's "
-                "own and those with hooks may"
-            )
-        all_of = {id(alone): weights for alone, weights in zip(one, many, strict=True)}
-        groups = [
-            {**group, "params": [all_of[id(p)] for p in group["params"]]}
-            for group in optimizer.param_groups
-        ]
-        kind: Any = type(optimizer)
-        made: optim.Optimizer = kind(groups)
-        return made
 
     def _clipped(self, gradients: Weights) -> Weights:
         clip = self._settings.grad_clip

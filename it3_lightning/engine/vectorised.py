@@ -1,30 +1,27 @@
-"""Scope ``sample``, vectorised: every sample its own weights, all in one call of ``torch.func``.
+"""Scope ``sample``, vectorised: every sample its own weights, all of them at once.
 
 In the first step all samples share the source weights, so the passes are those of a batch and only
-the gradients are per sample; from then on the weights, too, have a dimension of samples in front.
+the gradients are per sample; from then on the weights, too, have a dimension of samples in front,
+and ``torch.func`` runs the network for all of them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from it3_lightning.engine.adaptation import Adaptation
-from it3_lightning.engine.compiled import Compiled
 from it3_lightning.engine.evaluation import Forward, ToLabel
-from it3_lightning.engine.layers import Gradient
-from it3_lightning.engine.layerwise import Layerwise
-from it3_lightning.engine.products import Product
+from it3_lightning.engine.gradients import Gradients
+from it3_lightning.engine.mapped import Counted, mapped, without_batch
 from it3_lightning.engine.record import Record
-from it3_lightning.engine.samples import Answer, batch_size, batched, copied, joined, taken
+from it3_lightning.engine.samples import Answer, batch_size, copied, joined, taken
 from it3_lightning.engine.seen import REASONS, Seen
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.stacked import Stacked, Weights
@@ -32,8 +29,7 @@ from it3_lightning.engine.vmappable import recurrent_layers, vmappable, without_
 from it3_lightning.engine.weights import Sites
 from it3_lightning.graphs import graph_count
 
-_FEW = 4  # samples whose gradients are found both ways
-_LARGE = 1 << 20  # elements of the weights that each sample has
+_LARGE = 1 << 20  # elements of a sample's weights: to read them takes longer than calling layers
 
 
 class Vectorised:
@@ -61,21 +57,18 @@ class Vectorised:
         self._recurrent = bool(recurrent_layers(module))
         self._selected = selected
         self._sites = Sites(module, selected)
-        self._forward = forward
+        self._run = Counted(forward)
         self._to_label = to_label
         self._settings = settings
         self._record = record
+        self._gradients = Gradients(module, selected, self._run, to_label, settings, record)
         self._device = next(iter(selected.values())).device.type
-        self._compiled: dict[bool, Compiled] = {}
-        if settings.compile:
-            self._compiled = {r: Compiled(partial(self._step, r)) for r in (False, True)}
-        self._unused: frozenset[str] | None = None if callable(settings.optimizer) else frozenset()
-        self._layerwise: Layerwise | None = None  # known to agree with torch.func
-        self._asked = settings.compile or self._device != "cpu" or settings.anchor == "live"
-        self._memory: Weights = {}
         self._large = sum(p.numel() for p in selected.values()) >= _LARGE and self._device == "cpu"
-        self._forwards = 0
-        self._passes: dict[bool, int] = {}
+        self._memory: Weights = {}
+
+    def release(self) -> None:
+        """Give back the memory that is kept for the next batch."""
+        self._memory.clear()
 
     def __call__(self, inputs: Any, answer: Answer) -> Adaptation:
         """Adapt to every sample of the inputs, and answer with its weights.
@@ -85,7 +78,7 @@ class Vectorised:
         """
         if any(graph_count(leaf) for leaf in tree_leaves(inputs)):
             raise NotImplementedError("torch.func takes tensors, not batches of graphs.")
-        self._forwards = 0
+        self._run.count = 0
         try:
             with (
                 torch.autocast(self._device, enabled=False),
@@ -103,11 +96,9 @@ class Vectorised:
         active = torch.ones(size, dtype=torch.bool)
         first: Seen | None = None
         for _ in range(self._settings.steps):
-            if first is None:
-                gradients, seen = self._first(stacked, inputs)
-                first = seen
-            else:
-                gradients, seen = self._gradients(stacked, inputs, at_source=False)
+            find = self._gradients.further if first else self._gradients.first
+            gradients, seen = find(stacked, inputs)
+            first = first or seen
             failed = torch.where(active, seen.trouble(), failed)
             active &= (failed == 0) & seen.moves.cpu()
             if active.any():
@@ -132,118 +123,12 @@ class Vectorised:
             skipped=bad,
             reason=", ".join(reasons) or None,
             weights={},
-            forwards=self._forwards,
+            forwards=self._run.count,
             backwards=self._settings.steps,
             answered=self._record.answered,
             seconds=seconds,
             answers=answers,
         )
-
-    def _first(self, stacked: Stacked, inputs: Any) -> tuple[Weights, Seen]:
-        """Return the gradients at the source, layer by layer where that is known to agree."""
-        if self._layerwise is not None:
-            try:
-                return self._layer_by_layer(self._layerwise, stacked, inputs)
-            except Exception:  # torch.func is asked, and raises what is no fault of the rules
-                self._layerwise = None
-                stacked.forget()
-        gradients, seen = self._gradients(stacked, inputs, at_source=True)
-        if not self._asked:
-            self._ask(inputs, gradients, seen)
-        return gradients, seen
-
-    def _layer_by_layer(
-        self, layerwise: Layerwise, stacked: Stacked, inputs: Any
-    ) -> tuple[Weights, Seen]:
-        gradients: Weights = {}
-
-        def take(name: str, gradient: Gradient) -> None:
-            if isinstance(gradient, Product):
-                if stacked.use_up(name, gradient):
-                    return
-                gradient = gradient.whole(self._selected[name].shape)
-            gradients[name] = gradient
-
-        seen = layerwise(inputs, take)
-        return {n: g for n, g in gradients.items() if n not in (self._unused or ())}, seen
-
-    def _ask(self, inputs: Any, gradients: Weights, seen: Seen) -> None:
-        """Find out whether the gradients can be found layer by layer, from some that are known."""
-        few = range(min(_FEW, len(seen.loss)))
-        if bool(seen.trouble().any()) or not bool(seen.moves[: len(few)].any()):
-            return  # another batch will tell
-        self._asked, forwards = True, self._forwards
-        layerwise = Layerwise(
-            self._module,
-            self._selected,
-            self._run,
-            self._to_label,
-            self._settings.objective,
-            self._record,
-        )
-        self._record.clear()
-        if layerwise.agrees(taken(inputs, few), {n: g[: len(few)] for n, g in gradients.items()}):
-            self._layerwise = layerwise
-        self._forwards = forwards
-
-    def _gradients(self, stacked: Stacked, inputs: Any, *, at_source: bool) -> tuple[Weights, Seen]:
-        """Return gradients ``(B, *shape)`` of every sample's loss by its weights."""
-        recorded = at_source and stacked.anchor is not None
-        step = self._compiled.get(recorded) or partial(self._step, recorded)
-        given = (stacked.weights, stacked.dim), (stacked.anchor, stacked.anchor_dim)
-        before = self._forwards
-        gradients, seen = step(*given, inputs)
-        if self._forwards == before:  # compiled: the passes were counted when it was traced
-            self._forwards += self._passes.get(recorded, 0)
-        else:
-            self._passes[recorded] = self._forwards - before
-        used = {name: g for name, g in gradients.items() if name not in (self._unused or ())}
-        return used, Seen(*seen)
-
-    def _step(
-        self,
-        recorded: bool,
-        weights: tuple[Weights, int | None],
-        anchor: tuple[Weights | None, int | None],
-        inputs: Any,
-    ) -> tuple[Weights, tuple[Tensor, ...]]:
-        """Return gradients, and what :class:`Seen` holds; each given with its dimension."""
-        record = self._record if recorded else None
-
-        def one(weights: Weights, anchor: Weights | None, sample: Any) -> Any:
-            def loss(own: Weights) -> Any:
-                return self._loss(own, anchor, sample, record)
-
-            return grad(loss, has_aux=True)(weights)
-
-        dims = (weights[1], anchor[1])
-        gradients, seen = self._mapped(one, dims, weights[0], anchor[0], inputs)
-        return gradients, seen
-
-    def _loss(
-        self, own: Weights, anchor: Weights | None, sample: Any, record: Record | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return one sample's loss, and what :class:`Seen` holds of it."""
-        kept = record.vectorised() if record else None
-        with self._sites.swapped(own):
-            with nullcontext() if kept is None else kept.first_pass(sample):
-                outputs = self._run(sample, None)
-
-            def second(y0: Tensor) -> Tensor:
-                with (
-                    self._sites.swapped(own if anchor is None else anchor),
-                    nullcontext() if kept is None else kept.second_pass(same=True),
-                ):
-                    return self._to_label(self._run(sample, y0))
-
-            objective = self._settings.objective(self._to_label(outputs), second)
-        loss = objective.loss()
-        if self._unused is None:
-            self._unused = _without_influence(loss, own)
-        reliable = objective.reliable[0]
-        moves = reliable if objective.batch_term is None else torch.ones_like(reliable)
-        seen = outputs[0], objective.measure[0], reliable, moves, loss
-        return loss, tuple(value.detach() for value in seen)
 
     def _answers(self, stacked: Stacked, inputs: Any, answer: Answer) -> tuple[Tensor, Any]:
         """Return outputs ``(B, ...)`` and answers with every sample's own weights."""
@@ -252,15 +137,15 @@ class Vectorised:
         plain: list[Any] = []  # what is no tensor, and the structure, is the same for all
 
         def one(weights: Weights, sample: Any) -> Any:
-            self._forwards += 1
+            self._run.count += 1
             with self._sites.swapped(weights):
                 leaves, structure = tree_flatten(answer(copied(sample)))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             plain[:] = [structure, [None if isinstance(v, Tensor) else (v,) for v in leaves]]
-            return tuple(map(_without_batch, tensors))
+            return tuple(map(without_batch, tensors))
 
         given = stacked.weights, inputs
-        tensors = iter(self._mapped(self._graphless(one), (stacked.dim,), *given))
+        tensors = iter(mapped(self._graphless(one), (stacked.dim,), *given))
         structure, others = plain
         leaves = [next(tensors) if other is None else other[0] for other in others]
         outputs, answers = tree_unflatten(leaves, structure)
@@ -269,10 +154,10 @@ class Vectorised:
     def _answers_one_by_one(
         self, weights: Weights, inputs: Any, answer: Answer
     ) -> tuple[Tensor, Any]:
-        """Do the same sample by sample: to read the weights takes longer than to call layers."""
+        """Do the same sample by sample."""
         parts = []
         for row in range(batch_size(inputs)):
-            self._forwards += 1
+            self._run.count += 1
             with self._sites.swapped({name: w[row] for name, w in weights.items()}):
                 parts.append(answer(taken(inputs, range(row, row + 1))))
         outputs, answers = joined(parts)
@@ -290,39 +175,8 @@ class Vectorised:
 
         dims = (stacked.dim, stacked.anchor_dim, 0)
         given = stacked.weights, stacked.anchor, outputs
-        measure: Tensor = self._mapped(self._graphless(one), dims, *given, inputs)
+        measure: Tensor = mapped(self._graphless(one), dims, *given, inputs)
         return measure
 
     def _graphless(self, one: Callable[..., Any]) -> Callable[..., Any]:
         return partial(without_graph, one) if self._recurrent else torch.no_grad()(one)
-
-    def _run(self, sample: Any, prior: Tensor | None) -> Tensor:
-        self._forwards += 1
-        return self._forward(copied(sample), prior)
-
-    def _mapped(self, one: Callable[..., Any], dims: tuple[int | None, ...], *given: Any) -> Any:
-        """Call ``one`` for every sample of the last argument, a batch of one each."""
-        *others, inputs = given
-        size = batch_size(inputs)
-        along = tree_map(lambda leaf: 0 if batched(leaf, size) else None, inputs)
-
-        def with_batch(*arguments: Any) -> Any:
-            *rest, sample = arguments
-            return one(*rest, _with_batch(sample, along))
-
-        return vmap(with_batch, in_dims=(*dims, along))(*others, inputs)
-
-
-def _without_influence(loss: Tensor, weights: Weights) -> frozenset[str]:
-    """Return the weights that a loss does not depend on: optimizers leave those alone."""
-    found = torch.autograd.grad(loss, [*weights.values()], retain_graph=True, allow_unused=True)
-    return frozenset(name for name, g in zip(weights, found, strict=True) if g is None)
-
-
-def _with_batch(sample: Any, along: Any) -> Any:
-    """Put a dimension of one sample in front of every tensor that has samples."""
-    return tree_map(lambda leaf, dim: leaf if dim is None else leaf[None], sample, along)
-
-
-def _without_batch(leaf: Tensor) -> Tensor:
-    return leaf[0] if leaf.ndim and leaf.shape[0] == 1 else leaf
