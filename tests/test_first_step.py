@@ -283,7 +283,7 @@ def test_it_is_taken_where_one_step_is_all_there_is(settings: Any, single: bool)
 # Memory, counted byte by byte
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def uncollected() -> Iterator[None]:
     """Let nothing but reference counts free memory."""
     gc.collect()

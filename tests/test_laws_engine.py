@@ -160,6 +160,22 @@ def test_what_the_body_counts_is_counted_once() -> None:
     assert net.calls.item() == 1
 
 
+@pytest.mark.parametrize("settings", EVERY)
+def test_a_network_that_writes_into_its_inputs_spoils_no_pass(settings: str) -> None:
+    def forward_of(net: nn.Module) -> Forward:
+        return lambda x, prior: forward_predict(net, x.mul_(1.5), prior)
+
+    settings_of = {**EVERY[settings], "parameters": "all"}
+    net, batches = toy(), stream(2)
+    found = results(adapter_of(net, forward_of(net), **settings_of), batches)
+    expected = results(adapter_of(toy(), **settings_of), [1.5 * x for x in stream(2)])
+    assert same(zip(batches, stream(2), strict=True))
+    assert same((a.outputs, b.outputs) for a, b in zip(found, expected, strict=True))
+    assert same(
+        (a.distance_source, b.distance_source) for a, b in zip(found, expected, strict=True)
+    )
+
+
 def test_lstm_leaves_nothing_behind() -> None:
     net = drawn(Conditioned(LastOutput(nn.LSTM(4, 8, batch_first=True))))
     before = bits(net)

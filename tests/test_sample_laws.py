@@ -72,10 +72,11 @@ def test_adaptation_leaves_nothing_behind(settings: str, mode: Callable[[], Any]
 def test_no_kind_of_network_keeps_anything(kind: str) -> None:
     net = in_use(KINDS[kind].build())
     before = bits(net)
-    fast = torch.backends.mha.get_fastpath_enabled()
     adapted(adapter_of(net), KINDS[kind].batch(3))
     assert changed(before, net) == []
-    assert torch.backends.mha.get_fastpath_enabled() is fast
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    assert torch._C._get_mkldnn_enabled()
 
 
 def test_a_restless_network_is_left_as_it_was() -> None:
@@ -502,6 +503,26 @@ def test_wrong_numbers_are_noticed() -> None:
     assert backend_of(adapter) == "loop"
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("gate", [None, 0.0])
+def test_a_network_that_writes_into_its_inputs_spoils_no_pass(
+    gate: float | None, backend: str
+) -> None:
+    net, inputs = toy(), images(4)
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        return forward_predict(net, x.mul_(1.5), prior)
+
+    adapter = adapter_of(net, forward, backend=backend, gate=gate)
+    found = adapted(adapter, inputs)
+    assert torch.equal(inputs, images(4))
+    if backend != "auto":
+        assert backend_of(adapter) == backend
+    expected = adapted(adapter_of(toy()), 1.5 * inputs)
+    for name in ("outputs", "source_outputs", "distance_source", "distance_adapted"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
 # What an answer is
 
 
@@ -542,6 +563,34 @@ def test_an_answer_on_other_inputs_is_not_taken_from_the_record(backend: str) ->
             expected = forward_predict(net, -inputs[index : index + 1], None).detach()
         assert found is not None
         torch.testing.assert_close(found[index : index + 1], expected, rtol=0, atol=1e-10)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("kind", ["mlp", "batch norm", "lstm", "vit"])
+def test_autocast_gives_the_networks_own_data_type_in_both_backends(kind: str) -> None:
+    net, inputs = KINDS[kind].build(torch.float32), KINDS[kind].batch(4, torch.float32)
+
+    def answer(x: Tensor) -> tuple[Tensor, Any]:
+        outputs = forward_predict(net, x, None)
+        return outputs, {"logits": outputs, "probabilities": outputs.float().softmax(1)}
+
+    full = adapted(adapter_of(net, lr=1e-3), inputs, answer)
+    assert full.outputs is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in BACKENDS:
+            adapter = adapter_of(net, lr=1e-3, backend=backend)
+            found = adapted(adapter, inputs, answer)
+            adapted(adapter, inputs, lambda x: (forward_predict(net, x, None), None))
+            assert backend_of(adapter) == backend
+            assert found.outputs is not None
+            assert found.source_outputs is not None
+            assert found.outputs.dtype == found.source_outputs.dtype == torch.bfloat16
+            assert found.answers["logits"].dtype == torch.bfloat16
+            assert found.answers["probabilities"].dtype == torch.float32
+            difference = (found.outputs - full.outputs).abs().max()
+            assert 0 < difference < 0.05 * full.outputs.abs().max()  # by bfloat16's rounding
 
 
 # Settings

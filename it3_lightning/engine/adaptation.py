@@ -20,7 +20,8 @@ class Adaptation:
         outputs: ``(B, ...)``, the network's outputs from the adapted weights; the source outputs
             where the batch was skipped; ``None`` if not measured.
         source_outputs: ``(B, ...)``, outputs of the un-adapted network; ``None`` if not measured.
-        distance_source: ``(B,)``, the objective's measure with the un-adapted weights.
+        distance_source: ``(B,)``, the objective's measure with the un-adapted weights; NaN where it
+            is not known, as of a sample that was skipped by itself.
         distance_adapted: ``(B,)``, the same with the adapted weights.
         reliable: ``(B,)`` booleans, the samples that moved the weights in the first step.
         skipped: ``(B,)`` booleans, the samples that got the source prediction.

@@ -11,7 +11,7 @@ from torch import Tensor
 from it3_lightning.engine.adaptation import Adaptation
 from it3_lightning.engine.evaluation import Evaluation, Evaluator
 from it3_lightning.engine.gate import Gate
-from it3_lightning.engine.samples import Answer, batch_size
+from it3_lightning.engine.samples import Answer, Plain, batch_size
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.state import State
 
@@ -32,24 +32,30 @@ def adapt_state(
     Raises:
         Skip: the batch cannot be adapted to.
     """
-    source = evaluate.measured(inputs, None) if carried and settings.measure else None
+    source = None
+    if carried and settings.measure:
+        source = evaluate.measured(inputs, None, at_source=True)  # the weights in place
+    by_source = not carried or (source is not None and settings.gate is None)  # the pass on record
     backup = state.backup() if carried else None
     state.enter()
     try:
         started = time.perf_counter()
         gate = None
         if settings.gate is not None and settings.steps:
-            same = state.anchored_at_source and not carried
+            same = state.anchored_at_source and by_source
             gate = Gate.of(settings.gate, state, inputs, evaluate, settings, at_source=same)
-        first = _steps(state, inputs, evaluate, settings.steps, gate, carried=carried)
+        first = _steps(state, inputs, evaluate, settings.steps, gate, by_source=by_source)
         seconds = time.perf_counter() - started
         outputs, answers, last = None, None, None
-        if answer is not None:
-            outputs, answers = evaluate.answer(inputs, answer)
-        if settings.measure:
-            whole = gate is None or gate.closed  # else the first pass known is with moved weights
-            same = whole and state.anchored_at_source and not carried
-            last = evaluate.measured(inputs, state.anchor, at_source=same, outputs=outputs)
+        if gate is not None and gate.closed and (answer is None or isinstance(answer, Plain)):
+            last = gate.before  # no weight has moved
+            outputs = last.outputs
+        else:
+            if answer is not None:
+                outputs, answers = evaluate.answer(inputs, answer)
+            if settings.measure:
+                same = gate is None and state.anchored_at_source and by_source
+                last = evaluate.measured(inputs, state.anchor, at_source=same, outputs=outputs)
     except BaseException:
         if backup is not None:
             state.rollback(backup)
@@ -57,10 +63,10 @@ def adapt_state(
     moved = first or last
     source = source if carried else moved
     return Adaptation(
-        outputs=outputs if last is None else last.outputs,
+        outputs=last.outputs if last is not None else outputs,
         source_outputs=None if source is None else source.outputs,
         distance_source=None if source is None else source.objective.measure,
-        distance_adapted=None if last is None else last.objective.measure,
+        distance_adapted=last.objective.measure if last is not None and settings.measure else None,
         reliable=None if moved is None else moved.objective.reliable,
         skipped=torch.zeros(
             _samples(None if moved is None else moved.outputs, inputs), dtype=torch.bool
@@ -115,13 +121,16 @@ def _steps(
     steps: int,
     gate: Gate | None,
     *,
-    carried: bool,
+    by_source: bool,
 ) -> Evaluation | None:
-    """Take the steps; return the evaluation before the first."""
+    """Take the steps; return the evaluation before the first.
+
+    ``by_source``: the first pass over the batch has the source weights.
+    """
     first: Evaluation | None = None
     movers = inputs if gate is None else gate.movers
     for _ in range(0 if gate is not None and gate.closed else steps):
-        same = state.anchored_at_source and not carried
+        same = state.anchored_at_source and by_source
         evaluation = evaluate(movers, state.anchor, at_source=same)
         if gate is not None:
             evaluation = gate.masked(evaluation)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from it3_lightning.engine.finite import all_finite
 from it3_lightning.engine.first_step import FirstStep
 from it3_lightning.engine.record import Record
-from it3_lightning.engine.samples import Answer, Plain
+from it3_lightning.engine.samples import Answer, Plain, copied
 from it3_lightning.engine.weights import Sites
 from it3_lightning.objectives import Objective, TestTimeObjective
 
@@ -107,7 +108,7 @@ class Evaluator:
         if outputs is None:
             with nullcontext() if self._record is None else self._record.first_pass(inputs):
                 outputs = self.run(inputs, None)
-            if not bool(outputs.isfinite().all()):
+            if not all_finite(outputs):
                 raise Skip("non-finite output")
         second = partial(self._second, inputs, anchor, at_source)
         return Evaluation(outputs, self._objective(self._to_label(outputs), second))
@@ -134,8 +135,8 @@ class Evaluator:
         self.forwards += 1
         record = self._record if isinstance(answer, Plain) else None
         with nullcontext() if record is None else record.first_pass(inputs):
-            outputs, answers = answer(inputs)
-        if finite and not bool(outputs.isfinite().all()):
+            outputs, answers = answer(copied(inputs))
+        if finite and not all_finite(outputs):
             raise Skip("non-finite output")
         return outputs.detach(), answers
 
@@ -169,7 +170,7 @@ class Evaluator:
         return moved, total
 
     def _check(self, loss: Tensor) -> None:
-        if not bool(loss.isfinite()):
+        if not all_finite(loss):
             raise Skip("non-finite loss")
         if not loss.requires_grad:
             raise self._uninfluenced()
@@ -182,13 +183,13 @@ class Evaluator:
         )
 
     def run(self, inputs: Any, prior: Tensor | None) -> Tensor:
-        """Run one forward pass and count it.
+        """Run one forward pass, on inputs that it may write into, and count it.
 
         Raises:
             TypeError: it returned something else than a tensor.
         """
         self.forwards += 1
-        outputs = self._forward(inputs, prior)
+        outputs = self._forward(copied(inputs), prior)
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"Expected the forward pass to return a tensor (B, ...), got "

@@ -102,18 +102,19 @@ class FirstStep:
             parts = [part.permute(order) for part in (weights, gradients, out)]
             if all(part.is_contiguous() for part in parts):
                 pieces = zip(*(_split(part.view(-1), _CHUNK) for part in parts), strict=True)
-                return torch.stack([_sum(self._move(*piece)) for piece in pieces]).sum()
-        return _sum(self._move(weights, gradients, out))
+                return torch.stack([_sum(self.write(*piece)) for piece in pieces]).sum()
+        return _sum(self.write(weights, gradients, out))
 
     def _move_rows(self, weights: Tensor, gradients: Tensor, out: Tensor) -> Tensor:
         if len(out) == 1:
             return self.move(weights, gradients[0], out=out[0])[None]
-        return _sum(self._move(weights, gradients, out).reshape(len(out), -1), 1)
+        return _sum(self.write(weights, gradients, out).reshape(len(out), -1), 1)
 
-    def _move(self, weights: Tensor, gradients: Tensor, out: Tensor) -> Tensor:
+    def write(self, weights: Tensor, gradients: Tensor, out: Tensor) -> Tensor:
+        """Write moved weights into ``out``, which may be the gradients, and return it."""
         if weights.dtype in HALF:
             full = gradients.float()
-            return out.copy_(self._move(weights.float(), full, full))
+            return out.copy_(self.write(weights.float(), full, full))
         if self._share is None:
             return torch.add(weights, gradients, alpha=-self._lr, out=out)
         size = gradients.abs()
@@ -125,16 +126,14 @@ class FirstStep:
         """Move many small ones in few calls."""
         weights = [p.detach() for p in parameters.values()]
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
-        moved = [self._buffer(name, w) for name, w in zip(parameters, weights, strict=True)]
-        torch._foreach_copy_(moved, weights)
         if self._share is None:
-            torch._foreach_add_(moved, gradients, alpha=-self._lr)
+            moved = torch._foreach_add(weights, gradients, alpha=-self._lr)
         else:
             sizes = list(torch._foreach_abs(gradients))
             if self._share != 1:
                 torch._foreach_mul_(sizes, self._share)
             torch._foreach_add_(sizes, _EPS)
-            torch._foreach_addcdiv_(moved, gradients, sizes, value=-self._lr)
+            moved = torch._foreach_addcdiv(weights, gradients, sizes, value=-self._lr)
         return dict(zip(parameters, moved, strict=True))
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:

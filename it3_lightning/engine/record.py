@@ -45,7 +45,8 @@ class Record:
         self._module = module
         self._selected = list(selected.values())
         self._calls = Calls(module, self._begun, self._finished)
-        self._entries = {named[name]: where for name, where in enters.items()}
+        inputs_last = sorted(enters.items(), key=lambda entry: entry[1] == "input")
+        self._entries = {named[name]: where for name, where in inputs_last}  # which come first
         self._owners = [
             m for m in module.modules() if any(id(p) in ids for p in m._parameters.values())
         ]
@@ -130,7 +131,7 @@ class Record:
     @contextmanager
     def _taking(self, inputs: Any) -> Iterator[None]:
         traces = None if self._functional else Traces(self._module, inputs, not self._probed)
-        if not (self._entries and all(map(self._calls.sees, self._entries))):
+        if not self._entries:
             self._close("prior")
         with ExitStack() as stack:
             if self._functional or not torch.is_grad_enabled():
@@ -143,7 +144,7 @@ class Record:
                 )
             stack.enter_context(self._calls.taken())
             yield
-        if self._entered != set(self._entries):  # it may enter earlier, where it is given
+        if self._entered != set(self._entries):  # it may enter earlier, where it is not seen
             self._before.pop("prior", None)
         for moment in _MOMENTS:
             if moment not in self._before:

@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from it3_lightning.engine.adaptation import Adaptation, merged, replaced
 from it3_lightning.engine.batch import BatchAdapter
@@ -21,7 +22,7 @@ from it3_lightning.engine.choice import Choice, chosen, fallen_back, said
 from it3_lightning.engine.chunks import bytes_of_weights, copies_of_weights, samples_within
 from it3_lightning.engine.evaluation import Forward, ToLabel
 from it3_lightning.engine.record import Enters
-from it3_lightning.engine.samples import Answer, Plain, batch_size, taken
+from it3_lightning.engine.samples import Answer, Plain, batch_size, cast_like, taken
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.untraced import untraced
 from it3_lightning.engine.vectorised import Vectorised
@@ -73,6 +74,7 @@ class SampleAdapter:
             module, self.selected, forward, to_label, settings, self._alone.record
         )
         self.choice: Choice | None = None
+        self._like: Any = None  # outputs and answers of the loop, in their data types
 
     def restart(self) -> None:
         """Do nothing: no sample leaves anything to the next."""
@@ -118,7 +120,12 @@ class SampleAdapter:
             return source
         within = source.distance_source <= gate
         rows = (~within.cpu() & ~source.skipped).nonzero()[:, 0].tolist()
-        source = replace(source, reliable=torch.zeros_like(within), gated=within.cpu())
+        source = replace(
+            source,
+            reliable=torch.zeros_like(within),
+            gated=within.cpu(),
+            distance_adapted=source.distance_adapted if self._settings.measure else None,
+        )
         if not rows:
             return source
         return replaced(source, self._each(taken(inputs, rows), answer), rows)
@@ -144,7 +151,9 @@ class SampleAdapter:
         for index in range(batch_size(inputs)):
             with self._alone.adapted(taken(inputs, range(index, index + 1)), answer) as adaptation:
                 parts.append(replace(adaptation, weights={}))
-        return merged(parts)
+        looped = merged(parts)
+        self._like = tree_map(_empty, (looped.outputs, looped.answers))
+        return looped
 
     def _at_once(self, inputs: Any, answer: Answer) -> Adaptation:
         """Adapt to all samples by ``torch.func``; what goes wrong in the end keeps the source."""
@@ -155,7 +164,10 @@ class SampleAdapter:
                 parameter.grad = None
             adaptation = self._vectorised(inputs, answer)
         assert adaptation.outputs is not None
-        bad = ~adaptation.outputs.isfinite().flatten(1).all(1).cpu() & ~adaptation.skipped
+        outputs, answers = cast_like((adaptation.outputs, adaptation.answers), self._like)
+        source = cast_like(adaptation.source_outputs, outputs)
+        adaptation = replace(adaptation, outputs=outputs, answers=answers, source_outputs=source)
+        bad = ~outputs.isfinite().flatten(1).all(1).cpu() & ~adaptation.skipped
         if not bad.any():
             return adaptation
         rows = bad.nonzero()[:, 0].tolist()
@@ -182,10 +194,17 @@ class SampleAdapter:
                 activations=kept,
                 copies=copies_of_weights(self._settings),
             )
-        return chosen(
+        choice = chosen(
             self._settings.backend,
             size,
             inputs,
             loop=lambda part: self._looped(part, answer),
             vectorised=lambda part: self._at_once(part, answer),
         )
+        if choice.backend == "loop":
+            self._vectorised.release()
+        return choice
+
+
+def _empty(leaf: Any) -> Any:
+    return leaf.new_empty(0) if isinstance(leaf, Tensor) else leaf

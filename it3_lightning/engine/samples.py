@@ -97,6 +97,21 @@ def divisible(inputs: Any) -> bool:
     )
 
 
+def copied(inputs: Any) -> Any:
+    """Return a copy, so that a network that writes into its inputs spoils no other pass.
+
+    >>> x = torch.zeros(1)
+    >>> copied([x])[0].add_(1), x
+    (tensor([1.]), tensor([0.]))
+    """
+
+    def copy(leaf: Any) -> Any:
+        clone = getattr(leaf, "clone", None)
+        return clone() if callable(clone) and not isinstance(leaf, type) else leaf
+
+    return tree_map(copy, inputs)
+
+
 def joined(parts: Sequence[Any]) -> Any:
     """Return the batch of which these are the parts, in order.
 
@@ -130,14 +145,19 @@ def written(whole: Any, part: Any, indices: Sequence[int]) -> Any:
 
 
 def cast_like(values: Any, model: Any) -> Any:
-    """Return the values in the data types of a model of the same structure.
+    """Return the values in the data types of a model, if it has the same structure.
 
     >>> cast_like(torch.ones(1), torch.ones(5, dtype=torch.float64)).dtype
     torch.float64
     """
+    leaves, structure = tree_flatten(values)
+    like, other = tree_flatten(model)
+    if structure != other:
+        return values
+    both = zip(leaves, like, strict=True)
+    return tree_unflatten([_cast(leaf, of) for leaf, of in both], structure)
 
-    def cast(value: Any, like: Any) -> Any:
-        both = isinstance(value, Tensor) and isinstance(like, Tensor)
-        return value.to(like.dtype) if both else value
 
-    return tree_map(cast, values, model)
+def _cast(leaf: Any, like: Any) -> Any:
+    tensors = isinstance(leaf, Tensor) and isinstance(like, Tensor)
+    return leaf.to(like.dtype) if tensors else leaf

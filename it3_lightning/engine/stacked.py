@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
+from it3_lightning.engine.elementwise import optimizer_of_all
 from it3_lightning.engine.first_step import FirstStep, single_step
+from it3_lightning.engine.products import Product
 from it3_lightning.engine.settings import Settings
-from it3_lightning.engine.updates import Updater, full_precision, optimizer_factory
+from it3_lightning.engine.updates import Updater, full_precision
 
 Weights = dict[str, Tensor]
 
-_ELEMENTWISE = (  # each element moves by its own gradients alone, so stacking changes nothing
-    optim.SGD,
-    optim.Adam,
-    optim.AdamW,
-    optim.RMSprop,
-    optim.Adagrad,
-    optim.Adadelta,
-    optim.Adamax,
-    optim.NAdam,
-    optim.RAdam,
-    optim.ASGD,
-    optim.Rprop,
-)
+_LARGE = 1 << 15  # elements of a weight that does not stay in the cache until it is moved
 
 
 class Stacked:
@@ -37,11 +27,19 @@ class Stacked:
         parameters: the adapting parameters by name, with the source weights in them.
         settings: how to adapt.
         size: ``B``.
+        memory: by name, of earlier samples' large weights; what is there is overwritten.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], settings: Settings, size: int
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        settings: Settings,
+        size: int,
+        memory: Weights | None = None,
     ) -> None:
+        self._memory: Weights = {} if memory is None else memory
+        self._early: Weights = {}  # moved before all gradients are known
+        self._sums: list[Tensor] = []
         self._settings = settings
         self._size = size
         self._source: Weights = {name: p.detach() for name, p in parameters.items()}
@@ -66,11 +64,30 @@ class Stacked:
         """Dimension of samples in the anchor: 0, or ``None`` where all share it."""
         return 0 if self._average else None
 
+    def use_up(self, name: str, product: Product) -> bool:
+        """Move a large weight by its gradients as they are made, if one step is all there is."""
+        weights = self._source[name]
+        if self._single is None or weights.numel() < _LARGE or weights.device.type != "cpu":
+            return False
+        out = self._memory.get(name)
+        if out is None or len(out) < self._size:
+            out = self._memory[name] = weights.new_empty(self._size, *weights.shape)
+        moved = self._early[name] = out[: self._size]
+        rows, source = moved.flatten(2), weights.flatten(1)
+        for sample, part, gradient in product.pieces():
+            self._single.write(source[part], gradient, out=rows[sample, part])
+        self._sums.append(product.bound())
+        return True
+
+    def forget(self) -> None:
+        """Forget what is used up."""
+        self._early, self._sums = {}, []
+
     def step(self, gradients: Weights, active: Tensor) -> Tensor:
         """Move the active samples' weights; return ``(B,)`` on the CPU, whose are finite.
 
         Args:
-            gradients: ``(B, *shape)``; overwritten.
+            gradients: ``(B, *shape)``, of all weights that are not used up yet; overwritten.
             active: ``(B,)`` booleans on the CPU; the other samples' weights stay.
         """
         self._moved |= active
@@ -82,7 +99,7 @@ class Stacked:
         else:
             self._move(self._clipped(gradients))
             total = torch.stack([_by_sample(w) for w in self.weights.values()]).sum(0)
-        for name in gradients if fresh else ():
+        for name in self.weights if fresh else ():
             self.weights[name].data[fresh] = self._source[name]
         for name, rows in before.items():
             self.weights[name].data[still] = rows
@@ -103,13 +120,12 @@ class Stacked:
 
     def _move_once(self, gradients: Weights, single: FirstStep) -> Tensor:
         users = Counter(gradient.untyped_storage().data_ptr() for gradient in gradients.values())
-        moved: Weights = {}
-        sums = []
+        moved, sums = dict(self._early), list(self._sums)
         for name, gradient in gradients.items():
             shared = users[gradient.untyped_storage().data_ptr()] > 1 or 0 in gradient.stride()
             moved[name] = torch.empty_like(gradient) if shared else gradient
             sums.append(single.move(self._source[name], gradient, out=moved[name]))
-        self.weights, self.dim = moved, 0
+        self.weights, self.dim = {name: moved[name] for name in self._source}, 0
         return torch.stack(sums).sum(0)
 
     def _move(self, gradients: Weights) -> None:
@@ -119,7 +135,9 @@ class Stacked:
                 name: nn.Parameter(w.expand(self._size, *w.shape).clone())
                 for name, w in self._source.items()
             }
-            self._updater = Updater(list(stacked.values()), self._optimizer, None)
+            self._updater = Updater(
+                list(stacked.values()), partial(optimizer_of_all, self._settings), None
+            )
             self.weights, self.dim = dict(stacked), 0
             if self._settings.anchor == "ema":
                 self._average = {
@@ -127,30 +145,6 @@ class Stacked:
                 }
         self._updater.step([gradients.get(name) for name in self.weights])
         self.weights = {name: w.detach() for name, w in self.weights.items()}
-
-    def _optimizer(self, stacked: Iterable[Any]) -> optim.Optimizer:
-        """Return the optimizer that one sample would get, for the weights of all.
-
-        Raises:
-            NotImplementedError: it may mix the weights of different samples.
-        """
-        many = list(stacked)
-        one = [nn.Parameter(weights.detach()[0]) for weights in many]  # shapes may decide
-        optimizer = optimizer_factory(self._settings.optimizer, self._settings.lr)(one)
-        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        if type(optimizer) not in _ELEMENTWISE or hooks:
-            raise NotImplementedError(
-                f"{type(optimizer).__name__} may mix the samples' weights, as optimizers of one's "
-                "own and those with hooks may"
-            )
-        all_of = {id(alone): weights for alone, weights in zip(one, many, strict=True)}
-        groups = [
-            {**group, "params": [all_of[id(p)] for p in group["params"]]}
-            for group in optimizer.param_groups
-        ]
-        kind: Any = type(optimizer)
-        made: optim.Optimizer = kind(groups)
-        return made
 
     def _clipped(self, gradients: Weights) -> Weights:
         clip = self._settings.grad_clip

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from it3_lightning.engine.evaluation import Evaluator, Skip
+from it3_lightning.engine.finite import all_finite
 from it3_lightning.engine.first_step import FirstStep
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.updates import Updater, full_precision, optimizer_factory
@@ -96,9 +97,9 @@ class State:
                 torch._foreach_lerp_([*self._average.values()], self._updater.values, share)
         self.moved = True
         torch.clear_autocast_cache()
-        if bool(total.isfinite()):
+        if all_finite(total):
             return
-        if not all(bool(w.isfinite().all()) for w in self.weights.values()):  # no mere overflow
+        if not all(all_finite(w) for w in self.weights.values()):  # no mere overflow
             raise Skip("non-finite gradient or weights")
 
     def _leave_source(self) -> None:

@@ -84,8 +84,8 @@ def differ(before: Marks, after: Marks) -> bool:
 
 def _foreign(module: nn.Module) -> Iterator[nn.Module]:
     parts = [part for name, part in module.named_children() if name.startswith(OWN)]
-    own = {m for part in parts for m in part.modules()}
-    return (m for m in module.modules() if m not in own)
+    own = {id(m) for part in parts for m in part.modules()}
+    return (m for m in module.modules() if id(m) not in own)
 
 
 def _noted(value: Any, depth: int) -> Iterator[tuple[Any, Any]]:

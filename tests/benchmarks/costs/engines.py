@@ -8,6 +8,7 @@ from torch import Tensor
 
 from costs.networks import CLASSES, Subject
 from it3_lightning.engine import Adaptation, SampleAdapter, Settings, adapter
+from it3_lightning.engine.samples import Plain
 from it3_lightning.objectives import Idempotence
 from it3_lightning.priors import ClassPrior
 
@@ -35,7 +36,7 @@ class Ours:
 
     def adapt(self, images: Tensor) -> Adaptation:
         """Return what comes of adapting to the images and predicting them."""
-        with self.adapter.adapted(images, self._answer) as adaptation:
+        with self.adapter.adapted(images, Plain(self._module)) as adaptation:
             return adaptation
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -53,6 +54,3 @@ class Ours:
     def choice(self) -> str:
         """Say which backend was chosen, in scope ``"sample"``."""
         return str(self.adapter.choice) if isinstance(self.adapter, SampleAdapter) else ""
-
-    def _answer(self, images: Tensor) -> tuple[Tensor, None]:
-        return self._module(images), None

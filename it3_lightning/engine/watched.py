@@ -1,0 +1,100 @@
+"""Watches layers during a pass: what goes into them, and on the way back, what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from it3_lightning.engine.layers import Gradient, Rules, rules_for
+
+Take = Callable[[str, Gradient], None]
+"""Takes the gradient of a weight by its name: ``(B, *shape)``, or the factors of it."""
+
+
+class NotLayerwiseError(Exception):
+    """The network does something with a layer that the rules do not know of."""
+
+
+@dataclass
+class Layer:
+    """A layer, and the names of its adapting weights.
+
+    Args:
+        module: itself.
+        rules: for the gradients of its weights.
+        names: of these in the network, by their names in the layer.
+        called: whether it has been, in the pass that is watched.
+    """
+
+    module: nn.Module
+    rules: Rules
+    names: dict[str, str] = field(default_factory=dict)
+    called: bool = False
+
+    def back(self, features: Tensor, version: int, gradient: Tensor, take: Take) -> None:
+        """Hand out the gradients of the weights, once what came back is known."""
+        if features._version != version:
+            raise NotLayerwiseError("the inputs of a layer were written into")
+        for key, name in self.names.items():
+            rule: Any = getattr(self.rules, key)
+            take(name, rule(self.module, features, gradient))
+
+
+def layers_of(module: nn.Module, selected: Mapping[str, nn.Parameter]) -> dict[int, Layer]:
+    """Return the layers that have the selected parameters, by their ``id``.
+
+    Raises:
+        NotLayerwiseError: one has no rules, or shares a parameter with another.
+    """
+    names = {id(parameter): name for name, parameter in selected.items()}
+    layers: dict[int, Layer] = {}
+    found = 0
+    for owner in module.modules():
+        for key, parameter in owner._parameters.items():
+            if id(parameter) not in names:
+                continue
+            rules = rules_for(owner)
+            if rules is None or not hasattr(rules, key):
+                raise NotLayerwiseError(f"no rule for {key} of {type(owner).__name__}")
+            layers.setdefault(id(owner), Layer(owner, rules)).names[key] = names[id(parameter)]
+            found += 1
+    if found != len(selected):
+        raise NotLayerwiseError("a weight that several layers share")
+    return layers
+
+
+@contextmanager
+def watched(layers: Mapping[int, Layer], size: int, root: Tensor, take: Take) -> Iterator[None]:
+    """Let the pass within have a graph that hands out gradients when it is gone back through.
+
+    Args:
+        layers: by ``id``.
+        size: number of samples.
+        root: a zero that needs gradients, where the graph starts.
+        take: takes the gradients.
+    """
+
+    def called(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        layer = layers.get(id(module))
+        if layer is None:
+            return None
+        features = inputs[0] if len(inputs) == 1 else None
+        if layer.called or not isinstance(features, Tensor) or len(features) != size:
+            raise NotLayerwiseError(f"{type(module).__name__} is not called once, with a batch")
+        layer.called = True
+        started: Tensor = output if output.requires_grad else output + root
+        kept = features.detach()
+        version = kept._version
+        started.register_hook(lambda gradient: layer.back(kept, version, gradient, take))  # type: ignore[no-untyped-call]
+        return started
+
+    handle = register_module_forward_hook(called)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,389 @@
+"""The first gradients of many samples: by shared passes the same as one by one, or not at all."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from modules import Conditioned, drawn, images, takes_prior, toy
+from reference import Record as Expected
+from reference import adapt_stream, forward_predict, softmax_label
+from torch import Tensor, nn
+from zoo import KINDS, RESNET, noise, singles
+
+from it3_lightning.engine import (
+    Adaptation,
+    SampleAdapter,
+    Settings,
+    gradients,
+    products,
+    stacked,
+    vectorised,
+)
+from it3_lightning.engine.layers import rules_for
+from it3_lightning.engine.layerwise import Layerwise
+from it3_lightning.engine.products import Product
+from it3_lightning.objectives import Entropy, Idempotence, Objective
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "dense": (lambda: nn.Linear(6, 4), (6,)),
+    "dense without bias": (lambda: nn.Linear(6, 4, bias=False), (6,)),
+    "dense on tokens": (lambda: nn.Linear(6, 4), (5, 6)),
+    "dense on a grid": (lambda: nn.Linear(6, 4), (3, 2, 6)),
+    "convolution": (lambda: nn.Conv2d(3, 4, 3, padding=1), (3, 7, 6)),
+    "valid": (lambda: nn.Conv2d(3, 4, (2, 3), padding="valid"), (3, 7, 6)),
+    "strided": (lambda: nn.Conv2d(3, 4, (3, 2), stride=2, padding=(2, 1), bias=False), (3, 7, 6)),
+    "dilated": (lambda: nn.Conv2d(2, 3, 2, dilation=2), (2, 6, 6)),
+    "batch norm": (lambda: nn.BatchNorm2d(3), (3, 4, 4)),
+    "batch norm of features": (lambda: nn.BatchNorm1d(5), (5,)),
+    "batch norm of a sequence": (lambda: nn.BatchNorm1d(5), (5, 3)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), (4, 3, 3)),
+    "layer norm": (lambda: nn.LayerNorm(5), (4, 5)),
+    "layer norm of features": (lambda: nn.LayerNorm(5), (5,)),
+    "layer norm of images": (lambda: nn.LayerNorm([2, 3]), (4, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("columns", [0, 1 << 16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_rules_give_the_gradients_of_one_sample_after_the_other(
+    name: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_COLUMNS", columns)
+    make, shape = LAYERS[name]
+    layer, inputs = drawn(make()), noise(*shape, count=3)
+    outputs = layer(inputs)
+    back = torch.randn(outputs.shape, dtype=outputs.dtype)
+    rules: Any = rules_for(layer)
+    for key, parameter in layer.named_parameters():
+        found = getattr(rules, key)(layer, inputs, back)
+        if isinstance(found, Product):
+            found = found.whole(parameter.shape)
+        expected = [
+            torch.autograd.grad((layer(x[None]) * d[None]).sum(), parameter)[0]
+            for x, d in zip(inputs, back, strict=True)
+        ]
+        torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-12)
+
+
+class OwnLinear(nn.Linear):
+    """A layer that may do anything."""
+
+
+UNKNOWN: dict[str, nn.Module] = {
+    "a type of one's own": OwnLinear(2, 2),
+    "grouped": nn.Conv2d(2, 2, 1, groups=2),
+    "padded otherwise": nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"),
+    "padded to the same size": nn.Conv2d(1, 1, 3, padding="same"),
+    "transposed": nn.ConvTranspose2d(1, 1, 1),
+    "by the statistics of the batch": nn.BatchNorm1d(2),
+    "without statistics": nn.BatchNorm1d(2, track_running_stats=False).eval(),
+    "recurrent": nn.LSTM(1, 1),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_other_layers_have_no_rules(name: str) -> None:
+    assert rules_for(UNKNOWN[name]) is None
+
+
+def test_a_product_in_pieces_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_PIECE", 8)
+    left, right = noise(5, 2, count=3), noise(2, 3, count=3, seed=1)
+    product = Product(left, right, lambda part: part)
+    found = torch.full((3, 5, 3), torch.nan, dtype=left.dtype)
+    for sample, rows, piece in product.pieces():
+        assert piece.shape in ((3, 3), (2, 3))
+        found[sample, rows] = piece
+    torch.testing.assert_close(found, left @ right)
+    assert bool((product.bound() >= found.abs().amax((1, 2))).all())
+
+
+# In the engine
+
+
+class Spy:
+    """Counts the batches whose gradients were found layer by layer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches, own = 0, gradients.Gradients._layer_by_layer
+
+        def counted(*arguments: Any) -> Any:
+            found = own(*arguments)
+            self.batches += 1
+            return found
+
+        monkeypatch.setattr(gradients.Gradients, "_layer_by_layer", counted)
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    """Count what is done layer by layer."""
+    return Spy(monkeypatch)
+
+
+@pytest.fixture
+def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the smallest weights be used up in pieces, and answer samples one by one."""
+    monkeypatch.setattr(stacked, "_LARGE", 1)
+    monkeypatch.setattr(vectorised, "_LARGE", 1)
+    monkeypatch.setattr(products, "_PIECE", 16)
+
+
+def adapted(net: nn.Module, inputs: Any, batches: int = 1, **given: Any) -> Adaptation:
+    """Adapt vectorised; the first batch is compared, those after it rely on what was found."""
+    published = {"objective": Idempotence("l2", None), "lr": 0.01, "backend": "vectorised"}
+    made = Settings(**{"scope": "sample", **published, **given})
+    adapter = SampleAdapter(net, takes_prior(net), softmax_label, made)
+    for _ in range(batches):
+        with adapter.adapted(inputs) as adaptation:
+            pass
+    assert adapter.choice is not None
+    assert adapter.choice.backend == "vectorised"
+    return adaptation
+
+
+def by_reference(net: nn.Module, inputs: Any, **given: Any) -> list[Expected]:
+    return adapt_stream(
+        net,
+        singles(inputs),
+        predict=forward_predict,
+        to_label=softmax_label,
+        **{"lr": 0.01, "optimizer": "adam", **given},
+    )
+
+
+def assert_alone(
+    adaptation: Adaptation, net: nn.Module, inputs: Any, atol: float = 1e-10, **given: Any
+) -> None:
+    expected = torch.cat([record.outputs for record in by_reference(net, inputs, **given)])
+    torch.testing.assert_close(adaptation.outputs, expected, rtol=0, atol=atol)
+    assert adaptation.source_outputs is not None
+    assert (expected - adaptation.source_outputs).abs().max() > 1e-4
+
+
+SERVED = ["mlp", "batch norm", "group norm", "layer norm", "graph"]
+
+
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.usefixtures("everything_is_large")
+def test_large_weights_are_used_up_in_pieces_and_equal_each_sample_alone(
+    kind: str, spy: Spy
+) -> None:
+    net, inputs = KINDS[kind].build(), KINDS[kind].batch(5)
+    adaptation = adapted(net, inputs, batches=2)
+    assert spy.batches >= 2
+    assert_alone(adaptation, net, inputs)
+
+
+@pytest.mark.parametrize("given", [{"steps": 3}, {"optimizer": "sgd"}, {"optimizer": "rmsprop"}])
+@pytest.mark.usefixtures("everything_is_large")
+def test_other_updates_take_the_same_gradients(given: dict[str, Any], spy: Spy) -> None:
+    net, inputs = toy(), images(5)
+    adaptation = adapted(net, inputs, **given)
+    assert spy.batches
+    assert_alone(adaptation, net, inputs, **given)
+
+
+def test_resnet18_in_float32_is_served_layer_by_layer(spy: Spy) -> None:
+    net, inputs = RESNET.build(torch.float32), RESNET.batch(3, torch.float32)
+    adaptation = adapted(net, inputs, lr=1e-3)
+    assert spy.batches
+    assert_alone(adaptation, net, inputs, atol=1e-5, lr=1e-3)
+
+
+@pytest.mark.parametrize("selection", ["bias", "norm", ["conv.weight"]])
+def test_only_selected_weights_move(selection: Any, spy: Spy) -> None:
+    net, inputs = toy(), images(5)
+    adaptation = adapted(net, inputs, parameters=selection)
+    assert spy.batches
+
+    def chosen(name: str) -> bool:
+        if selection == "bias":
+            return name.endswith("bias")
+        return name.startswith("bn.") if selection == "norm" else name == "conv.weight"
+
+    assert_alone(adaptation, net, inputs, parameters=chosen)
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_the_next_batch_leaves_what_was_given_out_alone() -> None:
+    net = toy()
+    made = Settings(scope="sample", objective=Idempotence("l2", None), lr=0.01)
+    adapter = SampleAdapter(net, takes_prior(net), softmax_label, made)
+    with adapter.adapted(images(5)), adapter.adapted(images(5)) as before:
+        assert before.outputs is not None
+        kept = before.outputs.clone()
+    with adapter.adapted(images(5, seed=1)):
+        pass
+    assert torch.equal(before.outputs, kept)
+
+
+def test_an_objective_without_a_second_pass_needs_none(spy: Spy) -> None:
+    net, inputs = toy(), images(5)
+    adaptation = adapted(net, inputs, objective=Entropy(), measure=False)
+    assert spy.batches
+    assert adaptation.forwards == 2  # the first pass, and the final one
+
+
+class TwiceCalled(nn.Module):
+    """A layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features `(B, 8)`."""
+        features: Tensor = self.layer(self.layer(x.flatten(1)).tanh())
+        return features[:, :8]
+
+
+class Borrowed(TwiceCalled):
+    """A layer that runs by itself, and whose weight is used once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features `(B, 8)`."""
+        return F.linear(self.layer(x.flatten(1)).tanh(), self.layer.weight)[:, :8]
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features `(B, 8)`."""
+        features: Tensor = self.second(self.first(x.flatten(1)).tanh())
+        return features[:, :8]
+
+
+class Overwritten(TwiceCalled):
+    """A layer whose inputs are written into after it has run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features `(B, 8)`."""
+        features = x.flatten(1) * 1.0
+        outputs: Tensor = self.layer(features)
+        features.mul_(0.5)
+        return (outputs.tanh() + features)[:, :8]
+
+
+class Transposed(TwiceCalled):
+    """A layer on positions first, samples second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features `(B, 8)`."""
+        twice = torch.stack([x.flatten(1)] * 2)
+        features: Tensor = self.layer(twice)
+        return features.mean(0)[:, :8]
+
+
+NOT_SERVED = [TwiceCalled, Borrowed, Tied, Transposed]
+
+
+@pytest.mark.parametrize("body", NOT_SERVED)
+def test_what_the_rules_do_not_know_of_is_left_to_torch_func(
+    body: Callable[[], nn.Module], spy: Spy
+) -> None:
+    net, inputs = drawn(Conditioned(body())), images(2)
+    adaptation = adapted(net, inputs, batches=2)
+    assert not spy.batches
+    assert_alone(adaptation, net, inputs)
+
+
+def test_inputs_that_are_written_into_are_left_to_torch_func(spy: Spy) -> None:
+    net, inputs = drawn(Conditioned(Overwritten())), images(2)
+    adaptation = adapted(net, inputs, batches=2, parameters="bias")  # needs no inputs itself
+    assert not spy.batches
+    assert_alone(adaptation, net, inputs, parameters=lambda name: name.endswith("bias"))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "transformer", "vit"])
+def test_networks_with_other_layers_are_left_to_torch_func(kind: str, spy: Spy) -> None:
+    net, inputs = KINDS[kind].build(), KINDS[kind].batch(2)
+    assert_alone(adapted(net, inputs), net, inputs)
+    assert not spy.batches
+
+
+def test_an_objective_that_asks_for_another_pass_is_left_to_torch_func(spy: Spy) -> None:
+    def doubled(y0: Tensor, second: Callable[[Tensor], Tensor]) -> Objective:
+        measure = (y0 - second(y0.square())).square().sum(1)
+        return Objective(measure, torch.ones(len(y0), dtype=torch.bool))
+
+    doubled.needs_batch = False  # type: ignore[attr-defined]
+    net, inputs = toy(), images(3)
+    both = [adapted(net, inputs, objective=doubled, batches=n).outputs for n in (1, 2)]
+    assert not spy.batches
+    torch.testing.assert_close(both[0], both[1])
+
+
+class Switching(nn.Module):
+    """A layer that is called where the batch is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.seldom = nn.Linear(16, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features `(B, 8)`."""
+        features: Tensor = self.always(x.flatten(1)).tanh()
+        return self.seldom(features) if len(x) > 100 else features
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_a_layer_that_is_not_called_keeps_its_weights(spy: Spy) -> None:
+    net, inputs = drawn(Conditioned(Switching())), images(3)
+    adaptation = adapted(net, inputs, batches=2)
+    assert spy.batches
+    assert_alone(adaptation, net, inputs)
+
+
+def test_a_failure_on_a_later_batch_is_left_to_torch_func(
+    spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, inputs = toy(), images(5)
+    made = Settings(scope="sample", objective=Idempotence("l2", None), lr=0.01)
+    adapter = SampleAdapter(net, takes_prior(net), softmax_label, made)
+    with adapter.adapted(inputs):
+        pass
+    assert spy.batches
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("not this time")
+
+    monkeypatch.setattr(Layerwise, "__call__", fails)
+    with adapter.adapted(inputs) as adaptation:
+        pass
+    assert_alone(adaptation, net, inputs)
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_a_gradient_that_is_not_finite_harms_no_other_sample(spy: Spy) -> None:
+    net, inputs = toy(), images(4)
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        logits = forward_predict(net, torch.where(x == 50.0, 0.0, x), prior)
+        marked = (x == 50.0).flatten(1).any(1, keepdim=True)
+        return logits + torch.where(marked, logits - logits.detach(), 1.0).sqrt() * marked
+
+    made = Settings(
+        scope="sample", objective=Idempotence("l2", None), lr=0.01, backend="vectorised"
+    )
+    adapter = SampleAdapter(net, forward, softmax_label, made)
+    with adapter.adapted(inputs):
+        pass
+    marked = inputs.clone()
+    marked[2, 0, 0, 0] = 50.0
+    with adapter.adapted(marked) as adaptation:
+        pass
+    assert spy.batches >= 2
+    assert adaptation.skipped.tolist() == [False, False, True, False]
+    others = [0, 1, 3]
+    assert adaptation.outputs is not None
+    expected = torch.cat([record.outputs for record in by_reference(net, inputs[others])])
+    torch.testing.assert_close(adaptation.outputs[others], expected, rtol=0, atol=1e-10)
