@@ -499,7 +499,8 @@ def test_forward_hooks_of_the_module_see_each_answer_once(backend: str) -> None:
     expected = alone(hooked())
     seen.clear()
     close(torch.cat(together(hooked(), each(backend))), expected)
-    assert seen.count(4) == 3  # those of the engine see single samples
+    if backend == "loop":  # its passes see single samples, those that samples share see all four
+        assert seen.count(4) == 3
 
 
 # What a step may not do
