@@ -9,7 +9,7 @@ from torch import nn
 
 from it3_lightning.engine.adaptation import Adaptation
 from it3_lightning.engine.batch import BatchAdapter
-from it3_lightning.engine.evaluation import Forward, ToLabel
+from it3_lightning.engine.outcome import Forward, ToLabel
 from it3_lightning.engine.record import Enters
 from it3_lightning.engine.sample import SampleAdapter
 from it3_lightning.engine.samples import Answer, batch_size

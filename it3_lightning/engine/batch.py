@@ -17,9 +17,10 @@ from torch import nn
 from it3_lightning.engine.adaptation import Adaptation
 from it3_lightning.engine.chunks import bytes_kept
 from it3_lightning.engine.episode import adapt_state, keep_source
-from it3_lightning.engine.evaluation import Evaluator, Forward, Skip, ToLabel
+from it3_lightning.engine.evaluation import Evaluator
 from it3_lightning.engine.first_step import single_step
 from it3_lightning.engine.norm import norm_statistics
+from it3_lightning.engine.outcome import Forward, Skip, ToLabel
 from it3_lightning.engine.record import Enters, Record
 from it3_lightning.engine.samples import Answer, batch_size
 from it3_lightning.engine.settings import Settings

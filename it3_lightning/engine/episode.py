@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from it3_lightning.engine.adaptation import Adaptation
-from it3_lightning.engine.evaluation import Evaluation, Evaluator
+from it3_lightning.engine.evaluation import Evaluator
 from it3_lightning.engine.gate import Gate
+from it3_lightning.engine.outcome import Evaluation
 from it3_lightning.engine.samples import Answer, Plain, batch_size
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.state import State

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,31 +12,11 @@ from torch import Tensor, nn
 
 from it3_lightning.engine.finite import all_finite
 from it3_lightning.engine.first_step import FirstStep
+from it3_lightning.engine.outcome import Evaluation, Forward, Skip, ToLabel
 from it3_lightning.engine.record import Record
 from it3_lightning.engine.samples import Answer, Plain, copied
 from it3_lightning.engine.weights import Sites
-from it3_lightning.objectives import Objective, TestTimeObjective
-
-Forward = Callable[[Any, Tensor | None], Tensor]
-ToLabel = Callable[[Tensor], Tensor]
-
-
-class Skip(Exception):  # noqa: N818  # no error: the batch keeps its source prediction
-    """The batch cannot be adapted to; the message says why."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Outputs ``(B, ...)`` of the first pass, and what the objective makes of them."""
-
-    outputs: Tensor
-    objective: Objective
-
-    def detached(self) -> Evaluation:
-        """Return the same without the graph."""
-        measure = self.objective.measure.detach()
-        objective = replace(self.objective, measure=measure, batch_term=None, sample_term=None)
-        return Evaluation(self.outputs.detach(), objective)
+from it3_lightning.objectives import TestTimeObjective
 
 
 class Evaluator:

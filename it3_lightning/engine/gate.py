@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from it3_lightning.engine.evaluation import Evaluation, Evaluator
+from it3_lightning.engine.evaluation import Evaluator
+from it3_lightning.engine.outcome import Evaluation
 from it3_lightning.engine.samples import divisible, taken
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.state import State

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from it3_lightning.engine.compiled import Compiled
-from it3_lightning.engine.evaluation import ToLabel
 from it3_lightning.engine.layers import Gradient
 from it3_lightning.engine.layerwise import Layerwise
 from it3_lightning.engine.mapped import Counted, mapped
+from it3_lightning.engine.outcome import ToLabel
 from it3_lightning.engine.products import Product
 from it3_lightning.engine.record import Record
 from it3_lightning.engine.samples import taken

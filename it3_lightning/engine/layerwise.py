@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from it3_lightning.engine.evaluation import Forward, ToLabel
 from it3_lightning.engine.layers import Gradient
+from it3_lightning.engine.outcome import Forward, ToLabel
 from it3_lightning.engine.products import Product
 from it3_lightning.engine.record import Record
 from it3_lightning.engine.samples import batch_size

@@ -20,7 +20,7 @@ from it3_lightning.engine.adaptation import Adaptation, merged, replaced
 from it3_lightning.engine.batch import BatchAdapter
 from it3_lightning.engine.choice import Choice, chosen, fallen_back, said
 from it3_lightning.engine.chunks import bytes_of_weights, copies_of_weights, samples_within
-from it3_lightning.engine.evaluation import Forward, ToLabel
+from it3_lightning.engine.outcome import Forward, ToLabel
 from it3_lightning.engine.record import Enters
 from it3_lightning.engine.samples import Answer, Plain, batch_size, cast_like, taken
 from it3_lightning.engine.settings import Settings

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from it3_lightning.engine.evaluation import Evaluator, Skip
+from it3_lightning.engine.evaluation import Evaluator
 from it3_lightning.engine.finite import all_finite
 from it3_lightning.engine.first_step import FirstStep
+from it3_lightning.engine.outcome import Skip
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.updates import Updater, full_precision, optimizer_factory
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from it3_lightning.engine.adaptation import Adaptation
-from it3_lightning.engine.evaluation import Forward, ToLabel
 from it3_lightning.engine.gradients import Gradients
 from it3_lightning.engine.mapped import Counted, mapped, without_batch
+from it3_lightning.engine.outcome import Forward, ToLabel
 from it3_lightning.engine.record import Record
 from it3_lightning.engine.samples import Answer, batch_size, copied, joined, taken
 from it3_lightning.engine.seen import REASONS, Seen
