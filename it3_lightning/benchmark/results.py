@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from it3_lightning.benchmark.cell import Cell
+from it3_lightning.benchmark.distances import Distances
 from it3_lightning.benchmark.rows import Row
 from it3_lightning.data import mean_corruption_error
 from it3_lightning.data.settings import SEVERITIES
@@ -50,6 +51,7 @@ class Results:
         rows: in the order of the table.
         records: the scores.
         separations: records of how well a score tells shifted samples from clean ones.
+        distances: of the samples of every split, before and after adaptation.
         about: versions, settings, seeds.
         higher_is_better: whether a larger score is the better one; gains are improvements.
         decimals: of scores and gains in tables.
@@ -60,6 +62,7 @@ class Results:
     rows: list[Row]
     records: list[Record] = field(default_factory=list)
     separations: list[Record] = field(default_factory=list)
+    distances: list[Distances] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
     higher_is_better: bool = True
     decimals: int = 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from it3_lightning.data.settings import Split, Stream
+from it3_lightning.data.levels import by_severity
+from it3_lightning.data.settings import Severity, Split, Stream
 
 
 class ShiftedData(LightningDataModule):
@@ -21,6 +23,8 @@ class ShiftedData(LightningDataModule):
         stream: ``"equal"``: the samples as they are; ``"unequal"``: some classes more frequent.
         evaluate_on: ``"test"``, or ``"validation"`` for choosing settings.
         shifts: names of the shifts.
+        severity: of the shifts, 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for
+            each, whose test names end in ``/1`` to ``/5``. None where shifts have no severity.
         baseline_errors: of a reference network by shift, in per cent, each the mean over five
             severities, where all of these are tested on: then the benchmark reports the mean
             corruption error. None where not.
@@ -30,6 +34,7 @@ class ShiftedData(LightningDataModule):
     stream: Stream
     evaluate_on: Split
     shifts: Sequence[str]
+    severity: Severity | None = None
 
     @property
     def baseline_errors(self) -> Mapping[str, float] | None:
@@ -39,4 +44,17 @@ class ShiftedData(LightningDataModule):
     @property
     def test_names(self) -> list[str]:
         """Names of the test and prediction loaders, in their order: clean first."""
-        return ["clean", *self.shifts]
+        if self.severity is None:
+            return ["clean", *self.shifts]
+        return ["clean", *by_severity(self.shifts, self.severity)]
+
+    def plain_train_dataloader(self) -> Any:
+        """Return the training samples as those of tests come: unchanged, in evaluation batches.
+
+        Here the training loader itself; a module that augments or shuffles says more.
+        """
+        return self.train_dataloader()
+
+    def predict_dataloader(self) -> Any:
+        """Return the loaders of ``test_dataloader``."""
+        return self.test_dataloader()

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from it3_lightning.data.contract import ShiftedData
 from it3_lightning.data.images import Change
+from it3_lightning.data.levels import by_severity
 from it3_lightning.data.settings import (
-    SEVERITIES,
     Severity,
     Split,
     Stream,
@@ -68,11 +68,6 @@ class ImageSettings(ShiftedData):
         self.num_workers = num_workers
         self._check()
 
-    @property
-    def test_names(self) -> list[str]:
-        """Names of the test and prediction loaders, in their order: clean first."""
-        return ["clean", *self._wanted()]
-
     def change(self, name: str, severity: int) -> Change:
         """Return the function behind a shift's name.
 
@@ -83,11 +78,7 @@ class ImageSettings(ShiftedData):
 
     def _wanted(self) -> dict[str, tuple[str, int]]:
         """Return name and severity of every shift to test on, by the name of its loader."""
-        if self.severity == "all":
-            return {
-                f"{name}/{level}": (name, level) for name in self.shifts for level in SEVERITIES
-            }
-        return {name: (name, self.severity) for name in self.shifts}
+        return by_severity(self.shifts, self.severity)
 
     def _check(self) -> None:
         """Refuse settings out of their range, before any data is read."""

@@ -1,10 +1,43 @@
-"""How far samples lie outside a range, and levels of that: equally many samples in each."""
+"""Degrees of a shift: severities in the names of tests, and levels of lying outside a range."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
+from it3_lightning.data.settings import SEVERITIES, Severity
+
 LEVELS = 5
+
+
+def by_severity(shifts: Iterable[str], severity: Severity) -> dict[str, tuple[str, int]]:
+    """Return shift and severity of every test on shifted samples, by the test's name.
+
+    Args:
+        shifts: names of the shifts.
+        severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn.
+
+    >>> list(by_severity(["fog"], "all"))
+    ['fog/1', 'fog/2', 'fog/3', 'fog/4', 'fog/5']
+    """
+    if severity != "all":
+        return {name: (name, severity) for name in shifts}
+    return {f"{name}/{level}": (name, level) for name in shifts for level in SEVERITIES}
+
+
+def parted(name: str) -> tuple[str, int | None]:
+    """Return shift and severity of a test's name; None for one that tells no severity.
+
+    The levels of a range (:func:`level_names`) are other samples, and shifts of their own.
+
+    >>> [parted(name) for name in ("fog/3", "shape_2", "clean")]
+    [('fog', 3), ('shape_2', None), ('clean', None)]
+    """
+    shift, _, severity = name.rpartition("/")
+    if not shift or severity not in map(str, SEVERITIES):
+        return name, None
+    return shift, int(severity)
 
 
 def level_names(what: str) -> tuple[str, ...]:

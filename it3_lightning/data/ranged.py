@@ -121,6 +121,11 @@ class RangedData(ShiftedData):
         self.setup("fit")
         return self._loader(self._splits["train"], self.batch_size, shuffle=True)
 
+    def plain_train_dataloader(self) -> DataLoader[Any]:
+        """Return the training samples as test samples come, in their order."""
+        self.setup("fit")
+        return self._loader(self._splits["train"], self.eval_batch_size)
+
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the clean validation samples."""
         self.setup("validate")
@@ -130,10 +135,6 @@ class RangedData(ShiftedData):
         """Return one loader for each of ``test_names``."""
         self.setup("test")
         return [self._loader(self._tested(name), self.eval_batch_size) for name in self.test_names]
-
-    def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """Return the loaders of :meth:`test_dataloader`."""
-        return self.test_dataloader()
 
     # How it works
 

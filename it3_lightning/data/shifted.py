@@ -82,6 +82,11 @@ class ShiftedImages(ImageSettings):
         self.setup("fit")
         return self._loader(self.training(self._splits.train), self.batch_size, shuffle=True)
 
+    def plain_train_dataloader(self) -> DataLoader[Batch]:
+        """Return the training images as test images come: not augmented, in their order."""
+        self.setup("fit")
+        return self._loader(self._splits.train, self.eval_batch_size)
+
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the clean validation images."""
         self.setup("validate")
@@ -91,10 +96,6 @@ class ShiftedImages(ImageSettings):
         """Return one loader for each of ``test_names``, all of the same samples."""
         self.setup("test")
         return [self._loader(images, self.eval_batch_size) for images in self._test_sets()]
-
-    def predict_dataloader(self) -> list[DataLoader[Batch]]:
-        """Return the loaders of :meth:`test_dataloader`."""
-        return self.test_dataloader()
 
     # How it works
 

@@ -9,10 +9,18 @@ from torch.utils.data import DataLoader
 
 from it3_lightning.data.contract import ShiftedData
 from it3_lightning.data.images import Batch
+from it3_lightning.data.levels import by_severity
 from it3_lightning.data.loading import whole_batch
 from it3_lightning.data.masked_set import TURNS, MaskedSet, Shifted, Turned
 from it3_lightning.data.sampling import seeded, subset
-from it3_lightning.data.settings import Split, Stream, check_choices, check_integer, check_shifts
+from it3_lightning.data.settings import (
+    Severity,
+    Split,
+    Stream,
+    check_choices,
+    check_integer,
+    check_shifts,
+)
 from it3_lightning.data.shifts import Shift
 from it3_lightning.data.tile_order import TileOrder
 from it3_lightning.data.tiles import FILES_AT_ONCE
@@ -42,7 +50,8 @@ class ShiftedMasks(ShiftedData):
         batch_size: Samples in a training batch.
         eval_batch_size: Samples in a validation, test or prediction batch.
         shifts: Names of shifts, of those that move no pixels; may be empty.
-        severity: 1 (weak) to 5 (strong); the lengths of blurs are pixels, whatever ``T`` is.
+        severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for each. Lengths of
+            blurs are pixels, whatever ``T`` is.
         stream: ``"equal"``: the samples as they are. There is no other: these have no classes.
         evaluate_on: ``"validation"`` has the test loaders hold the validation images, for
             choosing settings without a look at the test images.
@@ -63,7 +72,7 @@ class ShiftedMasks(ShiftedData):
         batch_size: int = 16,
         eval_batch_size: int = 16,
         shifts: Sequence[str] = ROAD_SHIFTS,
-        severity: int = 3,
+        severity: Severity = 3,
         stream: Stream = "equal",
         evaluate_on: Split = "test",
         train_size: int | None = None,
@@ -77,7 +86,7 @@ class ShiftedMasks(ShiftedData):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.shifts = shifts
-        self.severity = severity
+        self.severity: Severity = severity
         self.stream: Stream = stream
         self.evaluate_on: Split = evaluate_on
         self.train_size = train_size
@@ -125,6 +134,11 @@ class ShiftedMasks(ShiftedData):
         )
         return self._loader(Turned(train) if self.augment else train, self.batch_size, order)
 
+    def plain_train_dataloader(self) -> DataLoader[Batch]:
+        """Return the training images as test images come: not turned, in their order."""
+        self.setup("fit")
+        return self._loader(self._splits["train"], self.eval_batch_size)
+
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the clean validation images."""
         self.setup("validate")
@@ -134,13 +148,10 @@ class ShiftedMasks(ShiftedData):
         """Return one loader for each of ``test_names``, all of the same samples."""
         self.setup("test")
         clean = self._splits[self.evaluate_on]
-        kinds = [Shift(name, self.severity, _PIXEL) for name in self.shifts]
+        shifts = by_severity(self.shifts, self.severity).values()
+        kinds = [Shift(name, severity, _PIXEL) for name, severity in shifts]
         sets = [clean, *(Shifted(clean, kind, self.seed) for kind in kinds)]
         return [self._loader(images, self.eval_batch_size) for images in sets]
-
-    def predict_dataloader(self) -> list[DataLoader[Batch]]:
-        """Return the loaders of :meth:`test_dataloader`."""
-        return self.test_dataloader()
 
     def check(self) -> None:
         """Refuse settings out of their range, before any data is read."""

@@ -9,9 +9,11 @@ from torch.utils.data import DataLoader
 
 from it3_lightning.data.contract import ShiftedData
 from it3_lightning.data.images import Batch
+from it3_lightning.data.levels import by_severity
 from it3_lightning.data.loading import loader
 from it3_lightning.data.sampling import seeded
 from it3_lightning.data.settings import (
+    Severity,
     Split,
     Stream,
     check_choices,
@@ -44,7 +46,7 @@ class ShiftedTables(ShiftedData):
         eval_batch_size: rows in a validation, test or prediction batch.
         shifts: names of shifts (see ``TABULAR_SHIFTS`` and ``TABULAR_TUNING_SHIFTS``); may be
             empty.
-        severity: 1 (weak) to 5 (strong).
+        severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for each.
         stream: ``"equal"`` keeps the rows and their order; ``"unequal"`` makes some classes, or
             some tenths of the values, ten times as frequent: see
             :func:`~it3_lightning.data.tabular.splitting.unequal_rows`.
@@ -70,7 +72,7 @@ class ShiftedTables(ShiftedData):
         batch_size: int = 128,
         eval_batch_size: int = 100,
         shifts: Sequence[str] = TABULAR_SHIFTS,
-        severity: int = 3,
+        severity: Severity = 3,
         stream: Stream = "equal",
         evaluate_on: Split = "test",
         test_share: float = 0.2,
@@ -84,7 +86,7 @@ class ShiftedTables(ShiftedData):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.shifts = shifts
-        self.severity = severity
+        self.severity: Severity = severity
         self.stream: Stream = stream
         self.evaluate_on: Split = evaluate_on
         self.test_share = test_share
@@ -138,6 +140,11 @@ class ShiftedTables(ShiftedData):
         self.setup("fit")
         return self._loader(self._splits["train"], self.batch_size, shuffle=True)
 
+    def plain_train_dataloader(self) -> DataLoader[Batch]:
+        """Return the training rows as test rows come, in their order."""
+        self.setup("fit")
+        return self._loader(self._splits["train"], self.eval_batch_size)
+
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the clean validation rows."""
         self.setup("validate")
@@ -147,15 +154,11 @@ class ShiftedTables(ShiftedData):
         """Return one loader for each of ``test_names``, all of the same rows."""
         self.setup("test")
         clean = self._splits[self.evaluate_on]
-        sets = [clean, *(self._shifted[name] for name in self.shifts)]
+        sets = [clean, *(self._shifted[name] for name in self.test_names[1:])]
         if self.stream == "unequal":
             order = unequal_rows(clean.target, self.seed)
             sets = [rows.select(order) for rows in sets]
         return [self._loader(rows, self.eval_batch_size) for rows in sets]
-
-    def predict_dataloader(self) -> list[DataLoader[Batch]]:
-        """Return the loaders of :meth:`test_dataloader`."""
-        return self.test_dataloader()
 
     def _loader(self, rows: RowSet, size: int, shuffle: bool = False) -> DataLoader[Batch]:
         """Return a loader whose order depends on the seed and the epoch it is built in."""
@@ -183,12 +186,11 @@ class ShiftedTables(ShiftedData):
         if self._shifted_key != key:
             self._shifted, self._shifted_key = {}, key
         clean = self._splits[self.evaluate_on]
-        for name in self.shifts:
-            if name not in self._shifted:
-                shift = TabularShift(name, self.severity)
-                generator = seeded(self.seed, name, self.severity)
+        for test, (name, severity) in by_severity(self.shifts, self.severity).items():
+            if test not in self._shifted:
+                shift, generator = TabularShift(name, severity), seeded(self.seed, name, severity)
                 features = shift(clean.features, self._layout, generator)
-                self._shifted[name] = RowSet(features, clean.target)
+                self._shifted[test] = RowSet(features, clean.target)
 
     def _check(self) -> None:
         """Refuse settings out of their range, before any data is read."""
