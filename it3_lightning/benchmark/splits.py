@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -14,7 +14,7 @@ from it3_lightning.data.settings import SEVERITIES
 Loader = DataLoader[Any]
 
 
-def splits(data: ShiftedData, size: int) -> Iterator[tuple[str, Loader]]:
+def splits(data: ShiftedData, size: int) -> Generator[tuple[str, Loader]]:
     """Yield name and loader of some samples of every split; one severity at a time is in memory.
 
     The names are ``"train"``, ``"validation"``, ``"clean"``, then those of the shifts, with their
