@@ -23,7 +23,9 @@ th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 th { border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom; }
 tr.first td { border-top: 1px solid var(--line); }
 tr:hover { background: var(--soft); }
-.wide { overflow-x: auto; } .plot svg { width: 100%; height: auto; background: #fff; }
+.wide { overflow-x: auto; } .small { font-size: .85rem; }
+.small th, .small td { padding: .25rem .4rem; }
+.plot svg { width: 100%; height: auto; background: #fff; }
 pre { background: var(--soft); overflow-x: auto; padding: .8rem; }
 """
 

@@ -307,10 +307,10 @@ def test_gains_by_shift_are_means_over_seeds_and_leave_unadapted_rows_out() -> N
     assert found[2:] == [["ordinary", "Tent", "+0.0", "+4.0"]]  # clean: -1 and +1, noise: 3 and 5
 
 
-def test_page_holds_the_table_and_a_plot(finished: tuple[Path, Results]) -> None:
+def test_page_holds_the_table_and_its_plots(finished: tuple[Path, Results]) -> None:
     text = page(finished[1])
     assert text.split("<h2>")[0].count("<tr") == len(finished[1].rows) + 1
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 3
     assert "http" not in text.partition("<svg")[0]  # one file, nothing loaded from elsewhere
 
 

@@ -78,7 +78,7 @@ def bins(values: Sequence[float]) -> Edges:
 
     >>> edges = bins([0.01, 0.1, 1.0])
     >>> len(edges), [round(float(edge), 4) for edge in (edges[0], edges[-1])]
-    (49, [0.0102, 0.991])
+    (49, [0.0109, 0.991])
     """
     known = np.asarray([value for value in values if value > 0], dtype=np.float64)
     low, high = np.quantile(known, _ENDS) if known.size else (0.1, 1.0)
@@ -112,7 +112,7 @@ def _line(axes: Axes, values: Mapping[str, Sequence[float]], edges: Edges, base:
 def _limit(axes: Axes, validation: Sequence[float]) -> None:
     """Mark what most validation samples lie within, with the weights as trained."""
     if validation:
-        text = f"{LEVEL:.0%} of validation samples, as trained, lie to the left"
+        text = f"{100 * LEVEL:.0f} % of validation samples, as trained, lie to the left"
         axes.axvline(limit(validation), color=_GREY, ls=":", lw=1.4, label=text)
 
 

@@ -43,7 +43,7 @@ def as_page(results: Results) -> str:
         return ""
     drawn = picture(results) or "<p>Install <code>it3_lightning[plots]</code> for the plot.</p>"
     shown = "".join(
-        f"<p>{html.escape(title)}</p><div class=wide>{as_html(rows)}</div>"
+        f"<p>{html.escape(title)}</p><div class='wide small'>{as_html(rows)}</div>"
         for title, rows in tables
     )
     return f"<h2>{_TITLE}</h2><p>{_CAPTION}</p><div class=plot>{drawn}</div>{shown}"

@@ -15,7 +15,7 @@ import torch
 
 from it3_lightning.benchmark.cell import Cell
 from it3_lightning.benchmark.distances import Distances
-from it3_lightning.data.levels import parted
+from it3_lightning.data.levels import LEVELS, parted
 
 LEVEL = 0.95  # of the validation samples lie within the usual distances
 _FIRST = {"train": "training samples", "validation": "validation", "clean": "clean"}
@@ -59,7 +59,8 @@ def names(distances: Iterable[Distances]) -> list[str]:
 
     def place(split: str) -> tuple[int, int]:
         severity = parted(split)[1]
-        return (0, 0) if split in _FIRST else (1, severity) if severity else (2, 0)
+        first = [*_FIRST].index(split) if split in _FIRST else len(_FIRST)
+        return first, LEVELS + 1 if severity is None else severity
 
     splits = sorted(dict.fromkeys(each.split for each in distances), key=place)
     return list(dict.fromkeys(map(name_of, splits)))
