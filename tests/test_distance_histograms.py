@@ -4,6 +4,7 @@ import json
 import statistics
 import sys
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,19 @@ def test_histograms_have_the_shares_of_numpy_on_common_bins() -> None:
     heights = outline.get_data()[0]
     assert heights == pytest.approx(shares * heights.max() / shares.max())
     assert counted(pool.tolist(), edges) == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("ends", [(0.2, 0.3), (0.02, 0.05), (0.004, 0.3), (1e-6, 0.1)])
+def test_ticks_can_be_read_on_every_range(ends: tuple[float, float]) -> None:
+    spread = np.geomspace(*ends, 40)
+    found = figure([Distances("joint", SOURCE, 0, "clean", tuple(spread.tolist()))])
+    found.draw_without_rendering()
+    axes = found.axes[0]
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+    inside = sorted((box.x0, box.x1) for box in boxes if axes.bbox.x0 <= box.x1 <= axes.bbox.x1)
+    assert len(inside) >= 2
+    assert all(right < left for (_, right), (left, _) in pairwise(inside))
+    assert not any(label.get_text() for label in axes.get_xticklabels(minor=True))
 
 
 def test_bins_of_nothing_and_of_a_single_distance_have_a_width() -> None:

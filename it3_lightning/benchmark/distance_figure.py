@@ -69,6 +69,7 @@ def figure(distances: Sequence[Distances], *, unit: str = "") -> Figure:
             _line(axes, values, edges, -place)
         _limit(axes, mine.get((SOURCE, "validation"), ()))
         _finish(axes, order, f"{training}: idempotence distance {unit}".strip())
+        _ticks(axes, edges)
     _legend(drawn, grid)
     return drawn
 
@@ -117,13 +118,24 @@ def _limit(axes: Axes, validation: Sequence[float]) -> None:
 
 
 def _finish(axes: Axes, order: Sequence[str], title: str) -> None:
-    axes.set_xscale("log")
     axes.set_title(title, fontsize=11)
     axes.set_yticks([0.3 - place for place in range(len(order))], order)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(0.95 - len(order), 1.0)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _ticks(axes: Axes, edges: Edges) -> None:
+    """Label as many places of the axis as can be read: powers of ten, or numbers between them."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if edges[-1] < 100 * edges[0]:
+        narrow = edges[-1] < 5 * edges[0]
+        axes.xaxis.set_major_locator(MaxNLocator(4) if narrow else LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
 
 
 def _legend(drawn: Figure, grid: Sequence[Axes]) -> None:
