@@ -17,7 +17,7 @@ from it3_lightning.benchmark import Benchmark, Results
 from it3_lightning.benchmark.distance_figure import bins, counted, figure
 from it3_lightning.benchmark.distance_report import as_page, as_text, picture
 from it3_lightning.benchmark.distance_table import beyond_table, lines, median_table, names, pooled
-from it3_lightning.benchmark.distances import ADAPTED, SOURCE, STATISTICS, Distances, kept
+from it3_lightning.benchmark.distances import ADAPTED, SOURCE, STATISTICS, Distances, kept_distances
 from it3_lightning.report import page, show
 
 SPLITS = ("train", "validation", "clean", "fog/1", "blur/1", "fog/5", "blur/5", "unseen_ages")
@@ -235,7 +235,7 @@ def test_distances_lie_beside_the_scores_with_their_summary_in_the_results(
     assert {len(entry["values"]) for entry in content} == {60, 100}  # at least a batch of 100
     written = json.loads((folder / "results.json").read_text())["distances"]
     assert written == [asdict(line) for line in lines(results.distances)]
-    assert kept(folder, [0, 7]) == results.distances
+    assert kept_distances(folder, [0, 7]) == results.distances
 
 
 def test_without_samples_there_is_no_figure(tmp_path: Path) -> None:

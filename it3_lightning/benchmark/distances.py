@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from it3_lightning.data import ShiftedData
 from it3_lightning.engine import Settings
 from it3_lightning.mixin import IT3Mixin
 from it3_lightning.predictor import IT3Predictor
+
+if TYPE_CHECKING:
+    from it3_lightning.benchmark.run import Benchmark
 
 SOURCE, STATISTICS, ADAPTED = "source", "batch statistics", "default objective, episodic"
 _DIGITS = 6  # significant ones that a file holds: float32 has about as many
@@ -46,6 +49,34 @@ class Distances:
     seed: int
     split: str
     values: tuple[float, ...]
+
+
+def keep_distances(
+    benchmark: Benchmark,
+    models: Mapping[Training, IT3Mixin],
+    rows: Iterable[Row],
+    data: ShiftedData,
+) -> None:
+    """Measure the distances of a seed on the benchmark's device and write them beside its scores.
+
+    Args:
+        benchmark: settings.
+        models: see :func:`measured`.
+        rows: see :func:`measured`.
+        data: see :func:`measured`.
+    """
+    device = benchmark.trainer().strategy.root_device
+    found = measured(models, rows, data, benchmark.distance_samples, device)
+    file = _file(Path(benchmark.output), data.seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps([asdict(each) for each in found]))
+
+
+def kept_distances(folder: Path, seeds: Sequence[int]) -> list[Distances]:
+    """Return the distances of these seeds that were written."""
+    files = [file for seed in seeds if (file := _file(folder, seed)).is_file()]
+    found = [entry for file in files for entry in json.loads(file.read_text())]
+    return [Distances(**{**entry, "values": tuple(entry["values"])}) for entry in found]
 
 
 def measured(
@@ -124,19 +155,6 @@ def _of_loader(
 def _numbers(distance: Tensor) -> tuple[float, ...]:
     known = distance[distance.isfinite()].tolist()
     return tuple(float(f"{value:.{_DIGITS}g}") for value in known)
-
-
-def keep(distances: Iterable[Distances], folder: Path, seed: int) -> None:
-    """Write the distances of a seed beside its scores."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _file(folder, seed).write_text(json.dumps([asdict(each) for each in distances]))
-
-
-def kept(folder: Path, seeds: Sequence[int]) -> list[Distances]:
-    """Return the distances of these seeds that are there."""
-    files = [file for seed in seeds if (file := _file(folder, seed)).is_file()]
-    found = [entry for file in files for entry in json.loads(file.read_text())]
-    return [Distances(**{**entry, "values": tuple(entry["values"])}) for entry in found]
 
 
 def _file(folder: Path, seed: int) -> Path:

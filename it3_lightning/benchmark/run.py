@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 
 from it3_lightning.benchmark.about import about
-from it3_lightning.benchmark.distances import keep, kept, measured
+from it3_lightning.benchmark.distances import keep_distances, kept_distances
 from it3_lightning.benchmark.progress import Progress, quiet, threads
 from it3_lightning.benchmark.results import Record, Results
 from it3_lightning.benchmark.rows import Recipe, Row, rows_for
@@ -119,7 +119,7 @@ class Benchmark:
                     scores = self._seed(seed, rows, make_model, data, progress, settings)
                     results.records += scores[0]
                     results.separations += scores[1]
-        results.distances = kept(Path(self.output), self.seeds)
+        results.distances = kept_distances(Path(self.output), self.seeds)
         results.save(Path(self.output))
         return results
 
@@ -155,10 +155,10 @@ class Benchmark:
         """Return scores and separations of one seed, from its file where that fits the settings."""
         file = Path(self.output) / f"seed_{seed}.json"
         fingerprint = json.dumps(settings, sort_keys=True)
-        old = json.loads(file.read_text()) if file.is_file() else {}
-        if old.get("fingerprint") == fingerprint:
+        kept = json.loads(file.read_text()) if file.is_file() else {}
+        if kept.get("fingerprint") == fingerprint:
             progress.skip(f"seed {seed}: from {file}", len(rows) * len(self.streams))
-            first, second = ([Record(**r) for r in old.get(k, ())] for k in _KEPT)
+            first, second = ([Record(**r) for r in kept.get(k, ())] for k in _KEPT)
             return first, second
         data.seed = seed
         models = train_models(self, seed, make_model, data, progress.say)
@@ -172,9 +172,7 @@ class Benchmark:
         data.stream = self.streams[0]  # type: ignore[assignment]
         told = separations(models, data, Idempotence(self.recipe.distance))
         progress.say(f"seed {seed}: distances")
-        device = self.trainer().strategy.root_device
-        distances = measured(models, rows, data, self.distance_samples, device)
-        keep(distances, Path(self.output), seed)
+        keep_distances(self, models, rows, data)
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {k: [asdict(r) for r in v] for k, v in zip(_KEPT, (records, told), strict=True)}
         file.write_text(json.dumps({"fingerprint": fingerprint, **content}))
