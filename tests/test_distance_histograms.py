@@ -82,7 +82,7 @@ def test_medians_and_shares_are_those_of_numpy_seed_by_seed() -> None:
 @pytest.mark.parametrize(
     ("scale", "unit", "power"), [(1.0, "10⁻³", -3), (1e4, "1", 0), (1e6, "10³", 3), (0.0, "1", 0)]
 )
-def test_medians_are_written_in_a_unit_that_suits_the_largest(
+def test_medians_are_written_in_a_unit_that_suits_the_smallest(
     scale: float, unit: str, power: int
 ) -> None:
     found = lines(toy(scale=scale))
@@ -92,7 +92,7 @@ def test_medians_are_written_in_a_unit_that_suits_the_largest(
     assert first[:2] == ["joint", SOURCE]
     shown = [float(cell.split(" ± ")[0]) for cell in first[2:]]
     expected = [each.median.mean / 10.0**power for each in found[: len(LINES)]]
-    assert shown == pytest.approx(expected, abs=0.005)
+    assert shown == pytest.approx(expected, abs=0.05)
 
 
 def test_shares_are_written_in_percent() -> None:

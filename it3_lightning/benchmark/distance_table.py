@@ -103,11 +103,15 @@ def lines(distances: Sequence[Distances]) -> list[Line]:
 
 
 def median_table(found: Sequence[Line]) -> tuple[list[list[str]], str]:
-    """Return the medians, with titles, and the power of ten that they are multiples of."""
-    power = _power(max((line.median.mean for line in found), default=1.0))
+    """Return the medians, with titles, and the power of ten that they are multiples of.
+
+    It is the one that makes the smallest of them a number from 1 to 1,000: they span decades.
+    """
+    known = [line.median.mean for line in found if line.median.mean > 0]
+    power = _power(min(known, default=1.0))
     unit = 10.0**power
     cells = _table(
-        found, lambda line: f"{Cell(line.median.mean / unit, line.median.std / unit):.2f}"
+        found, lambda line: f"{Cell(line.median.mean / unit, line.median.std / unit):.1f}"
     )
     return cells, "1" if power == 0 else f"10{str(power).translate(_RAISED)}"
 
@@ -130,10 +134,10 @@ def _percent(true: Iterable[bool]) -> float:
     return 100 * statistics.fmean(true)
 
 
-def _power(largest: float) -> int:
+def _power(number: float) -> int:
     """Return the power of ten, a multiple of three, in whose units a number is 1 to 1,000.
 
     >>> _power(0.041)
     -3
     """
-    return 3 * math.floor(math.log10(largest) / 3) if largest > 0 else 0
+    return 3 * math.floor(math.log10(number) / 3)

@@ -51,7 +51,7 @@ class ShiftedData(LightningDataModule):
     def plain_train_dataloader(self) -> Any:
         """Return the training samples as those of tests come: unchanged, in evaluation batches.
 
-        Here the training loader itself; a module that augments or shuffles says more.
+        Here that of training itself: a module that augments or shuffles overrides it.
         """
         return self.train_dataloader()
 
