@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -22,7 +23,9 @@ th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 th { border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom; }
 tr.first td { border-top: 1px solid var(--line); }
 tr:hover { background: var(--soft); }
-.wide { overflow-x: auto; } .plot svg { width: 100%; height: auto; background: #fff; }
+.wide { overflow-x: auto; } .small { font-size: .85rem; }
+.small th, .small td { padding: .25rem .4rem; }
+.plot svg { width: 100%; height: auto; background: #fff; }
 pre { background: var(--soft); overflow-x: auto; padding: .8rem; }
 """
 
@@ -52,8 +55,37 @@ def document(title: str, body: str, *, style: str = "") -> str:
     )
 
 
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; the first row has the titles, numbers begin in column three.
+
+    >>> print(as_markdown([["at", "test", "score"], ["a", "b", "1.0"]]))
+    | at  | test | score |
+    | --- | ---- | ----: |
+    | a   | b    |   1.0 |
+    """
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    ruler = ["-" * width if at < 2 else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
+    return "\n".join(_padded(cells, widths) for cells in [rows[0], ruler, *rows[1:]])
+
+
+def _padded(cells: Sequence[str], widths: Sequence[int]) -> str:
+    pairs = enumerate(zip(cells, widths, strict=True))
+    return f"| {' | '.join(c.ljust(w) if at < 2 else c.rjust(w) for at, (c, w) in pairs)} |"
+
+
+def as_html(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in HTML; the first row has the titles."""
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in rows[0])
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows[1:])
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+
+
 def svg(figure: Figure) -> str:
-    """Return a figure as SVG, ready to stand in a page."""
+    """Return a figure as SVG, ready to stand in a page; the same figure as the same text."""
+    import matplotlib
+
     text = io.StringIO()
-    figure.savefig(text, format="svg")
+    with matplotlib.rc_context({"svg.hashsalt": "it3"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]

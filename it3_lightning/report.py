@@ -9,9 +9,11 @@ from typing import Any
 from rich.table import Table
 
 from it3_lightning.benchmark import Results, Row
-from it3_lightning.display import document, fitting, svg
+from it3_lightning.benchmark.distance_report import as_page, as_text, picture
+from it3_lightning.display import as_html, as_markdown, document, fitting, svg
 
 _TOLD = "Telling shifted from clean samples: area under the ROC curve, in percent; 50 is chance."
+_FILES = ("distances.svg", "page.html", "results.csv", "results.json", "table.md")
 
 
 def headers(results: Results) -> list[str]:
@@ -62,7 +64,7 @@ def table(results: Results) -> Table:
 
 def markdown(results: Results) -> str:
     """Return the table in Markdown."""
-    return _as_markdown([headers(results), *(line(results, row) for row in results.rows)])
+    return as_markdown([headers(results), *(line(results, row) for row in results.rows)])
 
 
 def by_shift(results: Results, stream: str) -> str:
@@ -74,7 +76,7 @@ def by_shift(results: Results, stream: str) -> str:
         cells = [f"{gain.mean:+.{results.decimals}f}" for gain in gains if gain is not None]
         if cells:
             rows.append([row.training, row.name, *cells])
-    return _as_markdown(rows)
+    return as_markdown(rows)
 
 
 def separation(results: Results) -> list[list[str]]:
@@ -89,23 +91,22 @@ def separation(results: Results) -> list[list[str]]:
     return [["training", "score", *shifts], *rows] if rows else []
 
 
-def _as_markdown(rows: list[list[str]]) -> str:
-    ruler = ["---" if index < 2 else "---:" for index in range(len(rows[0]))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [rows[0], ruler, *rows[1:]])
-
-
 def show(results: Results, folder: Path) -> None:
-    """Print the table and write ``table.md`` and ``page.html`` into the folder."""
+    """Print the table; write ``table.md``, ``page.html``, ``distances.svg`` into the folder."""
     shown = table(results)
     console = fitting(shown)
     console.print(shown)
     parts = [f"{results.title}; a gain is an improvement.", markdown(results)]
     parts += [f"Gain by shift, {s} classes:\n\n{by_shift(results, s)}" for s in results.streams]
     if told := separation(results):
-        parts.append(f"{_TOLD}\n\n{_as_markdown(told)}")
+        parts.append(f"{_TOLD}\n\n{as_markdown(told)}")
+    parts += as_text(results)
     (folder / "table.md").write_text("\n\n".join(parts) + "\n")
     (folder / "page.html").write_text(page(results))
-    console.print(f"Written to {folder}: page.html, results.csv, results.json, table.md")
+    if drawn := picture(results):
+        (folder / "distances.svg").write_text(drawn)
+    files = sorted(name for name in _FILES if (folder / name).is_file())
+    console.print(f"Written to {folder}: {', '.join(files)}")
 
 
 def page(results: Results) -> str:
@@ -121,7 +122,8 @@ def page(results: Results) -> str:
         for stream in results.streams
     )
     if told := separation(results):
-        plots += f"<h2>{_TOLD}</h2><div class=wide>{_as_html(told)}</div>"
+        plots += f"<h2>{_TOLD}</h2><div class=wide>{as_html(told)}</div>"
+    plots += as_page(results)
     about = html.escape("\n".join(f"{k}: {v}" for k, v in _facts(results).items()))
     return document(
         "IT3 benchmark",
@@ -133,13 +135,6 @@ def page(results: Results) -> str:
         f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
         f"</div>{plots}<h2>Made with</h2><pre>{about}</pre>",
     )
-
-
-def _as_html(rows: list[list[str]]) -> str:
-    titles = "".join(f"<th>{html.escape(title)}</th>" for title in rows[0])
-    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows[1:])
-    body = "".join(f"<tr>{row}</tr>" for row in cells)
-    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _facts(results: Results) -> dict[str, Any]:

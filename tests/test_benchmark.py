@@ -67,6 +67,10 @@ def toy_results() -> Results:
     return Results("acc", rows, records)
 
 
+def cells(markdown_table: str) -> list[list[str]]:
+    return [[c.strip() for c in line.split("|")[1:-1]] for line in markdown_table.splitlines()]
+
+
 def test_gain_is_over_batch_statistics_of_the_same_model_seed_by_seed() -> None:
     results = toy_results()
     gain = results.gain(results.rows[2], "equal")
@@ -93,7 +97,7 @@ def test_where_lower_is_better_a_gain_is_how_much_lower() -> None:
         "-4.00 ± 1.41",
         "-4.00 noise",
     ]
-    assert by_shift(results, "equal").splitlines()[2:] == ["| ordinary | Tent | +0.00 | -4.00 |"]
+    assert cells(by_shift(results, "equal"))[2:] == [["ordinary", "Tent", "+0.00", "-4.00"]]
     assert str(table(results).title).startswith("acc (lower is better)")
     assert "<h1>IT3 benchmark: acc (lower is better)</h1>" in page(results)
 
@@ -299,14 +303,14 @@ def test_every_line_of_the_table_has_a_cell_for_every_title() -> None:
 
 
 def test_gains_by_shift_are_means_over_seeds_and_leave_unadapted_rows_out() -> None:
-    lines = by_shift(toy_results(), "equal").splitlines()
-    assert lines[2:] == ["| ordinary | Tent | +0.0 | +4.0 |"]  # clean: -1 and +1, noise: 3 and 5
+    found = cells(by_shift(toy_results(), "equal"))
+    assert found[2:] == [["ordinary", "Tent", "+0.0", "+4.0"]]  # clean: -1 and +1, noise: 3 and 5
 
 
-def test_page_holds_the_table_and_a_plot(finished: tuple[Path, Results]) -> None:
+def test_page_holds_the_table_and_its_plots(finished: tuple[Path, Results]) -> None:
     text = page(finished[1])
     assert text.split("<h2>")[0].count("<tr") == len(finished[1].rows) + 1
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 3
     assert "http" not in text.partition("<svg")[0]  # one file, nothing loaded from elsewhere
 
 

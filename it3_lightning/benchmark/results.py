@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from it3_lightning.benchmark.cell import Cell
+from it3_lightning.benchmark.distances import Distances
+from it3_lightning.benchmark.files import write
+from it3_lightning.benchmark.record import Record
 from it3_lightning.benchmark.rows import Row
 from it3_lightning.data import mean_corruption_error
 from it3_lightning.data.severities import SEVERITIES
 
-
-@dataclass(frozen=True)
-class Record:
-    """One score.
-
-    Args:
-        training: which trained model.
-        row: what happened at test time.
-        stream: ``"equal"`` or ``"unequal"`` classes.
-        seed: of training, split and shifts.
-        shift: its name; ``"clean"`` for none.
-        score: in the units of the metric.
-        ms_per_sample: milliseconds of adaptation per sample; 0 where nothing adapts.
-        adapted: number of weights that adapt.
-    """
-
-    training: str
-    row: str
-    stream: str
-    seed: int
-    shift: str
-    score: float
-    ms_per_sample: float
-    adapted: int
+__all__ = ["Record", "Results"]
 
 
 @dataclass
@@ -50,6 +28,7 @@ class Results:
         rows: in the order of the table.
         records: the scores.
         separations: records of how well a score tells shifted samples from clean ones.
+        distances: of the samples of every split, before and after adaptation.
         about: versions, settings, seeds.
         higher_is_better: whether a larger score is the better one; gains are improvements.
         decimals: of scores and gains in tables.
@@ -60,6 +39,7 @@ class Results:
     rows: list[Row]
     records: list[Record] = field(default_factory=list)
     separations: list[Record] = field(default_factory=list)
+    distances: list[Distances] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
     higher_is_better: bool = True
     decimals: int = 1
@@ -167,33 +147,7 @@ class Results:
 
     def save(self, folder: Path) -> None:
         """Write ``results.csv`` and ``results.json``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "results.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Record)])
-            writer.writeheader()
-            writer.writerows(asdict(record) for record in self.records)
-        content = {
-            "metric": self.metric,
-            "higher_is_better": self.higher_is_better,
-            "about": self.about,
-            "table": [self._summary(row) for row in self.rows],
-            "records": [asdict(record) for record in self.records],
-            "separations": [asdict(record) for record in self.separations],
-        }
-        (folder / "results.json").write_text(json.dumps(content, indent=1))
+        write(self, folder)
 
     def _shifted(self) -> list[str]:
         return [shift for shift in self.shifts if shift != "clean"]
-
-    def _summary(self, row: Row) -> dict[str, Any]:
-        summary: dict[str, Any] = {"training": row.training, "row": row.name}
-        for stream in self.streams:
-            gain, error = self.gain(row, stream), self.corruption_error(row, stream)
-            summary[stream] = {
-                "clean": asdict(self.clean(row, stream)),
-                "shifted": asdict(self.shifted(row, stream)),
-                "gain": None if gain is None else asdict(gain),
-                **({} if error is None else {"mean_corruption_error": asdict(error)}),
-            }
-        summary["ms_per_sample"] = self.milliseconds(row)
-        return summary

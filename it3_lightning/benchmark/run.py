@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 
 from it3_lightning.benchmark.about import about
+from it3_lightning.benchmark.distances import keep_distances, kept_distances
 from it3_lightning.benchmark.progress import Progress, quiet, threads
 from it3_lightning.benchmark.results import Record, Results
 from it3_lightning.benchmark.rows import Recipe, Row, rows_for
@@ -48,6 +49,7 @@ class Benchmark:
         rows: ``"main"``: each training's unadapted rows and the default objective; ``"all"``: also
             the published objective, the balance term and filtered entropy.
         recipe: settings that the rows share.
+        distance_samples: samples of each split whose idempotence distances are measured; 0: none.
         joint: the dual pass of joint training; ``None``: the model's own.
         posthoc: the dual pass of post-hoc training; ``None``: the default.
         output: folder of the results; what is there already, with the same settings, is kept.
@@ -68,6 +70,7 @@ class Benchmark:
     decimals: int = 1
     rows: Literal["main", "all"] = "main"
     recipe: Recipe = field(default_factory=Recipe)
+    distance_samples: int = 1000
     joint: DualPass | None = None
     posthoc: DualPass | None = None
     output: str = "results"
@@ -82,6 +85,8 @@ class Benchmark:
             raise ValueError(
                 f"Expected epochs >= 1, got {self.epochs} and posthoc_epochs {self.posthoc_epochs}."
             )
+        if self.distance_samples < 0:
+            raise ValueError(f"Expected distance_samples >= 0, got {self.distance_samples}.")
         wrong = [stream for stream in self.streams if stream not in ("equal", "unequal")]
         if wrong or not self.streams:
             raise ValueError(f"Expected streams among equal, unequal, got {list(self.streams)}.")
@@ -114,6 +119,7 @@ class Benchmark:
                     scores = self._seed(seed, rows, make_model, data, progress, settings)
                     results.records += scores[0]
                     results.separations += scores[1]
+        results.distances = kept_distances(Path(self.output), self.seeds)
         results.save(Path(self.output))
         return results
 
@@ -165,6 +171,8 @@ class Benchmark:
                 progress.advance()
         data.stream = self.streams[0]  # type: ignore[assignment]
         told = separations(models, data, Idempotence(self.recipe.distance))
+        progress.say(f"seed {seed}: distances")
+        keep_distances(self, models, rows, data)
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {k: [asdict(r) for r in v] for k, v in zip(_KEPT, (records, told), strict=True)}
         file.write_text(json.dumps({"fingerprint": fingerprint, **content}))

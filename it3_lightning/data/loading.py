@@ -3,8 +3,9 @@
 from typing import Any, TypeVar
 
 from torch import Generator
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from it3_lightning.data.sampling import seeded, subset
 from it3_lightning.data.views import DrawSampler, Views
 
 T = TypeVar("T")
@@ -40,4 +41,30 @@ def loader(
         num_workers=num_workers,
         collate_fn=whole_batch,
         generator=generator,
+    )
+
+
+def sampled(source: DataLoader[T], size: int, *, batch_size: int, seed: int) -> DataLoader[T]:
+    """Return a loader of some samples of another, in the order of its dataset.
+
+    Args:
+        source: a loader whose dataset has a length.
+        size: how many samples at most; of datasets of equal lengths the same ones.
+        batch_size: of the new loader.
+        seed: chooses them.
+
+    >>> import torch
+    >>> from torch.utils.data import TensorDataset
+    >>> source = DataLoader(TensorDataset(torch.arange(6)), batch_size=6)
+    >>> [batch[0].tolist() for batch in sampled(source, 3, batch_size=2, seed=0)]
+    [[1, 2], [5]]
+    """
+    count = len(source.dataset)  # type: ignore[arg-type]
+    chosen, _ = subset(count, min(size, count), seed, "sampled")
+    return DataLoader(
+        Subset(source.dataset, chosen.tolist()),
+        batch_size=batch_size,
+        num_workers=source.num_workers,
+        collate_fn=source.collate_fn,
+        generator=seeded(seed, "loader"),
     )
