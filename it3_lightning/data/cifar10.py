@@ -17,12 +17,12 @@ from it3_lightning.data.cifar_files import (
     read_batch,
     read_corrupted,
 )
-from it3_lightning.data.corruptions import CORRUPTIONS, Corruption
+from it3_lightning.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
 from it3_lightning.data.image_set import ImageSet
 from it3_lightning.data.images import Batch, Change, Images
 from it3_lightning.data.settings import check_corrupted
 from it3_lightning.data.shifted import ShiftedImages
-from it3_lightning.data.shifts import SHIFTS
+from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS
 
 Source = Literal["auto", "files", "own"]
 
@@ -80,6 +80,16 @@ class CIFAR10DataModule(ShiftedImages):
         self.download = download
         standard = CORRUPTIONS if self.corruptions == "files" else SHIFTS
         super().__init__(shifts=standard if shifts is None else shifts, **kwargs)
+
+    @property
+    def reporting_shifts(self) -> tuple[str, ...]:
+        """Names of the shifts that results are reported on."""
+        return SHIFTS if self.corruptions == "own" else CORRUPTIONS
+
+    @property
+    def tuning_shifts(self) -> tuple[str, ...]:
+        """Names of other shifts, only for choosing settings."""
+        return TUNING_SHIFTS if self.corruptions == "own" else EXTRA_CORRUPTIONS
 
     @property
     def num_classes(self) -> int:

@@ -37,6 +37,19 @@ class ShiftedData(LightningDataModule):
         return None
 
     @property
+    def reporting_shifts(self) -> tuple[str, ...]:
+        """Names of the shifts that results are reported on; none."""
+        return ()
+
+    @property
+    def tuning_shifts(self) -> tuple[str, ...]:
+        """Names of other shifts, only for choosing settings; none.
+
+        No result is reported on them. They go with ``evaluate_on="validation"``.
+        """
+        return ()
+
+    @property
     def test_names(self) -> list[str]:
         """Names of the test and prediction loaders, in their order: clean first."""
         return ["clean", *self.shifts]

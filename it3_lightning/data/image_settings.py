@@ -13,7 +13,7 @@ from it3_lightning.data.settings import (
     check_integer,
     check_shifts,
 )
-from it3_lightning.data.shifts import SHIFTS, Shift
+from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Shift
 
 
 class ImageSettings(ShiftedData):
@@ -67,6 +67,16 @@ class ImageSettings(ShiftedData):
         self.seed = seed
         self.num_workers = num_workers
         self._check()
+
+    @property
+    def reporting_shifts(self) -> tuple[str, ...]:
+        """Names of the shifts that results are reported on."""
+        return SHIFTS
+
+    @property
+    def tuning_shifts(self) -> tuple[str, ...]:
+        """Names of other shifts, only for choosing settings."""
+        return TUNING_SHIFTS
 
     @property
     def test_names(self) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from it3_lightning.data.corruption_error import ALEXNET_ERRORS
-from it3_lightning.data.corruptions import CORRUPTIONS, Corruption, corrupting
+from it3_lightning.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption, corrupting
 from it3_lightning.data.decoding import CenterCropped
 from it3_lightning.data.image_files import ImageFiles
 from it3_lightning.data.imagenet_files import (
@@ -21,7 +21,7 @@ from it3_lightning.data.images import Batch, Change, Images
 from it3_lightning.data.random_crops import RandomCrops
 from it3_lightning.data.settings import check_corrupted, check_integer
 from it3_lightning.data.shifted import ShiftedImages
-from it3_lightning.data.shifts import SHIFTS
+from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS
 
 Source = Literal["auto", "files", "made", "own"]
 
@@ -89,6 +89,16 @@ class ImageNetCDataModule(ShiftedImages):
         self.augment = augment
         standard = SHIFTS if self.corruptions == "own" else CORRUPTIONS
         super().__init__(shifts=standard if shifts is None else shifts, val_size=val_size, **kwargs)
+
+    @property
+    def reporting_shifts(self) -> tuple[str, ...]:
+        """Names of the shifts that results are reported on."""
+        return SHIFTS if self.corruptions == "own" else CORRUPTIONS
+
+    @property
+    def tuning_shifts(self) -> tuple[str, ...]:
+        """Names of other shifts, only for choosing settings."""
+        return TUNING_SHIFTS if self.corruptions == "own" else EXTRA_CORRUPTIONS
 
     @property
     def num_classes(self) -> int:

@@ -78,6 +78,16 @@ class RangedData(ShiftedData):
         self._splits: dict[str, Samples] = {}
         self._splits_key: tuple[object, ...] = ()
 
+    @property
+    def reporting_shifts(self) -> tuple[str, ...]:
+        """Names of the shifts that results are reported on."""
+        return self.SHIFTS
+
+    @property
+    def tuning_shifts(self) -> tuple[str, ...]:
+        """Names of other shifts, only for choosing settings."""
+        return self.TUNING_SHIFTS
+
     # What a subclass defines
 
     @property

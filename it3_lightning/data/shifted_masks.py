@@ -89,6 +89,16 @@ class ShiftedMasks(ShiftedData):
         self._splits: dict[str, MaskedSet] = {}
         self._splits_key: tuple[object, ...] = ()
 
+    @property
+    def reporting_shifts(self) -> tuple[str, ...]:
+        """Names of the shifts that results are reported on."""
+        return ROAD_SHIFTS
+
+    @property
+    def tuning_shifts(self) -> tuple[str, ...]:
+        """Names of other shifts, only for choosing settings."""
+        return ROAD_TUNING_SHIFTS
+
     @abstractmethod
     def load(self) -> dict[str, MaskedSet]:
         """Return all samples: ``"train"``, ``"validation"`` and ``"test"``."""

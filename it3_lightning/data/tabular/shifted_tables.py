@@ -21,7 +21,7 @@ from it3_lightning.data.settings import (
 )
 from it3_lightning.data.tabular.preprocessing import Layout, Preprocessing
 from it3_lightning.data.tabular.row_set import RowSet
-from it3_lightning.data.tabular.shifts import TABULAR_SHIFTS, TabularShift
+from it3_lightning.data.tabular.shifts import TABULAR_SHIFTS, TABULAR_TUNING_SHIFTS, TabularShift
 from it3_lightning.data.tabular.splitting import split, unequal_rows
 from it3_lightning.data.tabular.table import Schema, Table
 
@@ -107,6 +107,16 @@ class ShiftedTables(ShiftedData):
             f"Expected {type(self).__name__} to define load(self) -> tuple[Table, Table | None]. "
             "Return the training rows and the test rows."
         )
+
+    @property
+    def reporting_shifts(self) -> tuple[str, ...]:
+        """Names of the shifts that results are reported on."""
+        return TABULAR_SHIFTS
+
+    @property
+    def tuning_shifts(self) -> tuple[str, ...]:
+        """Names of other shifts, only for choosing settings."""
+        return TABULAR_TUNING_SHIFTS
 
     @property
     def num_features(self) -> int:
