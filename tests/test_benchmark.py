@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
 
 from it3_lightning import (
     ClassPrior,
@@ -20,6 +20,7 @@ from it3_lightning import (
 )
 from it3_lightning.benchmark import Benchmark, Record, Results, Row, rows_for
 from it3_lightning.benchmark.about import about
+from it3_lightning.benchmark.kind import Kind
 from it3_lightning.benchmark.rows import Recipe
 from it3_lightning.data import BundledDataModule, DigitsDataModule, ImageSet
 from it3_lightning.networks import MLP, SmallCNN
@@ -143,13 +144,13 @@ def test_mean_of_shifts_leaves_the_clean_samples_out() -> None:
 
 
 def test_rows_without_classes_have_no_entropy_and_no_balance() -> None:
-    names = {row.name for row in rows_for(Recipe(), classes=False, batch_norm=False)}
+    names = {row.name for row in rows_for(Recipe(), Kind(classes=False, batch_norm=False))}
     assert not any("entropy" in n or "Tent" in n or "balance" in n for n in names)
     assert "batch statistics" not in names
 
 
 def test_rows_of_maps_have_entropy_but_no_balance() -> None:
-    rows = rows_for(Recipe(), classes=True, batch_norm=True, balanced=False)
+    rows = rows_for(Recipe(), Kind(classes=True, batch_norm=True, balanced=False))
     names = {row.name for row in rows}
     assert {"Tent", "filtered entropy, online", "default objective, episodic"} <= names
     assert not any("balance" in name for name in names)
@@ -170,7 +171,7 @@ def test_distances_of_distributions_are_refused_for_masks_of_one_channel(tmp_pat
 
 
 def test_filtered_entropy_and_the_default_differ_in_the_objective_alone() -> None:
-    rows = {(r.training, r.name): r for r in rows_for(Recipe(), classes=True, batch_norm=True)}
+    rows = {(r.training, r.name): r for r in rows_for(Recipe(), Kind(classes=True, batch_norm=True))}
     entropy = rows["ordinary", "filtered entropy, online"].settings
     default = rows["post-hoc", "default objective, online"].settings
     assert entropy is not None
@@ -409,8 +410,69 @@ def as_values(images: ImageSet) -> ImageSet:
 
 
 def test_a_row_callback_carries_all_its_settings() -> None:
-    for row in rows_for(Recipe(lr=0.3, balance=0.7), classes=True, batch_norm=True):
+    for row in rows_for(Recipe(lr=0.3, balance=0.7), Kind(classes=True, batch_norm=True)):
         callback = row.callback()
         if row.settings is not None:
             assert isinstance(callback, IT3TestTimeCallback)
             assert callback.settings == row.settings
+
+
+def test_another_recipe_trains_nothing_and_leaves_the_other_rows_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = functools.partial(
+        benchmark, tmp_path, rows="all", metric="test_loss", percent=False, higher_is_better=False
+    )
+    first = losses().run(make_model, digits())
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
+    second = losses(recipe=Recipe(episodic_lr=0.05)).run(make_model, digits())
+    assert len(first.records) == len(second.records)
+    changed = set()
+    for before, after in zip(first.records, second.records, strict=True):
+        assert (before.row, before.shift) == (after.row, after.shift)
+        if before.score != after.score:
+            changed.add(before.row)
+    assert "published objective, episodic" in changed
+    assert all("episodic" in row for row in changed)
+
+
+def test_other_samples_to_evaluate_on_train_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark(tmp_path).run(make_model, digits())
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
+    data = digits()
+    data.evaluate_on, data.shifts, data.severity = "validation", ("shear",), 2
+    results = benchmark(tmp_path).run(make_model, data)
+    assert results.shifts == ["clean", "shear"]
+
+
+def test_what_training_depends_on_trains_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark(tmp_path).run(make_model, digits())
+    fits, fit = [], Trainer.fit
+
+    def counted(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        fits.append(trainer.max_epochs)
+        fit(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "fit", counted)
+    benchmark(tmp_path, epochs=2).run(make_model, digits())
+    assert fits == [4, 2, 1]
+    smaller = DigitsDataModule(shifts=("contrast",), severity=4, train_size=150, test_size=120)
+    benchmark(tmp_path, epochs=2).run(make_model, smaller)
+    assert len(fits) == 6
+
+
+def test_kept_models_are_states_alone_and_a_damaged_file_trains_again(tmp_path: Path) -> None:
+    first = benchmark(tmp_path).run(make_model, digits())
+    file = tmp_path / "models" / "seed_0.ckpt"
+    states = torch.load(file, weights_only=True)["states"]
+    assert set(states) == {"ordinary", "joint", "post-hoc"}
+    assert all(name.startswith("it3_") for name in states["post-hoc"])
+    assert states["joint"].keys() == make_model().state_dict().keys()
+    file.write_bytes(file.read_bytes()[:1000])
+    (tmp_path / "seed_0.json").unlink()
+    again = benchmark(tmp_path).run(make_model, digits())
+    assert [r.score for r in again.records] == [r.score for r in first.records]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from it3_lightning.benchmark.kind import Kind
 from it3_lightning.callback import IT3TestTimeCallback
 from it3_lightning.distances import DistanceName
 from it3_lightning.engine import Settings
@@ -72,32 +73,22 @@ class Recipe:
     balance: float = 0.3
 
 
-def rows_for(
-    recipe: Recipe, *, classes: bool, batch_norm: bool, balanced: bool = True
-) -> list[Row]:
-    """Return the rows that make sense for a model.
-
-    Args:
-        recipe: settings that the rows share.
-        classes: whether it predicts classes; entropy and balance need them.
-        batch_norm: whether it has BatchNorm layers; else there are no batch statistics.
-        balanced: whether the classes may be about equally frequent, as balance needs them; those
-            of pixels are not.
-    """
-    still = Settings(steps=0, norm_stats="batch" if batch_norm else "source", measure=False)
-    rows = list(_ordinary(recipe, still, classes=classes, batch_norm=batch_norm))
+def rows_for(recipe: Recipe, kind: Kind) -> list[Row]:
+    """Return the rows that make sense for a kind of model, each different from all others."""
+    still = Settings(steps=0, norm_stats="batch" if kind.batch_norm else "source", measure=False)
+    rows = list(_ordinary(recipe, still, kind))
     for training in ("joint", "post-hoc"):
-        rows += _with_priors(recipe, still, training, classes=classes, batch_norm=batch_norm)
-    return [row for row in rows if balanced or "balance" not in row.name]
+        rows += _with_priors(recipe, still, training, kind)
+    return [row for row in rows if kind.balanced or "balance" not in row.name]
 
 
-def _ordinary(recipe: Recipe, still: Settings, *, classes: bool, batch_norm: bool) -> Iterator[Row]:
+def _ordinary(recipe: Recipe, still: Settings, kind: Kind) -> Iterator[Row]:
     yield Row("ordinary", "source")
-    if batch_norm:
+    if kind.batch_norm:
         yield Row("ordinary", "batch statistics", still)
-    if not classes:
+    if not kind.classes:
         return
-    if batch_norm:
+    if kind.batch_norm:
         tent = replace(
             _online(recipe, still, Entropy()), lr=recipe.tent_lr, parameters="norm", anchor="frozen"
         )
@@ -109,10 +100,10 @@ def _ordinary(recipe: Recipe, still: Settings, *, classes: bool, batch_norm: boo
 
 
 def _with_priors(
-    recipe: Recipe, still: Settings, training: Training, *, classes: bool, batch_norm: bool
+    recipe: Recipe, still: Settings, training: Training, kind: Kind
 ) -> Iterator[Row]:
     yield Row(training, "source")
-    if batch_norm:
+    if kind.batch_norm:
         yield Row(training, "batch statistics", still)
     yield Row(training, "second prediction", still, second=True)
     published = Idempotence(recipe.distance, reliability=None)
@@ -123,7 +114,7 @@ def _with_priors(
     yield Row(training, "filtered distance alone, online", _online(recipe, still, filtered))
     yield Row(training, "default objective, episodic", _episodic(recipe, still, default))
     yield Row(training, "default objective, online", _online(recipe, still, default))
-    if classes:
+    if kind.classes:
         balanced = replace(default, balance=recipe.balance)
         episodic = _episodic(recipe, still, balanced)
         yield Row(training, "default objective + balance, episodic", episodic)
