@@ -23,6 +23,7 @@ from it3_lightning.benchmark.about import about
 from it3_lightning.benchmark.kind import Kind
 from it3_lightning.benchmark.rows import Recipe
 from it3_lightning.data import BundledDataModule, DigitsDataModule, ImageSet
+from it3_lightning.engine import Settings
 from it3_lightning.networks import MLP, SmallCNN
 from it3_lightning.objectives import Entropy, Idempotence
 from it3_lightning.report import by_shift, headers, line, markdown, page, table
@@ -171,7 +172,9 @@ def test_distances_of_distributions_are_refused_for_masks_of_one_channel(tmp_pat
 
 
 def test_filtered_entropy_and_the_default_differ_in_the_objective_alone() -> None:
-    rows = {(r.training, r.name): r for r in rows_for(Recipe(), Kind(classes=True, batch_norm=True))}
+    rows = {
+        (r.training, r.name): r for r in rows_for(Recipe(), Kind(classes=True, batch_norm=True))
+    }
     entropy = rows["ordinary", "filtered entropy, online"].settings
     default = rows["post-hoc", "default objective, online"].settings
     assert entropy is not None
@@ -476,3 +479,42 @@ def test_kept_models_are_states_alone_and_a_damaged_file_trains_again(tmp_path: 
     (tmp_path / "seed_0.json").unlink()
     again = benchmark(tmp_path).run(make_model, digits())
     assert [r.score for r in again.records] == [r.score for r in first.records]
+
+
+def test_a_rows_gate_is_refused_since_a_callbacks_is_another() -> None:
+    with pytest.raises(ValueError, match=r"without a gate, got gate=0\.9: a distance"):
+        Row("joint", "gated", Settings(gate=0.9))
+
+
+def test_values_have_no_rows_that_do_the_same() -> None:
+    rows = rows_for(Recipe(distance="l1"), Kind(classes=False, batch_norm=False, values=True))
+    assert [row.name for row in rows if row.training == "joint"] == [
+        "source",
+        "second prediction",
+        "mean prediction",
+        "default objective, episodic",
+        "default objective, online",
+        "default objective, each sample",
+    ]
+
+
+def test_rows_of_classes_differ_as_far_as_the_recipe_does() -> None:
+    kind = Kind(classes=True, batch_norm=True)
+    names = {row.name for row in rows_for(Recipe(sharpen=0.0), kind)}
+    assert "filtered distance alone, online" not in names  # it is the default objective, then
+    assert "filtered distance alone, online" in {row.name for row in rows_for(Recipe(), kind)}
+
+
+def test_rows_of_each_sample_are_compared_with_the_source(
+    finished: tuple[Path, Results],
+) -> None:
+    _, results = finished
+    rows = {row.name: row for row in results.rows if row.training == "post-hoc"}
+    for name in ("default", "published"):
+        row = rows[f"{name} objective, each sample"]
+        assert row.settings is not None
+        assert (row.settings.scope, row.settings.norm_stats) == ("sample", "source")
+        gain = results.gain(row, "equal")
+        assert gain is not None
+        (mine,), (base,) = (results.scores(r, "equal", ["contrast"]) for r in (row, rows["source"]))
+        assert gain.mean == pytest.approx(mine - base)

@@ -11,8 +11,11 @@ from it3_lightning.callback import IT3TestTimeCallback
 from it3_lightning.distances import DistanceName
 from it3_lightning.engine import Settings
 from it3_lightning.objectives import Entropy, Idempotence, TestTimeObjective
+from it3_lightning.takeover import Prediction
 
 Training = Literal["ordinary", "joint", "post-hoc"]
+
+_FURTHER = ("published", "balance", "filtered", "mean", "each sample")  # not in the short table
 
 
 @dataclass(frozen=True)
@@ -23,25 +26,46 @@ class Row:
         training: which of the trained models.
         name: what happens at test time.
         settings: of the adaptation; ``None``: no callback at all.
-        second: predict with the second prediction, ``f(x, f(x, 0))``.
+        prediction: what is predicted; see :class:`~it3_lightning.IT3TestTimeCallback`.
+
+    Raises:
+        ValueError: the settings have a gate, which is a distance; that of a callback is a share.
+
+    >>> Row("post-hoc", "gated", Settings(gate=0.95))
+    Traceback (most recent call last):
+    ValueError: Expected settings without a gate, got gate=0.95: a distance here, a share of the \
+validation samples in a callback, which a benchmark does not calibrate. Leave it out.
     """
 
     training: Training
     name: str
     settings: Settings | None = None
-    second: bool = False
+    prediction: Prediction = "first"
+
+    def __post_init__(self) -> None:
+        if self.settings is not None and self.settings.gate is not None:
+            raise ValueError(
+                f"Expected settings without a gate, got gate={self.settings.gate}: a distance here,"
+                " a share of the validation samples in a callback, which a benchmark does not "
+                "calibrate. Leave it out."
+            )
 
     @property
     def main(self) -> bool:
         """Whether it belongs to the short table."""
-        return not any(word in self.name for word in ("published", "balance", "filtered"))
+        return not any(word in self.name for word in _FURTHER)
+
+    @property
+    def alone(self) -> bool:
+        """Whether every sample is by itself, so that there are no batch statistics."""
+        return self.settings is not None and self.settings.scope == "sample"
 
     def callback(self) -> IT3TestTimeCallback | None:
         """Return the callback that does it; ``None`` for the source row."""
         if self.settings is None:
             return None
-        prediction: Literal["first", "second"] = "second" if self.second else "first"
-        return IT3TestTimeCallback(**vars(self.settings), prediction=prediction)
+        settings = {name: value for name, value in vars(self.settings).items() if name != "gate"}
+        return IT3TestTimeCallback(**settings, prediction=self.prediction)
 
 
 @dataclass(frozen=True)
@@ -54,6 +78,7 @@ class Recipe:
         ema_decay: of the anchor in the online rows.
         episodic_lr: learning rate of the episodic rows (Adam).
         episodic_steps: steps per batch of the episodic rows.
+        sample_lr: learning rate of the rows in which each sample adapts by itself (Adam).
         tent_lr: learning rate of Tent, which moves the norm layers only.
         distance: of all idempotence objectives.
         reliability: of the default objective, and of filtered entropy beside it.
@@ -66,6 +91,7 @@ class Recipe:
     ema_decay: float = 0.99
     episodic_lr: float = 1e-3
     episodic_steps: int = 1
+    sample_lr: float = 1e-4
     tent_lr: float = 1e-3
     distance: DistanceName = "js"
     reliability: float = 0.6
@@ -79,7 +105,7 @@ def rows_for(recipe: Recipe, kind: Kind) -> list[Row]:
     rows = list(_ordinary(recipe, still, kind))
     for training in ("joint", "post-hoc"):
         rows += _with_priors(recipe, still, training, kind)
-    return [row for row in rows if kind.balanced or "balance" not in row.name]
+    return _different([row for row in rows if kind.balanced or "balance" not in row.name], kind)
 
 
 def _ordinary(recipe: Recipe, still: Settings, kind: Kind) -> Iterator[Row]:
@@ -99,13 +125,12 @@ def _ordinary(recipe: Recipe, still: Settings, kind: Kind) -> Iterator[Row]:
     yield Row("ordinary", "filtered entropy + balance, online", _online(recipe, still, balanced))
 
 
-def _with_priors(
-    recipe: Recipe, still: Settings, training: Training, kind: Kind
-) -> Iterator[Row]:
+def _with_priors(recipe: Recipe, still: Settings, training: Training, kind: Kind) -> Iterator[Row]:
     yield Row(training, "source")
     if kind.batch_norm:
         yield Row(training, "batch statistics", still)
-    yield Row(training, "second prediction", still, second=True)
+    yield Row(training, "second prediction", still, "second")
+    yield Row(training, "mean prediction", still, "mean")
     published = Idempotence(recipe.distance, reliability=None)
     default = Idempotence(recipe.distance, recipe.reliability, sharpen=recipe.sharpen)
     filtered = replace(default, sharpen=0.0)
@@ -114,6 +139,8 @@ def _with_priors(
     yield Row(training, "filtered distance alone, online", _online(recipe, still, filtered))
     yield Row(training, "default objective, episodic", _episodic(recipe, still, default))
     yield Row(training, "default objective, online", _online(recipe, still, default))
+    for name, objective in (("published", published), ("default", default)):
+        yield Row(training, f"{name} objective, each sample", _each(recipe, still, objective))
     if kind.classes:
         balanced = replace(default, balance=recipe.balance)
         episodic = _episodic(recipe, still, balanced)
@@ -136,3 +163,33 @@ def _online(recipe: Recipe, still: Settings, objective: TestTimeObjective) -> Se
 
 def _episodic(recipe: Recipe, still: Settings, objective: TestTimeObjective) -> Settings:
     return replace(still, objective=objective, steps=recipe.episodic_steps, lr=recipe.episodic_lr)
+
+
+def _each(recipe: Recipe, still: Settings, objective: TestTimeObjective) -> Settings:
+    """Return settings of scope ``"sample"``, where BatchNorm has the statistics of training."""
+    alone = replace(still, scope="sample", norm_stats="source")
+    return replace(alone, objective=objective, steps=recipe.episodic_steps, lr=recipe.sample_lr)
+
+
+def _different(rows: list[Row], kind: Kind) -> list[Row]:
+    """Return the rows in their order, less those that do the same as another of the training.
+
+    Of rows that do the same, as the published and the default objective on values, the default
+    one stays.
+    """
+    kept: dict[object, Row] = {}
+    for row in sorted(rows, key=lambda row: "default" not in row.name):
+        kept.setdefault((row.training, row.prediction, _in_effect(row.settings, kind)), row)
+    return [row for row in rows if any(row is other for other in kept.values())]
+
+
+def _in_effect(settings: Settings | None, kind: Kind) -> Settings | None:
+    """Return settings without what has no effect on a kind of prediction."""
+    if settings is None or not isinstance(settings.objective, Idempotence):
+        return settings
+    objective = settings.objective
+    if not kind.classes:
+        objective = replace(objective, reliability=None)
+    if objective.reliability is None:
+        objective = replace(objective, sharpen=0.0)
+    return replace(settings, objective=objective)

@@ -31,7 +31,8 @@ class BenchmarkSettings:
             ``"test_mae"``. Gains in the tables are improvements either way.
         decimals: of scores and gains in the tables.
         rows: ``"main"``: each training's unadapted rows and the default objective; ``"all"``: also
-            the published objective, the balance term and filtered entropy.
+            the published objective, the balance term, filtered entropy, the mean prediction, and
+            each sample by itself.
         recipe: settings that the rows share.
         joint: the dual pass of joint training; ``None``: the model's own.
         posthoc: the dual pass of post-hoc training; ``None``: the default.
