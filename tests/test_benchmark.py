@@ -21,7 +21,7 @@ from it3_lightning import (
 from it3_lightning.benchmark import Benchmark, Record, Results, Row, rows_for
 from it3_lightning.benchmark.about import about
 from it3_lightning.benchmark.kind import Kind
-from it3_lightning.benchmark.rows import Recipe
+from it3_lightning.benchmark.recipe import Recipe
 from it3_lightning.data import BundledDataModule, DigitsDataModule, ImageSet
 from it3_lightning.engine import Settings
 from it3_lightning.networks import MLP, SmallCNN

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from it3_lightning.benchmark.kind import Kind
+from it3_lightning.benchmark.recipe import Recipe
 from it3_lightning.callback import IT3TestTimeCallback
-from it3_lightning.distances import DistanceName
 from it3_lightning.engine import Settings
-from it3_lightning.objectives import Entropy, Idempotence, TestTimeObjective
+from it3_lightning.objectives import Entropy, Idempotence
 from it3_lightning.takeover import Prediction
 
 Training = Literal["ordinary", "joint", "post-hoc"]
@@ -68,37 +68,6 @@ validation samples in a callback, which a benchmark does not calibrate. Leave it
         return IT3TestTimeCallback(**settings, prediction=self.prediction)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The settings that the rows of a benchmark share.
-
-    Args:
-        lr: learning rate of the online rows (Adam).
-        steps: steps per batch of the online rows.
-        ema_decay: of the anchor in the online rows.
-        episodic_lr: learning rate of the episodic rows (Adam).
-        episodic_steps: steps per batch of the episodic rows.
-        sample_lr: learning rate of the rows in which each sample adapts by itself (Adam).
-        tent_lr: learning rate of Tent, which moves the norm layers only.
-        distance: of all idempotence objectives.
-        reliability: of the default objective, and of filtered entropy beside it.
-        sharpen: of the default objective.
-        balance: weight of the balance term in the rows that have one.
-    """
-
-    lr: float = 1e-4
-    steps: int = 1
-    ema_decay: float = 0.99
-    episodic_lr: float = 1e-3
-    episodic_steps: int = 1
-    sample_lr: float = 1e-4
-    tent_lr: float = 1e-3
-    distance: DistanceName = "js"
-    reliability: float = 0.6
-    sharpen: float = 1.0
-    balance: float = 0.3
-
-
 def rows_for(recipe: Recipe, kind: Kind) -> list[Row]:
     """Return the rows that make sense for a kind of model, each different from all others."""
     still = Settings(steps=0, norm_stats="batch" if kind.batch_norm else "source", measure=False)
@@ -116,13 +85,14 @@ def _ordinary(recipe: Recipe, still: Settings, kind: Kind) -> Iterator[Row]:
         return
     if kind.batch_norm:
         tent = replace(
-            _online(recipe, still, Entropy()), lr=recipe.tent_lr, parameters="norm", anchor="frozen"
+            recipe.online(still, Entropy()), lr=recipe.tent_lr, parameters="norm", anchor="frozen"
         )
         yield Row("ordinary", "Tent", tent)
-    filtered = Entropy(recipe.reliability)
-    yield Row("ordinary", "filtered entropy, online", _online(recipe, still, filtered))
-    balanced = Entropy(recipe.reliability, recipe.balance)
-    yield Row("ordinary", "filtered entropy + balance, online", _online(recipe, still, balanced))
+    reliability = Recipe().reliability if recipe.reliability is None else recipe.reliability
+    filtered = Entropy(reliability)
+    yield Row("ordinary", "filtered entropy, online", recipe.online(still, filtered))
+    balanced = Entropy(reliability, recipe.balance)
+    yield Row("ordinary", "filtered entropy + balance, online", recipe.online(still, balanced))
 
 
 def _with_priors(recipe: Recipe, still: Settings, training: Training, kind: Kind) -> Iterator[Row]:
@@ -132,43 +102,21 @@ def _with_priors(recipe: Recipe, still: Settings, training: Training, kind: Kind
     yield Row(training, "second prediction", still, "second")
     yield Row(training, "mean prediction", still, "mean")
     published = Idempotence(recipe.distance, reliability=None)
-    default = Idempotence(recipe.distance, recipe.reliability, sharpen=recipe.sharpen)
+    default = recipe.objective
     filtered = replace(default, sharpen=0.0)
-    yield Row(training, "published objective, episodic", _episodic(recipe, still, published))
-    yield Row(training, "published objective, online", _online(recipe, still, published))
-    yield Row(training, "filtered distance alone, online", _online(recipe, still, filtered))
-    yield Row(training, "default objective, episodic", _episodic(recipe, still, default))
-    yield Row(training, "default objective, online", _online(recipe, still, default))
+    yield Row(training, "published objective, episodic", recipe.episodic(still, published))
+    yield Row(training, "published objective, online", recipe.online(still, published))
+    yield Row(training, "filtered distance alone, online", recipe.online(still, filtered))
+    yield Row(training, "default objective, episodic", recipe.episodic(still, default))
+    yield Row(training, "default objective, online", recipe.online(still, default))
     for name, objective in (("published", published), ("default", default)):
-        yield Row(training, f"{name} objective, each sample", _each(recipe, still, objective))
+        yield Row(training, f"{name} objective, each sample", recipe.each(still, objective))
     if kind.classes:
         balanced = replace(default, balance=recipe.balance)
-        episodic = _episodic(recipe, still, balanced)
+        episodic = recipe.episodic(still, balanced)
         yield Row(training, "default objective + balance, episodic", episodic)
-        online = _online(recipe, still, balanced)
+        online = recipe.online(still, balanced)
         yield Row(training, "default objective + balance, online", online)
-
-
-def _online(recipe: Recipe, still: Settings, objective: TestTimeObjective) -> Settings:
-    return replace(
-        still,
-        objective=objective,
-        steps=recipe.steps,
-        lr=recipe.lr,
-        reset="never",
-        anchor="ema",
-        ema_decay=recipe.ema_decay,
-    )
-
-
-def _episodic(recipe: Recipe, still: Settings, objective: TestTimeObjective) -> Settings:
-    return replace(still, objective=objective, steps=recipe.episodic_steps, lr=recipe.episodic_lr)
-
-
-def _each(recipe: Recipe, still: Settings, objective: TestTimeObjective) -> Settings:
-    """Return settings of scope ``"sample"``, where BatchNorm has the statistics of training."""
-    alone = replace(still, scope="sample", norm_stats="source")
-    return replace(alone, objective=objective, steps=recipe.episodic_steps, lr=recipe.sample_lr)
 
 
 def _different(rows: list[Row], kind: Kind) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 
-from it3_lightning.benchmark.rows import Recipe
+from it3_lightning.benchmark.recipe import Recipe
 from it3_lightning.dual_pass import DualPass
 
 
@@ -71,6 +71,19 @@ class BenchmarkSettings:
         wrong = [stream for stream in self.streams if stream not in ("equal", "unequal")]
         if wrong or not self.streams:
             raise ValueError(f"Expected streams among equal, unequal, got {list(self.streams)}.")
+
+    @property
+    def sign(self) -> int:
+        """1 where a larger score is the better one, else -1."""
+        return 1 if self.higher_is_better else -1
+
+    def error(self, score: float) -> float:
+        """Return how far a score is from the best possible one.
+
+        >>> BenchmarkSettings().error(90.0)
+        10.0
+        """
+        return (100 if self.percent else 1) - score if self.higher_is_better else score
 
     def trainer(self, **arguments: Any) -> Trainer:
         """Return a silent Trainer on the benchmark's device."""
