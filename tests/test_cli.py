@@ -142,6 +142,30 @@ def test_benchmark_writes_its_page(config: str, tmp_path: Path, idx_images: Path
     assert {"page.html", "results.csv", "results.json", "table.md"} <= names
 
 
+@pytest.mark.parametrize(
+    "config", ["airfoils_graph", "boston", "digits", "fashion_mnist", "roads_procedural"]
+)
+def test_tune_writes_its_report(config: str, tmp_path: Path, idx_images: Path) -> None:
+    run(
+        "tune",
+        config,
+        tmp_path,
+        idx_images,
+        f"--benchmark.output={tmp_path}",
+        "--benchmark.seeds=[0]",
+        "--benchmark.epochs=1",
+        "--benchmark.posthoc_epochs=1",
+        "--benchmark.accelerator=cpu",
+        "--tune.grid.lrs=[0.001]",
+        "--tune.grid.modes=[episodic, sample]",
+        "--tune.grid.forms=[published]",
+        "--tune.batches=1",
+    )
+    report = (tmp_path / "tuning.md").read_text()
+    assert "1 step of 0.001, episodic" in report
+    assert "```yaml\ntrainer:" in report
+
+
 @pytest.mark.parametrize("config", ["adult", "covertype"])
 def test_fit_without_its_tables_names_the_files(
     config: str, tmp_path: Path, idx_images: Path
