@@ -13,7 +13,7 @@ from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.updates import HALF
 
 _TRANSIENT = 2  # of what backward keeps: what it makes of it meanwhile
-_MOMENTS = {"sgd": 0, "rmsprop": 2, "adam": 2, "adamw": 2}  # and what is made at each step
+_MOMENTS = {"sgd": 0, "polyak": 1, "rmsprop": 2, "adam": 2, "adamw": 2}  # and what a step makes
 _OWN = 4  # the same of an optimizer that is not known by name
 
 

@@ -28,6 +28,8 @@ def single_step(settings: Settings) -> FirstStep | None:
         return None
     if settings.grad_clip is not None or callable(settings.optimizer):
         return None
+    if settings.optimizer == "polyak":  # whose length is known only after the whole gradient
+        return None
     return FirstStep(settings.optimizer, settings.lr)
 
 

@@ -27,8 +27,9 @@ class Settings:
         objective: what is minimised: :class:`~it3_lightning.objectives.Idempotence` or another.
         steps: optimizer steps per batch; 0 adapts nothing.
         lr: learning rate of a named optimizer.
-        optimizer: ``"adam"``, ``"adamw"``, ``"sgd"``, ``"rmsprop"``, or a callable that takes the
-            parameters.
+        optimizer: ``"adam"``, ``"adamw"``, ``"sgd"``, ``"rmsprop"``; ``"polyak"``: a step as long
+            as the distance asks for, ``lr`` being the share of it that the step is to take away,
+            such as 0.5, in any domain; or a callable that takes the parameters.
         parameters: which parameters adapt; see :func:`~it3_lightning.selection.select`.
         reset: when the weights go back to the source: ``"batch"`` (episodic: before every batch),
             ``"never"`` (online: they are carried along the stream), or before every ``N`` batches,
@@ -98,6 +99,8 @@ class Settings:
             raise ValueError(f"Expected ema_decay in [0, 1], got {self.ema_decay}.")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"Expected grad_clip > 0 or None, got {self.grad_clip}.")
+        if self.optimizer == "polyak":
+            self._check_polyak()
         if self.gate is not None and math.isnan(self.gate):
             raise ValueError("Expected gate to be a distance or None, got NaN.")
         if self.chunk_size != "auto" and not _positive(self.chunk_size):
@@ -105,6 +108,18 @@ class Settings:
         if self.memory <= 0:
             raise ValueError(f"Expected memory > 0 bytes, got {self.memory}.")
         self._check_scope()
+
+    def _check_polyak(self) -> None:
+        if self.grad_clip is not None:
+            raise ValueError(
+                "optimizer='polyak' tells the length of a step by the gradients' norm; grad_clip "
+                "would lengthen it. Leave out grad_clip."
+            )
+        if self.objective.needs_batch:
+            raise ValueError(
+                "optimizer='polyak' needs an objective that cannot fall below 0, and the balance "
+                "term can. Use balance=0, or another optimizer."
+            )
 
     def _check_scope(self) -> None:
         if self.scope == "batch":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from it3_lightning.engine.first_step import FirstStep, single_step
+from it3_lightning.engine.polyak import length
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.updates import Updater, full_precision, optimizer_factory
 
@@ -66,12 +67,13 @@ class Stacked:
         """Dimension of samples in the anchor: 0, or ``None`` where all share it."""
         return 0 if self._average else None
 
-    def step(self, gradients: Weights, active: Tensor) -> Tensor:
+    def step(self, gradients: Weights, active: Tensor, losses: Tensor) -> Tensor:
         """Move the active samples' weights; return ``(B,)`` on the CPU, whose are finite.
 
         Args:
             gradients: ``(B, *shape)``; overwritten.
             active: ``(B,)`` booleans on the CPU; the other samples' weights stay.
+            losses: ``(B,)``, what the gradients are of.
         """
         self._moved |= active
         fresh = (~self._moved).nonzero()[:, 0].tolist()
@@ -80,7 +82,7 @@ class Stacked:
         if self._single is not None:
             total = self._move_once(gradients, self._single)
         else:
-            self._move(self._clipped(gradients))
+            self._move(self._scaled(gradients, losses))
             total = torch.stack([_by_sample(w) for w in self.weights.values()]).sum(0)
         for name in gradients if fresh else ():
             self.weights[name].data[fresh] = self._source[name]
@@ -136,7 +138,10 @@ class Stacked:
         """
         many = list(stacked)
         one = [nn.Parameter(weights.detach()[0]) for weights in many]  # shapes may decide
-        optimizer = optimizer_factory(self._settings.optimizer, self._settings.lr)(one)
+        chosen = self._settings.optimizer, self._settings.lr
+        if self._settings.optimizer == "polyak":  # the gradients have the length of the step
+            chosen = "sgd", 1.0
+        optimizer = optimizer_factory(*chosen)(one)
         hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         if type(optimizer) not in _ELEMENTWISE or hooks:
             raise NotImplementedError(
@@ -151,6 +156,17 @@ class Stacked:
         kind: Any = type(optimizer)
         made: optim.Optimizer = kind(groups)
         return made
+
+    def _scaled(self, gradients: Weights, losses: Tensor) -> Weights:
+        """Return gradients as the optimizer is to see them."""
+        if self._settings.optimizer != "polyak":
+            return self._clipped(gradients)
+        full = {name: full_precision(g) for name, g in gradients.items()}
+        squares = torch.stack([_by_sample(g.square()) for g in full.values()]).sum(0)
+        own = [full_precision(w.detach()).square() for w in self.weights.values()]
+        weights = torch.stack([_by_sample(w) if self.dim == 0 else w.sum() for w in own]).sum(0)
+        scale = length(losses.to(squares), squares, weights.sqrt(), self._settings.lr)
+        return {name: g * _like(scale, g) for name, g in full.items()}
 
     def _clipped(self, gradients: Weights) -> Weights:
         clip = self._settings.grad_clip

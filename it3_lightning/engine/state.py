@@ -89,7 +89,7 @@ class State:
             gradients = evaluate.gradients(loss)
             self._leave_source()
             assert self._updater is not None
-            self._updater.step(gradients)
+            self._updater.step(gradients, loss)
             total = torch.nn.utils.get_total_norm([*self.weights.values()])
             if self._average:
                 share = 1 - self._settings.ema_decay
