@@ -28,7 +28,7 @@ class Scaled:
 
 def settings(**given: Any) -> Settings:
     published = {"objective": Idempotence("l2", None), "optimizer": "polyak", "lr": 0.5}
-    return Settings(**{**published, **given})  # type: ignore[arg-type]
+    return Settings(**{**published, **given})
 
 
 def adapted(net: ToyNet, x: Tensor, **given: Any) -> Adaptation:

@@ -50,7 +50,7 @@ class Candidate:
         if self.mode == "none":
             return f"{self.prediction} prediction"
         own = self.settings(Settings())
-        steps = f"{own.steps} step{'s' * (own.steps > 1)} of {own.lr:g}"
+        steps = f"{own.steps} step{'s' * (own.steps > 1)} of {own.optimizer} {own.lr:g}"
         mode = "each sample" if self.mode == "sample" else self.mode
         parts = [f"{self.form} objective", str(own.parameters), steps, mode]
         if self.prediction != "first":
@@ -74,7 +74,8 @@ class Grid:
     """What is combined with what.
 
     Args:
-        lrs: learning rates (Adam).
+        shares: of the distance that a step is to take away (``optimizer="polyak"``).
+        lrs: learning rates of Adam.
         steps: steps per batch.
         forms: objectives: ``"published"``: the distance alone; ``"filtered"``: that of reliable
             samples; ``"sharpened"``: with the entropy of these. On values they are all the same.
@@ -87,6 +88,7 @@ class Grid:
         ValueError: a name is unknown, or a number out of range.
     """
 
+    shares: Sequence[float] = (0.25, 0.5, 1.0)
     lrs: Sequence[float] = (2.5e-5, 1e-4, 4e-4, 1.6e-3)
     steps: Sequence[int] = (1,)
     forms: Sequence[Form] = ("published", "filtered", "sharpened")
@@ -108,6 +110,8 @@ class Grid:
             raise ValueError(
                 f"Expected lrs > 0 and steps >= 1, got {list(self.lrs)} and {list(self.steps)}."
             )
+        if any(not 0.01 <= share <= 2 for share in self.shares):
+            raise ValueError(f"Expected shares in [0.01, 2], got {list(self.shares)}.")
 
     def candidates(self, recipe: Recipe, kind: Kind, model: nn.Module) -> list[Candidate]:
         """Return the candidates that make sense for a model, each different from all others.
@@ -120,17 +124,21 @@ class Grid:
         forms = self.forms if kind.classes else ("published",)
         there = [choice for choice in self.parameters if _has(model, choice)]
         still = [Candidate("none", recipe, "second"), Candidate("none", recipe, "mean")]
-        grid = product(forms, self.modes, there, self.predictions, self.steps, self.lrs)
+        moves = [("polyak", share) for share in self.shares] + [("adam", lr) for lr in self.lrs]
+        grid = product(forms, self.modes, there, self.predictions, self.steps, moves)
         return still + [
-            Candidate(mode, _varied(recipe, form, choice, steps, lr), prediction, form)
-            for form, mode, choice, prediction, steps, lr in grid
+            Candidate(mode, _varied(recipe, form, choice, steps, *move), prediction, form)
+            for form, mode, choice, prediction, steps, move in grid
         ]
 
 
-def _varied(recipe: Recipe, form: Form, parameters: Choice, steps: int, lr: float) -> Recipe:
+def _varied(
+    recipe: Recipe, form: Form, parameters: Choice, steps: int, optimizer: str, lr: float
+) -> Recipe:
     reliability, sharpen = _FORMS[form]
     return replace(
         recipe,
+        optimizer=optimizer,  # type: ignore[arg-type]
         reliability=reliability,
         sharpen=sharpen,
         parameters=parameters,

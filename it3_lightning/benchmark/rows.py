@@ -83,16 +83,17 @@ def _ordinary(recipe: Recipe, still: Settings, kind: Kind) -> Iterator[Row]:
         yield Row("ordinary", "batch statistics", still)
     if not kind.classes:
         return
+    adam = recipe.by_adam
     if kind.batch_norm:
         tent = replace(
-            recipe.online(still, Entropy()), lr=recipe.tent_lr, parameters="norm", anchor="frozen"
+            adam.online(still, Entropy()), lr=recipe.tent_lr, parameters="norm", anchor="frozen"
         )
         yield Row("ordinary", "Tent", tent)
     reliability = Recipe().reliability if recipe.reliability is None else recipe.reliability
     filtered = Entropy(reliability)
-    yield Row("ordinary", "filtered entropy, online", recipe.online(still, filtered))
+    yield Row("ordinary", "filtered entropy, online", adam.online(still, filtered))
     balanced = Entropy(reliability, recipe.balance)
-    yield Row("ordinary", "filtered entropy + balance, online", recipe.online(still, balanced))
+    yield Row("ordinary", "filtered entropy + balance, online", adam.online(still, balanced))
 
 
 def _with_priors(recipe: Recipe, still: Settings, training: Training, kind: Kind) -> Iterator[Row]:
@@ -101,22 +102,29 @@ def _with_priors(recipe: Recipe, still: Settings, training: Training, kind: Kind
         yield Row(training, "batch statistics", still)
     yield Row(training, "second prediction", still, "second")
     yield Row(training, "mean prediction", still, "mean")
+    adam, default = recipe.by_adam, recipe.objective
     published = Idempotence(recipe.distance, reliability=None)
-    default = recipe.objective
-    filtered = replace(default, sharpen=0.0)
-    yield Row(training, "published objective, episodic", recipe.episodic(still, published))
-    yield Row(training, "published objective, online", recipe.online(still, published))
-    yield Row(training, "filtered distance alone, online", recipe.online(still, filtered))
+    yield Row(training, "published objective, episodic", adam.episodic(still, published))
+    yield Row(training, "published objective, online", adam.online(still, published))
+    if kind.classes:
+        entropy = replace(default, sharpen=1.0)
+        yield Row(training, "filtered distance + entropy, episodic", adam.episodic(still, entropy))
+        yield Row(training, "filtered distance + entropy, online", adam.online(still, entropy))
+        balanced = replace(entropy, balance=recipe.balance)
+        yield Row(
+            training,
+            "filtered distance + entropy + balance, episodic",
+            adam.episodic(still, balanced),
+        )
+        yield Row(
+            training, "filtered distance + entropy + balance, online", adam.online(still, balanced)
+        )
     yield Row(training, "default objective, episodic", recipe.episodic(still, default))
     yield Row(training, "default objective, online", recipe.online(still, default))
-    for name, objective in (("published", published), ("default", default)):
-        yield Row(training, f"{name} objective, each sample", recipe.each(still, objective))
-    if kind.classes:
-        balanced = replace(default, balance=recipe.balance)
-        episodic = recipe.episodic(still, balanced)
-        yield Row(training, "default objective + balance, episodic", episodic)
-        online = recipe.online(still, balanced)
-        yield Row(training, "default objective + balance, online", online)
+    mean = recipe.episodic(still, default)
+    yield Row(training, "default objective, mean prediction", mean, "mean")
+    yield Row(training, "published objective, each sample", adam.each(still, published))
+    yield Row(training, "default objective, each sample", recipe.each(still, default))
 
 
 def _different(rows: list[Row], kind: Kind) -> list[Row]:

@@ -14,6 +14,7 @@ from it3_lightning.benchmark.recipe import Recipe
 from it3_lightning.benchmark.rows import Row, Training
 from it3_lightning.engine import Settings
 
+_SHARED = ("optimizer", "distance", "parameters", "reliability", "sharpen")  # by all modes
 _OWN_LR = {"episodic": ("episodic_lr", "episodic_steps"), "online": ("lr", "steps")}
 
 
@@ -99,6 +100,7 @@ class Tuned:
         return {
             "scope": settings.scope,
             "steps": settings.steps,
+            "optimizer": settings.optimizer,
             "lr": settings.lr,
             "parameters": settings.parameters,
             "reset": settings.reset,
@@ -121,7 +123,7 @@ class Tuned:
         if not moving:
             return {}
         best = max(moving, key=lambda candidate: gains[candidate]).recipe
-        recipe = {n: getattr(best, n) for n in ("distance", "parameters", "reliability", "sharpen")}
+        recipe = {name: getattr(best, name) for name in _SHARED}
         for mode, (lr, steps) in _OWN_LR.items():
             if own := self.chosen_of(mode, like=best):
                 recipe |= {lr: getattr(own.recipe, lr), steps: getattr(own.recipe, steps)}
@@ -131,4 +133,4 @@ class Tuned:
 
 
 def _alike(one: Recipe, other: Recipe) -> bool:
-    return (one.objective, one.parameters) == (other.objective, other.parameters)
+    return all(getattr(one, name) == getattr(other, name) for name in _SHARED)
