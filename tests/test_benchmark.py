@@ -171,12 +171,12 @@ def test_distances_of_distributions_are_refused_for_masks_of_one_channel(tmp_pat
         benchmark(tmp_path).run(masks, digits())
 
 
-def test_filtered_entropy_and_the_default_differ_in_the_objective_alone() -> None:
+def test_filtered_entropy_and_filtered_distance_differ_in_the_objective_alone() -> None:
     rows = {
         (r.training, r.name): r for r in rows_for(Recipe(), Kind(classes=True, batch_norm=True))
     }
     entropy = rows["ordinary", "filtered entropy, online"].settings
-    default = rows["post-hoc", "default objective, online"].settings
+    default = rows["post-hoc", "filtered distance + entropy, online"].settings
     assert entropy is not None
     assert default is not None
     assert isinstance(entropy.objective, Entropy)
@@ -428,7 +428,7 @@ def test_another_recipe_trains_nothing_and_leaves_the_other_rows_as_they_were(
     )
     first = losses().run(make_model, digits())
     monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
-    second = losses(recipe=Recipe(episodic_lr=0.05)).run(make_model, digits())
+    second = losses(recipe=Recipe(adam_episodic_lr=0.05)).run(make_model, digits())
     assert len(first.records) == len(second.records)
     changed = set()
     for before, after in zip(first.records, second.records, strict=True):
@@ -436,7 +436,7 @@ def test_another_recipe_trains_nothing_and_leaves_the_other_rows_as_they_were(
         if before.score != after.score:
             changed.add(before.row)
     assert "published objective, episodic" in changed
-    assert all("episodic" in row for row in changed)
+    assert all("episodic" in row or "each sample" in row for row in changed)
 
 
 def test_other_samples_to_evaluate_on_train_nothing(
@@ -492,17 +492,34 @@ def test_values_have_no_rows_that_do_the_same() -> None:
         "source",
         "second prediction",
         "mean prediction",
+        "published objective, episodic",
+        "published objective, online",
         "default objective, episodic",
         "default objective, online",
+        "default objective, mean prediction",
+        "published objective, each sample",
         "default objective, each sample",
     ]
+    same = Recipe(distance="l1", optimizer="adam", lr=1e-4, episodic_lr=1e-3, sample_lr=1e-3)
+    rows = rows_for(same, Kind(classes=False, batch_norm=False, values=True))
+    assert not any("published" in row.name for row in rows)
 
 
 def test_rows_of_classes_differ_as_far_as_the_recipe_does() -> None:
     kind = Kind(classes=True, batch_norm=True)
-    names = {row.name for row in rows_for(Recipe(sharpen=0.0), kind)}
-    assert "filtered distance alone, online" not in names  # it is the default objective, then
-    assert "filtered distance alone, online" in {row.name for row in rows_for(Recipe(), kind)}
+    as_published = Recipe(optimizer="adam", lr=1e-4, reliability=None)
+    names = {row.name for row in rows_for(as_published, kind)}
+    assert "published objective, online" not in names  # it is the default objective, then
+    assert "published objective, online" in {row.name for row in rows_for(Recipe(), kind)}
+
+
+def test_only_the_default_objective_takes_steps_of_polyak() -> None:
+    rows = rows_for(Recipe(), Kind(classes=True, batch_norm=True))
+    moving = [row for row in rows if row.settings is not None and row.settings.steps]
+    assert {row.settings.optimizer for row in moving if row.settings} == {"adam", "polyak"}
+    for row in moving:
+        assert row.settings is not None
+        assert (row.settings.optimizer == "polyak") is row.name.startswith("default")
 
 
 def test_rows_of_each_sample_are_compared_with_the_source(

@@ -156,13 +156,14 @@ def test_tune_writes_its_report(config: str, tmp_path: Path, idx_images: Path) -
         "--benchmark.epochs=1",
         "--benchmark.posthoc_epochs=1",
         "--benchmark.accelerator=cpu",
+        "--tune.grid.shares=[0.5]",
         "--tune.grid.lrs=[0.001]",
         "--tune.grid.modes=[episodic, sample]",
         "--tune.grid.forms=[published]",
         "--tune.batches=1",
     )
     report = (tmp_path / "tuning.md").read_text()
-    assert "1 step of 0.001, episodic" in report
+    assert "1 step of adam 0.001, episodic" in report
     assert "```yaml\ntrainer:" in report
 
 

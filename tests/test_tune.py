@@ -20,7 +20,9 @@ from it3_lightning.networks import MLP, SmallCNN
 from it3_lightning.tasks import IT3Classifier, IT3Regressor
 from it3_lightning.tuning_report import show_tuning, tuning_markdown
 
-GRID = Grid(lrs=(1e-3, 0.05), forms=("published",), parameters=("all",), modes=("episodic",))
+GRID = Grid(
+    shares=(), lrs=(1e-3, 0.05), forms=("published",), parameters=("all",), modes=("episodic",)
+)
 
 
 def make_model() -> IT3Classifier:
@@ -113,15 +115,15 @@ def test_a_negative_tolerance_is_refused() -> None:
 def test_classes_have_every_combination_and_two_predictions_without_a_step() -> None:
     kind = Kind(classes=True, batch_norm=True)
     names = [c.name for c in Grid().candidates(Recipe(), kind, make_model())]
-    assert len(names) == len(set(names)) == 2 + 4 * 3 * 2 * 2
+    assert len(names) == len(set(names)) == 2 + (3 + 3) * 3 * 2 * 2
     assert names[:2] == ["second prediction", "mean prediction"]
-    assert "sharpened objective, norm, 1 step of 0.0004, online" in names
+    assert "sharpened objective, norm, 1 step of polyak 0.5, online" in names
 
 
 def test_values_have_one_objective_and_what_a_model_lacks_is_left_out() -> None:
     kind = Kind(classes=False, batch_norm=False, values=True)
     candidates = Grid().candidates(Recipe(distance="l1"), kind, MLP(4, 1))
-    assert len(candidates) == 2 + 4 * 2
+    assert len(candidates) == 2 + (3 + 3) * 2
     assert {c.recipe.parameters for c in candidates[2:]} == {"all"}
 
 
@@ -132,6 +134,7 @@ def test_values_have_one_objective_and_what_a_model_lacks_is_left_out() -> None:
         ({"modes": ["on-line"]}, "Did you mean 'online'"),
         ({"lrs": [0.0]}, "lrs > 0 and steps >= 1"),
         ({"steps": [0]}, "lrs > 0 and steps >= 1"),
+        ({"shares": [1e-4]}, r"shares in \[0\.01, 2\]"),
     ],
 )
 def test_a_wrong_grid_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -148,7 +151,9 @@ def test_gains_are_those_of_the_benchmark_on_validation_samples(
     _, tuned = found
     data = digits()
     data.evaluate_on, data.shifts = "validation", TUNING_SHIFTS
-    results = settings(tmp_path, rows="all", recipe=Recipe(episodic_lr=0.05)).run(make_model, data)
+    results = settings(tmp_path, rows="all", recipe=Recipe(adam_episodic_lr=0.05)).run(
+        make_model, data
+    )
     rows = {row.name: row for row in results.rows if row.training == "post-hoc"}
     unadapted = [rows["source"], rows["batch statistics"]]
     losses = {
@@ -159,7 +164,7 @@ def test_gains_are_those_of_the_benchmark_on_validation_samples(
     gain = results.gain(rows["published objective, episodic"], "equal")
     assert gain is not None
     verdicts = {c.name: v for c, v in zip(tuned.candidates, tuned.verdicts, strict=True)}
-    verdict = verdicts["published objective, all, 1 step of 0.05, episodic"]
+    verdict = verdicts["published objective, all, 1 step of adam 0.05, episodic"]
     assert verdict.gain.mean == pytest.approx(gain.mean)
     assert verdict.gain.mean != 0
     second = results.gain(rows["second prediction"], "equal", "shear")
@@ -250,7 +255,7 @@ def toy(*gains: tuple[Candidate, float, float]) -> Tuned:
 
 
 def candidate(lr: float, mode: Any = "episodic", **recipe: Any) -> Candidate:
-    own = Recipe(lr=lr, episodic_lr=lr, **recipe)
+    own = Recipe(lr=lr, episodic_lr=lr, optimizer="adam", sharpen=1.0, **recipe)
     return Candidate(mode, own, "first", "published" if own.reliability is None else "sharpened")
 
 
@@ -273,7 +278,7 @@ def test_lines_are_those_of_the_chosen_candidate_and_the_best_like_it_of_each_mo
     objective = arguments.pop("objective")["init_args"]
     assert objective == {"distance": "js", "reliability": 0.6, "sharpen": 1.0}
     assert IT3TestTimeCallback(**arguments).settings.lr == 1e-3
-    assert Recipe(**recipe) == Recipe(episodic_lr=1e-3, lr=3e-5)
+    assert Recipe(**recipe) == Recipe(optimizer="adam", sharpen=1.0, episodic_lr=1e-3, lr=3e-5)
 
 
 def test_lines_without_a_gain_adapt_nothing() -> None:
@@ -297,9 +302,9 @@ def test_the_report_ranks_and_says_why(tmp_path: Path, capsys: pytest.CaptureFix
     rows = [line for line in lines if line.startswith("| sharpened")]
     assert [row.rsplit("| ", 1)[1] for row in rows] == ["chosen |", "harms |", "no gain |"]
     assert rows[1].startswith(
-        "| sharpened objective, all, 1 step of 0.002, episodic | +5.0 ± 0.0 | -9.0 ± 0.0 | -9.0 |"
+        "| sharpened objective, all, 1 step of adam 0.002, episodic | +5.0 ± 0.0 | -9.0 ± 0.0 | -9.0 |"
     )
     assert "clean 91.0 ± 1.4, shifts 61.0 ± 1.4" in tuning_markdown(tuned)
     printed = capsys.readouterr().out
-    assert "Chosen: sharpened objective, all, 1 step of 0.001, episodic." in printed
+    assert "Chosen: sharpened objective, all, 1 step of adam 0.001, episodic." in printed
     assert "it3_lightning.IT3TestTimeCallback" in printed

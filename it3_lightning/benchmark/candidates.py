@@ -89,7 +89,7 @@ class Grid:
     """
 
     shares: Sequence[float] = (0.25, 0.5, 1.0)
-    lrs: Sequence[float] = (2.5e-5, 1e-4, 4e-4, 1.6e-3)
+    lrs: Sequence[float] = (2.5e-5, 1e-4, 1e-3)
     steps: Sequence[int] = (1,)
     forms: Sequence[Form] = ("published", "filtered", "sharpened")
     parameters: Sequence[Choice] = ("all", "norm")
