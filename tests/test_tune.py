@@ -302,7 +302,8 @@ def test_the_report_ranks_and_says_why(tmp_path: Path, capsys: pytest.CaptureFix
     rows = [line for line in lines if line.startswith("| sharpened")]
     assert [row.rsplit("| ", 1)[1] for row in rows] == ["chosen |", "harms |", "no gain |"]
     assert rows[1].startswith(
-        "| sharpened objective, all, 1 step of adam 0.002, episodic | +5.0 ± 0.0 | -9.0 ± 0.0 | -9.0 |"
+        "| sharpened objective, all, 1 step of adam 0.002, episodic "
+        "| +5.0 ± 0.0 | -9.0 ± 0.0 | -9.0 |"
     )
     assert "clean 91.0 ± 1.4, shifts 61.0 ± 1.4" in tuning_markdown(tuned)
     printed = capsys.readouterr().out

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from it3_lightning.benchmark.about import about
 from it3_lightning.benchmark.candidates import Candidate, Grid
 from it3_lightning.benchmark.choosing import Gains, Rule, is_clean
 from it3_lightning.benchmark.kind import Kind
-from it3_lightning.benchmark.models import models_of
 from it3_lightning.benchmark.progress import Progress, quiet, threads
-from it3_lightning.benchmark.results import Record
 from it3_lightning.benchmark.rows import Row
-from it3_lightning.benchmark.scoring import scored
+from it3_lightning.benchmark.search import Search
 from it3_lightning.benchmark.settings import BenchmarkSettings
 from it3_lightning.benchmark.training import MakeModel, with_priors
 from it3_lightning.benchmark.tuned import Tuned
 from it3_lightning.data import ShiftedData
 from it3_lightning.engine import Settings
-
-Scores = dict[str, dict[str, list[float]]]
-"""By row and by name of the samples, one for each seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +74,7 @@ class Tuning:
             still = _unadapted(self.training, kind)
             rounds = (len(still) + len(candidates)) * len(settings.streams)
             with Progress(len(settings.seeds), rounds) as progress:
-                search = _Search(settings, self, make_model, data, facts, progress)
+                search = Search(settings, make_model, data, facts, progress, self.batches)
                 unadapted = search.scores(still)
                 base = max(still, key=lambda row: settings.sign * _shifted(unadapted[row.name]))
                 start = base.settings or Settings(steps=0, measure=False)
@@ -115,74 +108,6 @@ class Tuning:
             tolerated=tolerated,
             rule=self.rule,
         )
-
-
-@dataclass(frozen=True)
-class _Search:
-    """Scores rows on all seeds and streams, keeping what was scored before."""
-
-    settings: BenchmarkSettings
-    tuning: Tuning
-    make_model: MakeModel
-    data: ShiftedData
-    facts: dict[str, Any]
-    progress: Progress
-
-    def scores(self, rows: Sequence[Row]) -> Scores:
-        """Return the scores of rows of one training."""
-        found: Scores = {row.name: {} for row in rows}
-        for seed in self.settings.seeds:
-            kept = _Kept(self._file(seed), self._fingerprint())
-            models = None
-            for row, stream in ((r, s) for s in self.settings.streams for r in rows):
-                key = json.dumps([repr(row), stream, self.tuning.batches])
-                if key not in kept.records:
-                    models = models or self._models(seed)
-                    self.progress.say(f"seed {seed}, {stream} classes: {row.name}")
-                    self.data.seed, self.data.stream = seed, stream  # type: ignore[assignment]
-                    model = models[row.training]
-                    batches = self.tuning.batches
-                    kept.add(key, scored(self.settings, row, model, self.data, batches=batches))
-                self.progress.advance()
-                for record in kept.records[key]:
-                    name = self._name(record)
-                    found[row.name].setdefault(name, []).append(record.score)
-        return found
-
-    def _models(self, seed: int) -> Any:
-        say, training = self.progress.say, self.facts["training"]
-        return models_of(self.settings, seed, self.make_model, self.data, say, training)
-
-    def _file(self, seed: int) -> Path:
-        return Path(self.settings.output) / "tuning" / f"seed_{seed}.json"
-
-    def _fingerprint(self) -> str:
-        """Return all that a score depends on besides its row."""
-        parts = [self.facts["training"], self.facts["settings"]["data"], self.settings.metric]
-        return json.dumps(parts, sort_keys=True)
-
-    def _name(self, record: Record) -> str:
-        several = len(self.settings.streams) > 1
-        return f"{record.shift}, {record.stream}" if several else record.shift
-
-
-class _Kept:
-    """Records of one seed by row and stream, in a file."""
-
-    def __init__(self, file: Path, fingerprint: str) -> None:
-        self._file, self._fingerprint = file, fingerprint
-        content = json.loads(file.read_text()) if file.is_file() else {}
-        rows = content["rows"] if content.get("fingerprint") == fingerprint else {}
-        self.records = {key: [Record(**r) for r in records] for key, records in rows.items()}
-
-    def add(self, key: str, records: list[Record]) -> None:
-        """Keep the records of a row, and write the file."""
-        self.records[key] = records
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        rows = {key: [asdict(record) for record in own] for key, own in self.records.items()}
-        part = self._file.with_suffix(".part")
-        part.write_text(json.dumps({"fingerprint": self._fingerprint, "rows": rows}))
-        part.replace(self._file)
 
 
 @contextmanager
