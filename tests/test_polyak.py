@@ -9,6 +9,7 @@ from modules import images, takes_prior, toy
 from reference import ToyNet, softmax_label
 from torch import Tensor
 
+from it3_lightning import IT3TestTimeCallback
 from it3_lightning.engine import Adaptation, BatchAdapter, SampleAdapter, Settings
 from it3_lightning.objectives import Idempotence, Objective, SecondPass
 
@@ -119,8 +120,27 @@ def test_weights_are_carried_along_a_stream() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "moves"),
+    [
+        ({}, ("polyak", 0.5)),
+        ({"lr": 1e-3}, ("adam", 1e-3)),
+        ({"optimizer": "polyak", "lr": 1.0}, ("polyak", 1.0)),
+        ({"optimizer": "sgd"}, ("sgd", 1e-4)),
+        ({"grad_clip": 1.0}, ("adam", 1e-4)),
+        ({"objective": Idempotence("js", balance=0.3)}, ("adam", 1e-4)),
+    ],
+)
+def test_it_is_the_default_where_no_learning_rate_is_given(
+    given: dict[str, Any], moves: tuple[str, float]
+) -> None:
+    assert Settings(**given).moves == moves
+    assert IT3TestTimeCallback(**given).settings.moves == moves
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"lr": 1e-4}, "share of the distance in .* got 0.0001"),
         ({"grad_clip": 1.0}, "Leave out grad_clip"),
         ({"objective": Idempotence("js", balance=0.3)}, "cannot fall below 0"),
     ],

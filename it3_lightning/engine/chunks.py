@@ -39,13 +39,13 @@ def copies_of_weights(settings: Settings) -> int:
     gradient, moments, and the weights of samples that stand still; an EMA anchor, clipping and a
     live anchor, whose two passes make a gradient each, need one more.
 
-    >>> copies_of_weights(Settings()), copies_of_weights(Settings(steps=3))
-    (2, 5)
+    >>> copies_of_weights(Settings(lr=1e-4)), copies_of_weights(Settings())  # Adam, Polyak
+    (2, 4)
     """
     live = settings.anchor == "live"
     if single_step(settings) is not None:
         return 2 + live
-    name = settings.optimizer
+    name, _ = settings.moves
     moments = _OWN if callable(name) else _MOMENTS[name]
     return 3 + moments + live + (settings.anchor == "ema") + (settings.grad_clip is not None)
 

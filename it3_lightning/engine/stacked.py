@@ -138,7 +138,7 @@ class Stacked:
         """
         many = list(stacked)
         one = [nn.Parameter(weights.detach()[0]) for weights in many]  # shapes may decide
-        chosen = self._settings.optimizer, self._settings.lr
+        chosen = self._settings.moves
         if self._settings.optimizer == "polyak":  # the gradients have the length of the step
             chosen = "sgd", 1.0
         optimizer = optimizer_factory(*chosen)(one)
@@ -165,7 +165,7 @@ class Stacked:
         squares = torch.stack([_by_sample(g.square()) for g in full.values()]).sum(0)
         own = [full_precision(w.detach()).square() for w in self.weights.values()]
         weights = torch.stack([_by_sample(w) if self.dim == 0 else w.sum() for w in own]).sum(0)
-        scale = length(losses.to(squares), squares, weights.sqrt(), self._settings.lr)
+        scale = length(losses.to(squares), squares, weights.sqrt(), self._settings.moves[1])
         return {name: g * _like(scale, g) for name, g in full.items()}
 
     def _clipped(self, gradients: Weights) -> Weights:

@@ -110,7 +110,7 @@ class State:
             parameter.data = self.weights[name]
         if self._settings.anchor == "ema":
             self._average = {n: full_precision(w).clone() for n, w in self._source.items()}
-        factory = optimizer_factory(self._settings.optimizer, self._settings.lr)
+        factory = optimizer_factory(*self._settings.moves)
         parameters = list(self._parameters.values())
         self._updater = Updater(parameters, factory, self._settings.grad_clip)
 
