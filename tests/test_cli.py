@@ -142,6 +142,7 @@ def test_benchmark_writes_its_page(config: str, tmp_path: Path, idx_images: Path
     assert {"page.html", "results.csv", "results.json", "table.md"} <= names
 
 
+@pytest.mark.filterwarnings("ignore:The network cannot be vectorised.*graphs:UserWarning")
 @pytest.mark.parametrize(
     "config", ["airfoils_graph", "boston", "digits", "fashion_mnist", "roads_procedural"]
 )
