@@ -59,7 +59,7 @@ class DigitsAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
 
     def setup(self, device: str) -> None:
         """Load the model, in the process that predicts, and let it choose how to be fast."""
-        settings = Settings(scope="sample", steps=1, lr=1e-3)
+        settings = Settings(scope="sample")
         self.predictor = IT3Predictor.from_checkpoint(
             self.checkpoint, IT3Digits, settings=settings, device=device
         )

@@ -26,6 +26,7 @@ from it3_lightning.host import normal
 from it3_lightning.protocols import IT3Module
 from it3_lightning.questions import Answers, Question
 from it3_lightning.standing_in import told_of_calls
+from it3_lightning.takeover import Prediction
 
 _NEVER_ASKED = """{step} of {name} never called self(...), so nothing of it saw the adapted weights.
     wrong:  logits = self.net(x)
@@ -49,7 +50,8 @@ class Answering:
         module: whose step runs.
         host: the same, as what predicts with a prior.
         settings: how to adapt.
-        second: whether ``self(...)`` sees the first prediction as its prior.
+        prediction: what ``self(...)`` returns: the ``"first"`` prediction, the ``"second"``, which
+            sees the first as its prior, or the ``"mean"`` of both.
         step: name of the step.
 
     Raises:
@@ -63,14 +65,14 @@ class Answering:
         host: IT3Module,
         settings: Settings,
         *,
-        second: bool,
+        prediction: Prediction,
         step: str,
     ) -> None:
         self._module = module
         self._names = {"step": step, "name": type(module).__name__}
         if module.forward == LightningModule.forward.__get__(module):
             raise MisconfigurationException(_NEVER_ASKED.format(**self._names))
-        self._answers = Answers(module, host, settings, second=second)
+        self._answers = Answers(module, host, settings, prediction)
         self.adapter = self._answers.adapter
         ids = {id(parameter) for parameter in self.adapter.selected.values()}
         self._adapting = {

@@ -6,7 +6,7 @@ A guest on the Trainer: it translates between Lightning's hooks and the engine a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
@@ -49,8 +49,10 @@ class IT3TestTimeCallback(GatedGuest):
             adapted to. This callback measures validation samples in ``fit`` and ``validate``, in
             two forward passes a batch, and keeps the quantiles in the module's checkpoint; they
             are those of the weights at that time.
-        prediction: what the step predicts: ``"first"``: ``f(x, 0)``, or ``"second"``:
-            ``f(x, f(x, 0))``, which with ``steps=0`` costs one more forward pass and no gradient.
+        prediction: what the step predicts: ``"first"``: ``f(x, 0)``; ``"second"``:
+            ``f(x, f(x, 0))``, which with ``steps=0`` costs one more forward pass and no gradient;
+            ``"mean"``: the mean of both, of probabilities or of values, for steps that predict by
+            ``self(...)``: it returns outputs of the same kind, logits for logits.
         stages: where to adapt; ``"validate"`` includes the validation inside ``fit``.
         independent_ranks: allow carried weights (``reset`` other than ``"batch"``) on several
             processes, each of which then adapts to its own share of the stream.
@@ -69,8 +71,8 @@ class IT3TestTimeCallback(GatedGuest):
         *,
         objective: TestTimeObjective | None = None,
         steps: int = 1,
-        lr: float = 1e-4,
-        optimizer: OptimizerName | OptimizerCallable = "adam",
+        lr: float | None = None,
+        optimizer: OptimizerName | OptimizerCallable | None = None,
         parameters: Selection = "all",
         reset: Reset = "batch",
         anchor: Anchor = "frozen",
@@ -107,8 +109,10 @@ class IT3TestTimeCallback(GatedGuest):
             compile=compile,
         )
         super().__init__(settings, gate, stages)
-        if prediction not in ("first", "second"):
-            raise ValueError(f"Expected prediction 'first' or 'second', got {prediction!r}.")
+        if prediction not in get_args(Prediction):
+            raise ValueError(
+                f"Expected prediction 'first', 'second' or 'mean', got {prediction!r}."
+            )
         self.prediction: Prediction = prediction
         self.independent_ranks = independent_ranks
         self.summary = Summary()
@@ -125,8 +129,7 @@ class IT3TestTimeCallback(GatedGuest):
             adapter = adapter_of(pl_module, host, settings)
             runner = WholeBatch(pl_module, host, adapter, self.prediction)
         else:
-            second = self.prediction == "second"
-            runner = Answering(pl_module, host, settings, second=second, step=name)
+            runner = Answering(pl_module, host, settings, prediction=self.prediction, step=name)
         self.summary = Summary()
         logs = stage != "predict"
         record = Recorder(pl_module, self.summary, settings, runner.adapter, logs=logs)

@@ -1,63 +1,105 @@
-"""``it3 fit / validate / test / predict / benchmark``: a thin LightningCLI."""
+"""``it3 fit / validate / test / predict / benchmark / tune``: a thin LightningCLI."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from it3_lightning.benchmark import Benchmark
+from it3_lightning.benchmark import Benchmark, Tuning
 from it3_lightning.benchmark.progress import quiet
 from it3_lightning.data import ShiftedData
 from it3_lightning.parser import Parser
 from it3_lightning.report import show
+from it3_lightning.tuning_report import show_tuning
 
 
 class IT3CLI(LightningCLI):
-    """LightningCLI with a group ``benchmark``, so that one file serves every command."""
+    """LightningCLI with groups ``benchmark`` and ``tune``: one file serves every command."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the benchmark's settings."""
+        """Add the settings of the benchmark and of tuning."""
         parser.add_class_arguments(Benchmark, "benchmark")
+        parser.add_class_arguments(Tuning, "tune")
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command; ``it3 benchmark --config FILE`` trains, adapts, compares and reports."""
+    """Run a command.
+
+    ``it3 benchmark --config FILE`` trains, adapts, compares and reports; ``it3 tune --config FILE``
+    chooses how to adapt, on validation samples under other shifts.
+    """
     arguments = list(sys.argv[1:] if args is None else args)
-    if arguments[:1] == ["benchmark"]:
-        benchmark(arguments[1:])
+    own = {"benchmark": benchmark, "tune": tune}
+    if arguments[:1] and arguments[0] in own:
+        own[arguments[0]](arguments[1:])
     else:
-        _cli(arguments, run=True)
+        _cli(arguments)
 
 
 def benchmark(arguments: list[str]) -> None:
     """Run the benchmark of a configuration and show its results."""
-    own = [a.replace("--ckpt_path", "--benchmark.ckpt_path", 1) for a in arguments]
-    with quiet():
-        cli = _cli(own, run=False)
-    if not isinstance(cli.datamodule, ShiftedData):
-        raise TypeError(
-            f"The benchmark needs ShiftedData data, got {type(cli.datamodule).__name__}."
-        )
+    asked = _asked(arguments, "benchmark")
+    results = asked.settings.run(asked.make_model, asked.data, asked.configuration)
+    show(results, Path(asked.settings.output))
 
-    def make_model() -> LightningModule:
-        cli.instantiate_classes()
-        model: LightningModule = cli.model
+
+def tune(arguments: list[str]) -> None:
+    """Choose how to adapt with the benchmark's models of a configuration, and show what was found.
+
+    Shifts and samples are those of the data to tune on, whatever the configuration says.
+    """
+    asked = _asked(arguments, "tune")
+    tuning: Tuning = asked.cli.config_init.tune
+    tuned = tuning.run(asked.settings, asked.make_model, asked.data, asked.configuration)
+    show_tuning(tuned, Path(asked.settings.output))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a configuration asks for."""
+
+    cli: IT3CLI
+    settings: Benchmark
+    data: ShiftedData  # that of the settings; each new model brings another
+
+    @property
+    def configuration(self) -> object:
+        """What a model is made from."""
+        return self.cli.config.as_dict().get("model")
+
+    def make_model(self) -> LightningModule:
+        """Return a new model."""
+        self.cli.instantiate_classes()
+        model: LightningModule = self.cli.model
         return model
 
-    settings: Benchmark = cli.config_init.benchmark
-    data = cli.datamodule  # the one of these settings; each new model brings another
-    model = cli.config.as_dict().get("model")
-    show(settings.run(make_model, data, model), Path(settings.output))
+
+def _asked(arguments: list[str], command: str) -> _Asked:
+    """Read a configuration for a command that trains several models."""
+    own = [a.replace("--ckpt_path", "--benchmark.ckpt_path", 1) for a in arguments]
+    with quiet():
+        cli = _cli(own, command)
+    if not isinstance(cli.datamodule, ShiftedData):
+        raise TypeError(
+            f"it3 {command} needs ShiftedData data, got {type(cli.datamodule).__name__}."
+        )
+    return _Asked(cli, cli.config_init.benchmark, cli.datamodule)
 
 
-def _cli(arguments: list[str], *, run: bool) -> IT3CLI:
-    """Return the command line of these arguments; LightningCLI wants them in ``sys.argv``."""
+def _cli(arguments: list[str], command: str | None = None) -> IT3CLI:
+    """Return the command line of these arguments; LightningCLI wants them in ``sys.argv``.
+
+    Args:
+        arguments: without the command.
+        command: one of this library's own; ``None``: run the Trainer's that the arguments name.
+    """
     before = sys.argv
-    sys.argv = ["it3" if run else "it3 benchmark", *arguments]
+    sys.argv = [" ".join(filter(None, ("it3", command))), *arguments]
     try:
         return IT3CLI(
             LightningModule,
@@ -67,7 +109,7 @@ def _cli(arguments: list[str], *, run: bool) -> IT3CLI:
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
-            run=run,
+            run=command is None,
             parser_class=Parser,
             parser_kwargs={"description": __doc__},
         )

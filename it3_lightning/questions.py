@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from it3_lightning.adapters import adapter_of, in_precision
 from it3_lightning.arguments import by_name, same
+from it3_lightning.averaging import conditioned_only, mean_prediction
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine import Adaptation, Settings, batch_size
 from it3_lightning.engine.randomness import undisturbed_rng
@@ -23,6 +24,7 @@ from it3_lightning.muting import muted
 from it3_lightning.protocols import IT3Module
 from it3_lightning.returned import Returned
 from it3_lightning.standing_in import hooked_by, stood_in
+from it3_lightning.takeover import Prediction
 
 
 class Question(NamedTuple):
@@ -48,19 +50,24 @@ class Answers:
         module: whose ``forward``.
         host: the same, as what predicts with a prior.
         settings: how to adapt, in at least one step for each sample.
-        second: whether a call that gives no prior sees the first prediction as its prior.
+        prediction: what a call that gives no prior is answered with: the ``"first"`` prediction,
+            the ``"second"``, which sees the first as its prior, or the ``"mean"`` of both.
 
     Raises:
         MisconfigurationException: the selection of parameters matches nothing.
     """
 
     def __init__(
-        self, module: LightningModule, host: IT3Module, settings: Settings, *, second: bool
+        self,
+        module: LightningModule,
+        host: IT3Module,
+        settings: Settings,
+        prediction: Prediction = "first",
     ) -> None:
         self.adapter = adapter_of(module, host, settings, inputs_in=lambda asked: asked.inputs)
         self._module = module
         self._host = host
-        self._second = second
+        self._prediction = prediction
 
     def to(self, question: Question, *, given: bool) -> tuple[Any, Adaptation]:
         """Return what ``forward`` returns with each sample's weights, and their adaptation.
@@ -73,8 +80,8 @@ class Answers:
             ValueError: the call has another number of samples, or returns no samples.
         """
         self._check(question)
-        second = self._second and not given
-        plain = not second and question.prior is None
+        prediction = "first" if given else self._prediction
+        plain = prediction == "first" and question.prior is None
         usual = plain and self._is_usual(question)
         returned: list[Returned] = []
 
@@ -84,8 +91,7 @@ class Answers:
                     outputs, value = self._both(asked)
                 else:
                     outputs = self._neutral(asked)
-                    prior = self._host.it3_prior.from_output(outputs) if second else asked.prior
-                    value = self._called(asked, prior)
+                    value = self._predicted(asked, outputs, prediction)
             returned.append(Returned(value, _samples(asked)))
             returned[0].check(returned[-1])
             return outputs, returned[-1].tensors
@@ -146,12 +152,21 @@ class Answers:
             outputs = self._neutral(asked)
         return outputs, values[0]
 
+    def _predicted(self, asked: Question, outputs: Tensor, prediction: Prediction) -> Any:
+        """Return what ``forward`` returns; ``outputs`` are those of the neutral pass."""
+        if prediction == "first":
+            return self._called(asked, asked.prior)
+        second = self._called(asked, self._host.it3_prior.from_output(outputs))
+        if prediction == "second":
+            return second
+        return mean_prediction(self._host.it3_prior, self._called(asked, None), second)
+
     def _neutral(self, asked: Question, prior: Tensor | None = None) -> Tensor:
         return self._host.predict_with(asked.inputs, prior)
 
     def _called(self, asked: Question, prior: Tensor | None) -> Any:
         given = nullcontext() if prior is None else self._host.it3_given(prior)
-        with given, hooked_by(self._module, lambda hook: not self._not_conditioning(hook)):
+        with given, conditioned_only(self._module, self._host):
             return self._module(*asked.args, **asked.kwargs)
 
     def _not_conditioning(self, hook: Any) -> bool:

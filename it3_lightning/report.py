@@ -131,7 +131,8 @@ def page(results: Results) -> str:
         f"<p>Mean ± standard deviation over seeds {results.seeds}. <em>shifts</em>: mean over "
         f"{', '.join(s for s in results.shifts if s != 'clean')}. <em>gain</em>: the "
         "improvement over the same model with batch statistics (its source where it has no "
-        "BatchNorm), on the mean of the shifts; <em>worst shift</em>: the smallest such gain.</p>"
+        "BatchNorm or each sample is by itself), on the mean of the shifts; <em>worst shift</em>: "
+        "the smallest such gain.</p>"
         f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
         f"</div>{plots}<h2>Made with</h2><pre>{about}</pre>",
     )

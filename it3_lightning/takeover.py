@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from it3_lightning.adapters import Adapter
+from it3_lightning.averaging import averaged
 from it3_lightning.engine import Adaptation
 from it3_lightning.engine.randomness import undisturbed_rng
 from it3_lightning.host import normal
@@ -18,7 +20,7 @@ from it3_lightning.muting import muted
 from it3_lightning.protocols import IT3Module
 
 Step = Callable[..., Any]
-Prediction = Literal["first", "second"]
+Prediction = Literal["first", "second", "mean"]
 Record = Callable[[Adaptation, int], None]
 
 
@@ -67,8 +69,8 @@ class WholeBatch:
         module: whose step runs.
         host: the same, as what predicts with a prior.
         adapter: puts the weights in place.
-        prediction: ``"first"``, or ``"second"``: every forward of the step sees the first
-            prediction as its prior.
+        prediction: ``"first"``; ``"second"``: every forward of the step sees the first
+            prediction as its prior; ``"mean"``: ``self(...)`` returns the mean of both.
     """
 
     def __init__(
@@ -85,16 +87,16 @@ class WholeBatch:
         with ExitStack() as stack:
             adaptation = stack.enter_context(self.adapter.adapted(own))
             if self._prediction == "second":
-                stack.enter_context(self._second_prior(own))
+                stack.enter_context(self._host.it3_given(self._first(own)))
+            elif self._prediction == "mean":
+                stack.enter_context(averaged(self._module, self._host, self._first(own)))
             return step(), adaptation
 
-    @contextmanager
-    def _second_prior(self, inputs: Any) -> Iterator[None]:
-        """Let every forward pass within see the first prediction as its prior."""
+    def _first(self, inputs: Any) -> Tensor:
+        """Return the first prediction, in label space."""
         with torch.no_grad(), undisturbed_rng(), muted(self._module):
             outputs = self._host.predict_with(inputs, None)
-        with self._host.it3_given(self._host.it3_prior.from_output(outputs)):
-            yield
+            return self._host.it3_prior.from_output(outputs)
 
 
 def replace_step(module: LightningModule, name: str, step: Step) -> Callable[[], None]:

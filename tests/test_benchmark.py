@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
 
 from it3_lightning import (
     ClassPrior,
@@ -20,8 +20,10 @@ from it3_lightning import (
 )
 from it3_lightning.benchmark import Benchmark, Record, Results, Row, rows_for
 from it3_lightning.benchmark.about import about
-from it3_lightning.benchmark.rows import Recipe
+from it3_lightning.benchmark.kind import Kind
+from it3_lightning.benchmark.recipe import Recipe
 from it3_lightning.data import BundledDataModule, DigitsDataModule, ImageSet
+from it3_lightning.engine import Settings
 from it3_lightning.networks import MLP, SmallCNN
 from it3_lightning.objectives import Entropy, Idempotence
 from it3_lightning.report import by_shift, headers, line, markdown, page, table
@@ -147,13 +149,13 @@ def test_mean_of_shifts_leaves_the_clean_samples_out() -> None:
 
 
 def test_rows_without_classes_have_no_entropy_and_no_balance() -> None:
-    names = {row.name for row in rows_for(Recipe(), classes=False, batch_norm=False)}
+    names = {row.name for row in rows_for(Recipe(), Kind(classes=False, batch_norm=False))}
     assert not any("entropy" in n or "Tent" in n or "balance" in n for n in names)
     assert "batch statistics" not in names
 
 
 def test_rows_of_maps_have_entropy_but_no_balance() -> None:
-    rows = rows_for(Recipe(), classes=True, batch_norm=True, balanced=False)
+    rows = rows_for(Recipe(), Kind(classes=True, batch_norm=True, balanced=False))
     names = {row.name for row in rows}
     assert {"Tent", "filtered entropy, online", "default objective, episodic"} <= names
     assert not any("balance" in name for name in names)
@@ -173,10 +175,12 @@ def test_distances_of_distributions_are_refused_for_masks_of_one_channel(tmp_pat
         benchmark(tmp_path).run(masks, digits())
 
 
-def test_filtered_entropy_and_the_default_differ_in_the_objective_alone() -> None:
-    rows = {(r.training, r.name): r for r in rows_for(Recipe(), classes=True, batch_norm=True)}
+def test_filtered_entropy_and_filtered_distance_differ_in_the_objective_alone() -> None:
+    rows = {
+        (r.training, r.name): r for r in rows_for(Recipe(), Kind(classes=True, batch_norm=True))
+    }
     entropy = rows["ordinary", "filtered entropy, online"].settings
-    default = rows["post-hoc", "default objective, online"].settings
+    default = rows["post-hoc", "filtered distance + entropy, online"].settings
     assert entropy is not None
     assert default is not None
     assert isinstance(entropy.objective, Entropy)
@@ -413,8 +417,125 @@ def as_values(images: ImageSet) -> ImageSet:
 
 
 def test_a_row_callback_carries_all_its_settings() -> None:
-    for row in rows_for(Recipe(lr=0.3, balance=0.7), classes=True, batch_norm=True):
+    for row in rows_for(Recipe(lr=0.3, balance=0.7), Kind(classes=True, batch_norm=True)):
         callback = row.callback()
         if row.settings is not None:
             assert isinstance(callback, IT3TestTimeCallback)
             assert callback.settings == row.settings
+
+
+def test_another_recipe_trains_nothing_and_leaves_the_other_rows_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = functools.partial(
+        benchmark, tmp_path, rows="all", metric="test_loss", percent=False, higher_is_better=False
+    )
+    first = losses().run(make_model, digits())
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
+    second = losses(recipe=Recipe(adam_episodic_lr=0.05)).run(make_model, digits())
+    assert len(first.records) == len(second.records)
+    changed = set()
+    for before, after in zip(first.records, second.records, strict=True):
+        assert (before.row, before.shift) == (after.row, after.shift)
+        if before.score != after.score:
+            changed.add(before.row)
+    assert "published objective, episodic" in changed
+    assert all("episodic" in row or "each sample" in row for row in changed)
+
+
+def test_other_samples_to_evaluate_on_train_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark(tmp_path).run(make_model, digits())
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
+    data = digits()
+    data.evaluate_on, data.shifts, data.severity = "validation", ("shear",), 2
+    results = benchmark(tmp_path).run(make_model, data)
+    assert results.shifts == ["clean", "shear"]
+
+
+def test_what_training_depends_on_trains_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark(tmp_path).run(make_model, digits())
+    fits, fit = [], Trainer.fit
+
+    def counted(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        fits.append(trainer.max_epochs)
+        fit(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "fit", counted)
+    benchmark(tmp_path, epochs=2).run(make_model, digits())
+    assert fits == [4, 2, 1]
+    smaller = DigitsDataModule(shifts=("contrast",), severity=4, train_size=150, test_size=120)
+    benchmark(tmp_path, epochs=2).run(make_model, smaller)
+    assert len(fits) == 6
+
+
+def test_kept_models_are_states_alone_and_a_damaged_file_trains_again(tmp_path: Path) -> None:
+    first = benchmark(tmp_path).run(make_model, digits())
+    file = tmp_path / "models" / "seed_0.ckpt"
+    states = torch.load(file, weights_only=True)["states"]
+    assert set(states) == {"ordinary", "joint", "post-hoc"}
+    assert all(name.startswith("it3_") for name in states["post-hoc"])
+    assert states["joint"].keys() == make_model().state_dict().keys()
+    file.write_bytes(file.read_bytes()[:1000])
+    (tmp_path / "seed_0.json").unlink()
+    again = benchmark(tmp_path).run(make_model, digits())
+    assert [r.score for r in again.records] == [r.score for r in first.records]
+
+
+def test_a_rows_gate_is_refused_since_a_callbacks_is_another() -> None:
+    with pytest.raises(ValueError, match=r"without a gate, got gate=0\.9: a distance"):
+        Row("joint", "gated", Settings(gate=0.9))
+
+
+def test_values_have_no_rows_that_do_the_same() -> None:
+    rows = rows_for(Recipe(distance="l1"), Kind(classes=False, batch_norm=False, values=True))
+    assert [row.name for row in rows if row.training == "joint"] == [
+        "source",
+        "second prediction",
+        "mean prediction",
+        "published objective, episodic",
+        "published objective, online",
+        "default objective, episodic",
+        "default objective, online",
+        "default objective, mean prediction",
+        "published objective, each sample",
+        "default objective, each sample",
+    ]
+    same = Recipe(distance="l1", optimizer="adam", lr=1e-4, episodic_lr=1e-3, sample_lr=1e-3)
+    rows = rows_for(same, Kind(classes=False, batch_norm=False, values=True))
+    assert not any("published" in row.name for row in rows)
+
+
+def test_rows_of_classes_differ_as_far_as_the_recipe_does() -> None:
+    kind = Kind(classes=True, batch_norm=True)
+    as_published = Recipe(optimizer="adam", lr=1e-4, reliability=None)
+    names = {row.name for row in rows_for(as_published, kind)}
+    assert "published objective, online" not in names  # it is the default objective, then
+    assert "published objective, online" in {row.name for row in rows_for(Recipe(), kind)}
+
+
+def test_only_the_default_objective_takes_steps_of_polyak() -> None:
+    rows = rows_for(Recipe(), Kind(classes=True, batch_norm=True))
+    moving = [row for row in rows if row.settings is not None and row.settings.steps]
+    assert {row.settings.optimizer for row in moving if row.settings} == {"adam", "polyak"}
+    for row in moving:
+        assert row.settings is not None
+        assert (row.settings.optimizer == "polyak") is row.name.startswith("default")
+
+
+def test_rows_of_each_sample_are_compared_with_the_source(
+    finished: tuple[Path, Results],
+) -> None:
+    _, results = finished
+    rows = {row.name: row for row in results.rows if row.training == "post-hoc"}
+    for name in ("default", "published"):
+        row = rows[f"{name} objective, each sample"]
+        assert row.settings is not None
+        assert (row.settings.scope, row.settings.norm_stats) == ("sample", "source")
+        gain = results.gain(row, "equal")
+        assert gain is not None
+        (mine,), (base,) = (results.scores(r, "equal", ["contrast"]) for r in (row, rows["source"]))
+        assert gain.mean == pytest.approx(mine - base)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy import Batch, IT3Net, LitNet, adapting, doubles, loader, net, parts, quiet, samples, seeded
 
-from it3_lightning import IT3TestTimeCallback
+from it3_lightning import ForwardArgument, IT3TestTimeCallback
+from it3_lightning.engine.settings import Scope
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +104,7 @@ def test_validation_inside_fit_adapts_where_asked_and_leaves_training_alone() ->
 def test_unknown_stage_and_prediction_are_refused() -> None:
     with pytest.raises(ValueError, match=r"stages among validate, test, predict, got \['fit'\]"):
         IT3TestTimeCallback(stages=["fit"])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="prediction 'first' or 'second', got 'third'"):
+    with pytest.raises(ValueError, match="'first', 'second' or 'mean', got 'third'"):
         IT3TestTimeCallback(prediction="third")  # type: ignore[arg-type]
 
 
@@ -132,6 +134,61 @@ def test_second_prediction_comes_from_the_adapted_weights() -> None:
     torch.testing.assert_close(torch.cat(first), predicted(net(), adapting(reset="never")))
     torch.testing.assert_close(outputs, torch.cat(given))
     assert (outputs - torch.cat(first)).abs().max() > 1e-3
+
+
+def test_mean_prediction_has_the_mean_of_both_probabilities() -> None:
+    model = net().eval()
+    images = samples()[0]
+    with torch.no_grad():
+        first = model(images).softmax(1)
+        second = model.predict_with(images, first).softmax(1)
+    actual = predicted(model, adapting(steps=0, prediction="mean"))
+    torch.testing.assert_close(actual.softmax(1), (first + second) / 2)
+    assert (actual.softmax(1) - first).abs().max() > 1e-3
+
+
+def test_mean_prediction_comes_from_the_adapted_weights_and_leaves_given_priors_alone() -> None:
+    class Both(IT3Net):
+        def predict_step(self, batch: Batch, batch_idx: int) -> Any:  # type: ignore[override]
+            first = self.predict_with(batch[0], None).softmax(1)
+            second = self.predict_with(batch[0], first).softmax(1)
+            means.append((first + second) / 2)
+            return self(batch[0])
+
+    means: list[Tensor] = []
+    model = net(Both)
+    outputs = predicted(model, adapting(prediction="mean", reset="never"))
+    torch.testing.assert_close(outputs.softmax(1), torch.cat(means))
+    assert not model._forward_hooks
+    assert "it3_given" not in vars(model)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+def test_mean_prediction_where_the_prior_is_an_argument_of_forward(scope: Scope) -> None:
+    class Takes(IT3Net):
+        def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+            asked.append(prior is not None and bool(prior.any()))
+            outputs = super().forward(x)
+            return outputs if prior is None else outputs + 2 * prior
+
+    asked: list[bool] = []
+    model = net(Takes, conditioning=ForwardArgument())
+    outputs = predicted(model, adapting(steps=0, prediction="mean", scope=scope))
+    with torch.no_grad():
+        first = model.eval()(samples()[0])
+        mean = (first.softmax(1) + (first + 2 * first.softmax(1)).softmax(1)) / 2
+    torch.testing.assert_close(outputs.softmax(1), mean)
+    assert {True, False} == set(asked)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+def test_mean_prediction_of_a_step_that_never_calls_the_module_is_refused(scope: Scope) -> None:
+    class Beside(IT3Net):
+        def predict_step(self, batch: Batch, batch_idx: int) -> Any:  # type: ignore[override]
+            return self.net(batch[0])
+
+    with pytest.raises(MisconfigurationException, match="never called self"):
+        predicted(net(Beside), adapting(prediction="mean", scope=scope))
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])

@@ -68,6 +68,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], int]] = {
     "one live step": ({"anchor": "live"}, 3),
     "adam": ({"steps": 3}, 5),
     "sgd": ({"steps": 3, "optimizer": "sgd"}, 3),
+    "polyak": ({"optimizer": "polyak"}, 4),
     "rmsprop": ({"steps": 3, "optimizer": "rmsprop"}, 5),
     "ema": ({"steps": 3, "anchor": "ema"}, 6),
     "live": ({"steps": 3, "anchor": "live"}, 6),
@@ -82,6 +83,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], int]] = {
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_copies_of_the_weights(settings: str) -> None:
     given, copies = SETTINGS[settings]
+    given = {"lr": 0.5, **given}  # of Adam, where no optimizer is named
     assert copies_of_weights(Settings(**given)) == copies
 
 

@@ -144,6 +144,32 @@ def test_benchmark_writes_its_page(config: str, tmp_path: Path, idx_images: Path
     assert written <= names
 
 
+@pytest.mark.filterwarnings("ignore:The network cannot be vectorised.*graphs:UserWarning")
+@pytest.mark.parametrize(
+    "config", ["airfoils_graph", "boston", "digits", "fashion_mnist", "roads_procedural"]
+)
+def test_tune_writes_its_report(config: str, tmp_path: Path, idx_images: Path) -> None:
+    run(
+        "tune",
+        config,
+        tmp_path,
+        idx_images,
+        f"--benchmark.output={tmp_path}",
+        "--benchmark.seeds=[0]",
+        "--benchmark.epochs=1",
+        "--benchmark.posthoc_epochs=1",
+        "--benchmark.accelerator=cpu",
+        "--tune.grid.shares=[0.5]",
+        "--tune.grid.lrs=[0.001]",
+        "--tune.grid.modes=[episodic, sample]",
+        "--tune.grid.forms=[published]",
+        "--tune.batches=1",
+    )
+    report = (tmp_path / "tuning.md").read_text()
+    assert "1 step of adam 0.001, episodic" in report
+    assert "```yaml\ntrainer:" in report
+
+
 @pytest.mark.parametrize("config", ["adult", "covertype"])
 def test_fit_without_its_tables_names_the_files(
     config: str, tmp_path: Path, idx_images: Path

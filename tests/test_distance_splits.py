@@ -73,7 +73,7 @@ KINDS: dict[str, tuple[Callable[[Path], ShiftedData], Callable[[], IT3Mixin]]] =
 
 
 def rows(classes: bool = False, batch_norm: bool = False, **recipe: Any) -> list[Row]:
-    return rows_for(Recipe(**recipe), classes=classes, batch_norm=batch_norm)
+    return rows_for(Recipe(**recipe), Kind(classes=classes, batch_norm=batch_norm))
 
 
 def found(distances: Iterable[Distances]) -> Found:

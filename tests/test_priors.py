@@ -323,3 +323,50 @@ def test_init_args_make_an_equal_prior(prior: Prior) -> None:
     like = torch.zeros(1)
     assert torch.equal(again.neutral_input(2, like), prior.neutral_input(2, like))
     assert copy.deepcopy(prior).init_args() == prior.init_args()
+
+
+# The mean of two outputs
+
+
+@pytest.mark.parametrize(
+    ("prior", "shape"),
+    [
+        (ClassPrior(3), (4, 3)),
+        (ClassPrior(3, outputs="probabilities"), (4, 3)),
+        (ClassPrior(2), (4,)),
+        (ClassPrior(2), (4, 1)),
+        (ValuePrior(2, mean=1.0, std=3.0), (4, 2)),
+        (ValuePrior(mean=1.0, std=3.0), (4,)),
+        (MaskPrior(), (4, 1, 2, 2)),
+        (MaskPrior(), (4, 2, 2)),
+        (MaskPrior(2), (4, 1, 2, 2)),
+        (MaskPrior(3), (4, 3, 2, 2)),
+        (MaskPrior(outputs="probabilities"), (4, 1, 2, 2)),
+    ],
+)
+def test_mean_output_means_the_mean_in_label_space(prior: Prior, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    first, second = (5 * torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    if getattr(prior, "outputs", "") == "probabilities":
+        first, second = (x.softmax(1) if x.ndim == 2 else x.sigmoid() for x in (first, second))
+    mean = prior.mean_output(first, second)
+    assert mean.shape == first.shape
+    expected = (prior.from_output(first) + prior.from_output(second)) / 2
+    torch.testing.assert_close(prior.from_output(mean), expected)
+
+
+def test_mean_of_extreme_logits_is_finite() -> None:
+    first, second = torch.tensor([[1000.0, 0.0]]), torch.tensor([[0.0, 1000.0]])
+    torch.testing.assert_close(
+        ClassPrior(2).mean_output(first, second).softmax(1), torch.tensor([[0.5, 0.5]])
+    )
+    one = ClassPrior(2).mean_output(torch.tensor([1000.0]), torch.tensor([-1000.0]))
+    torch.testing.assert_close(one, torch.tensor([0.0]))
+
+
+def test_a_prior_of_ones_own_is_asked_for_its_mean() -> None:
+    class Own(ValuePrior):
+        mean_output = Prior.mean_output
+
+    with pytest.raises(NotImplementedError, match="Own to define mean_output"):
+        Own().mean_output(torch.zeros(1), torch.zeros(1))

@@ -149,6 +149,18 @@ def test_second_prediction_without_steps_is_that_of_the_source() -> None:
     assert callbacks[0].summary.distance_source == callbacks[1].summary.distance_source
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mean_prediction_is_that_of_each_samples_own_weights(backend: str) -> None:
+    settings = {"steps": 2, "optimizer": "sgd", "lr": 0.05}
+    outputs = predicted(net(), each(backend, prediction="mean", **settings))
+    alone = [predicted(net(), adapting(prediction="mean", **settings), data=loader(batch=1))]
+    close(outputs, torch.cat(alone))
+    first, second = (
+        predicted(net(), each(backend, prediction=p, **settings)) for p in ("first", "second")
+    )
+    close(outputs.softmax(1), (first.softmax(1) + second.softmax(1)) / 2)
+
+
 # 5. A sample's prediction depends on nothing but the sample
 
 

@@ -99,7 +99,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def predictor(server: Server) -> IT3Predictor:
     """The predictor of the same model, in this process."""
     kind = runpy.run_path(str(SCRIPT))["IT3Digits"]
-    settings = Settings(scope="sample", backend="loop", steps=1, lr=1e-3)
+    settings = Settings(scope="sample", backend="loop")
     return IT3Predictor.from_checkpoint(server.checkpoint, kind, settings=settings)
 
 

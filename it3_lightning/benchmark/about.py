@@ -7,6 +7,7 @@ import json
 import platform
 import re
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,20 @@ from it3_lightning.mixin import IT3Mixin
 from it3_lightning.specs import spec
 
 if TYPE_CHECKING:
-    from it3_lightning.benchmark.run import Benchmark
+    from it3_lightning.benchmark.settings import BenchmarkSettings
 
 _NO_SETTINGS = ("seeds", "output", "threads", "higher_is_better", "decimals")  # change no score
 _SET_BY_RUN = ("seed", "stream")
+_TRAINED_BY = ("epochs", "posthoc_epochs", "pretrained", "joint", "posthoc", "precision")
+_NOT_TRAINED_ON = ("evaluate_on", "shifts", "severity", "eval_batch_size", "num_workers")
 
 
 def about(
-    benchmark: Benchmark, model: IT3Mixin, data: ShiftedData, configuration: object = None
+    benchmark: BenchmarkSettings, model: IT3Mixin, data: ShiftedData, configuration: object = None
 ) -> dict[str, Any]:
-    """Return plain data; its ``"settings"`` tell whether kept scores still hold.
+    """Return plain data: ``"settings"``, ``"training"``, ``"seeds"`` and ``"versions"``.
+
+    The settings tell whether kept scores still hold, the training whether kept models do.
 
     Args:
         benchmark: settings.
@@ -37,15 +42,27 @@ def about(
         data: whose public attributes.
         configuration: what else the model was made from.
     """
-    settings = {
-        "benchmark": {k: v for k, v in asdict(benchmark).items() if k not in _NO_SETTINGS},
-        "data": {"class": type(data).__name__, **_plain_attributes(data)},
+    own = asdict(benchmark)
+    shared = {
         "model": _described(model),
         "configuration": configuration,
         "checkpoint": _digest(benchmark.ckpt_path),
     }
+    attributes = {"class": type(data).__name__, **_plain_attributes(data)}
+    settings = {
+        "benchmark": {k: v for k, v in own.items() if k not in _NO_SETTINGS},
+        "data": attributes,
+        **shared,
+    }
+    training = {
+        "benchmark": {k: own[k] for k in _TRAINED_BY},
+        "data": {k: v for k, v in attributes.items() if k not in _NOT_TRAINED_ON},
+        "versions": {"it3_lightning": version("it3_lightning"), "torch": torch.__version__},
+        **shared,
+    }
     return {
-        "settings": json.loads(json.dumps(settings, default=repr)),
+        "settings": _plain(settings),
+        "training": _plain(training),
         "seeds": list(benchmark.seeds),
         "versions": {
             "python": platform.python_version(),
@@ -55,6 +72,11 @@ def about(
             "torchvision": torchvision.__version__,
         },
     }
+
+
+def _plain(values: Any) -> Any:
+    """Return the values as a JSON file gives them back."""
+    return json.loads(json.dumps(values, default=_without_address))
 
 
 def _described(model: IT3Mixin) -> dict[str, Any]:
@@ -84,5 +106,5 @@ def _plain_attributes(data: ShiftedData) -> dict[str, Any]:
         for name, value in vars(data).items()
         if not name.startswith("_")
         and name not in _SET_BY_RUN
-        and isinstance(value, int | float | str | tuple | list)
+        and isinstance(value, int | float | str | tuple | list | Path)
     }

@@ -67,14 +67,14 @@ def keep_distances(
     """
     device = benchmark.trainer().strategy.root_device
     found = measured(models, rows, data, benchmark.distance_samples, device)
-    file = _file(Path(benchmark.output), data.seed)
+    file = distances_file(Path(benchmark.output), data.seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps([asdict(each) for each in found]))
 
 
 def kept_distances(folder: Path, seeds: Sequence[int]) -> list[Distances]:
     """Return the distances of these seeds that were written."""
-    files = [file for seed in seeds if (file := _file(folder, seed)).is_file()]
+    files = [file for seed in seeds if (file := distances_file(folder, seed)).is_file()]
     found = [entry for file in files for entry in json.loads(file.read_text())]
     return [Distances(**{**entry, "values": tuple(entry["values"])}) for entry in found]
 
@@ -157,5 +157,6 @@ def _numbers(distance: Tensor) -> tuple[float, ...]:
     return tuple(float(f"{value:.{_DIGITS}g}") for value in known)
 
 
-def _file(folder: Path, seed: int) -> Path:
+def distances_file(folder: Path, seed: int) -> Path:
+    """Return where the distances of a seed are written."""
     return folder / f"distances_seed_{seed}.json"

@@ -86,8 +86,9 @@ class Results:
     def gain(self, row: Row, stream: str, shift: str | None = None) -> Cell | None:
         """Return the gain over the same model's strongest unadapted row, seed by seed.
 
-        That is the row of its batch statistics, or its source where it has no BatchNorm. A gain is
-        an improvement: how much higher the score is, or how much lower where that is better.
+        That is the row of its batch statistics, or its source where it has no BatchNorm or each
+        sample is by itself. A gain is an improvement: how much higher the score is, or how much
+        lower where that is better.
 
         Args:
             row: that adapts, or predicts otherwise; ``None`` comes back for an unadapted one.
@@ -131,7 +132,7 @@ class Results:
         if row.name in ("source", "batch statistics"):
             return None
         still = {r.name: r for r in self.rows if r.training == row.training}
-        return still.get("batch statistics") or still["source"]
+        return still["source"] if row.alone else still.get("batch statistics") or still["source"]
 
     def separation(self, training: str, name: str, shift: str) -> Cell:
         """Return the area under the ROC curve of a score, clean against shifted, in percent."""

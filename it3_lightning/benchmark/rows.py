@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from it3_lightning.benchmark.kind import Kind
+from it3_lightning.benchmark.recipe import Recipe
 from it3_lightning.callback import IT3TestTimeCallback
-from it3_lightning.distances import DistanceName
 from it3_lightning.engine import Settings
-from it3_lightning.objectives import Entropy, Idempotence, TestTimeObjective
+from it3_lightning.objectives import Entropy, Idempotence
+from it3_lightning.takeover import Prediction
 
 Training = Literal["ordinary", "joint", "post-hoc"]
+
+_FURTHER = ("published", "balance", "filtered", "mean", "each sample")  # not in the short table
 
 
 @dataclass(frozen=True)
@@ -22,126 +26,126 @@ class Row:
         training: which of the trained models.
         name: what happens at test time.
         settings: of the adaptation; ``None``: no callback at all.
-        second: predict with the second prediction, ``f(x, f(x, 0))``.
+        prediction: what is predicted; see :class:`~it3_lightning.IT3TestTimeCallback`.
+
+    Raises:
+        ValueError: the settings have a gate, which is a distance; that of a callback is a share.
+
+    >>> Row("post-hoc", "gated", Settings(gate=0.95))
+    Traceback (most recent call last):
+    ValueError: Expected settings without a gate, got gate=0.95: a distance here, a share of the \
+validation samples in a callback, which a benchmark does not calibrate. Leave it out.
     """
 
     training: Training
     name: str
     settings: Settings | None = None
-    second: bool = False
+    prediction: Prediction = "first"
+
+    def __post_init__(self) -> None:
+        if self.settings is not None and self.settings.gate is not None:
+            raise ValueError(
+                f"Expected settings without a gate, got gate={self.settings.gate}: a distance here,"
+                " a share of the validation samples in a callback, which a benchmark does not "
+                "calibrate. Leave it out."
+            )
 
     @property
     def main(self) -> bool:
         """Whether it belongs to the short table."""
-        return not any(word in self.name for word in ("published", "balance", "filtered"))
+        return not any(word in self.name for word in _FURTHER)
+
+    @property
+    def alone(self) -> bool:
+        """Whether every sample is by itself, so that there are no batch statistics."""
+        return self.settings is not None and self.settings.scope == "sample"
 
     def callback(self) -> IT3TestTimeCallback | None:
         """Return the callback that does it; ``None`` for the source row."""
         if self.settings is None:
             return None
-        prediction: Literal["first", "second"] = "second" if self.second else "first"
-        return IT3TestTimeCallback(**vars(self.settings), prediction=prediction)
+        settings = {name: value for name, value in vars(self.settings).items() if name != "gate"}
+        return IT3TestTimeCallback(**settings, prediction=self.prediction)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The settings that the rows of a benchmark share.
-
-    Args:
-        lr: learning rate of the online rows (Adam).
-        steps: steps per batch of the online rows.
-        ema_decay: of the anchor in the online rows.
-        episodic_lr: learning rate of the episodic rows (Adam).
-        episodic_steps: steps per batch of the episodic rows.
-        tent_lr: learning rate of Tent, which moves the norm layers only.
-        distance: of all idempotence objectives.
-        reliability: of the default objective, and of filtered entropy beside it.
-        sharpen: of the default objective.
-        balance: weight of the balance term in the rows that have one.
-    """
-
-    lr: float = 1e-4
-    steps: int = 1
-    ema_decay: float = 0.99
-    episodic_lr: float = 1e-3
-    episodic_steps: int = 1
-    tent_lr: float = 1e-3
-    distance: DistanceName = "js"
-    reliability: float = 0.6
-    sharpen: float = 1.0
-    balance: float = 0.3
-
-
-def rows_for(
-    recipe: Recipe, *, classes: bool, batch_norm: bool, balanced: bool = True
-) -> list[Row]:
-    """Return the rows that make sense for a model.
-
-    Args:
-        recipe: settings that the rows share.
-        classes: whether it predicts classes; entropy and balance need them.
-        batch_norm: whether it has BatchNorm layers; else there are no batch statistics.
-        balanced: whether the classes may be about equally frequent, as balance needs them; those
-            of pixels are not.
-    """
-    still = Settings(steps=0, norm_stats="batch" if batch_norm else "source", measure=False)
-    rows = list(_ordinary(recipe, still, classes=classes, batch_norm=batch_norm))
+def rows_for(recipe: Recipe, kind: Kind) -> list[Row]:
+    """Return the rows that make sense for a kind of model, each different from all others."""
+    still = Settings(steps=0, norm_stats="batch" if kind.batch_norm else "source", measure=False)
+    rows = list(_ordinary(recipe, still, kind))
     for training in ("joint", "post-hoc"):
-        rows += _with_priors(recipe, still, training, classes=classes, batch_norm=batch_norm)
-    return [row for row in rows if balanced or "balance" not in row.name]
+        rows += _with_priors(recipe, still, training, kind)
+    return _different([row for row in rows if kind.balanced or "balance" not in row.name], kind)
 
 
-def _ordinary(recipe: Recipe, still: Settings, *, classes: bool, batch_norm: bool) -> Iterator[Row]:
+def _ordinary(recipe: Recipe, still: Settings, kind: Kind) -> Iterator[Row]:
     yield Row("ordinary", "source")
-    if batch_norm:
+    if kind.batch_norm:
         yield Row("ordinary", "batch statistics", still)
-    if not classes:
+    if not kind.classes:
         return
-    if batch_norm:
+    adam = recipe.by_adam
+    if kind.batch_norm:
         tent = replace(
-            _online(recipe, still, Entropy()), lr=recipe.tent_lr, parameters="norm", anchor="frozen"
+            adam.online(still, Entropy()), lr=recipe.tent_lr, parameters="norm", anchor="frozen"
         )
         yield Row("ordinary", "Tent", tent)
-    filtered = Entropy(recipe.reliability)
-    yield Row("ordinary", "filtered entropy, online", _online(recipe, still, filtered))
-    balanced = Entropy(recipe.reliability, recipe.balance)
-    yield Row("ordinary", "filtered entropy + balance, online", _online(recipe, still, balanced))
+    reliability = Recipe().reliability if recipe.reliability is None else recipe.reliability
+    filtered = Entropy(reliability)
+    yield Row("ordinary", "filtered entropy, online", adam.online(still, filtered))
+    balanced = Entropy(reliability, recipe.balance)
+    yield Row("ordinary", "filtered entropy + balance, online", adam.online(still, balanced))
 
 
-def _with_priors(
-    recipe: Recipe, still: Settings, training: Training, *, classes: bool, batch_norm: bool
-) -> Iterator[Row]:
+def _with_priors(recipe: Recipe, still: Settings, training: Training, kind: Kind) -> Iterator[Row]:
     yield Row(training, "source")
-    if batch_norm:
+    if kind.batch_norm:
         yield Row(training, "batch statistics", still)
-    yield Row(training, "second prediction", still, second=True)
+    yield Row(training, "second prediction", still, "second")
+    yield Row(training, "mean prediction", still, "mean")
+    adam, default = recipe.by_adam, recipe.objective
     published = Idempotence(recipe.distance, reliability=None)
-    default = Idempotence(recipe.distance, recipe.reliability, sharpen=recipe.sharpen)
-    filtered = replace(default, sharpen=0.0)
-    yield Row(training, "published objective, episodic", _episodic(recipe, still, published))
-    yield Row(training, "published objective, online", _online(recipe, still, published))
-    yield Row(training, "filtered distance alone, online", _online(recipe, still, filtered))
-    yield Row(training, "default objective, episodic", _episodic(recipe, still, default))
-    yield Row(training, "default objective, online", _online(recipe, still, default))
-    if classes:
-        balanced = replace(default, balance=recipe.balance)
-        episodic = _episodic(recipe, still, balanced)
-        yield Row(training, "default objective + balance, episodic", episodic)
-        online = _online(recipe, still, balanced)
-        yield Row(training, "default objective + balance, online", online)
+    yield Row(training, "published objective, episodic", adam.episodic(still, published))
+    yield Row(training, "published objective, online", adam.online(still, published))
+    if kind.classes:
+        entropy = replace(default, sharpen=1.0)
+        yield Row(training, "filtered distance + entropy, episodic", adam.episodic(still, entropy))
+        yield Row(training, "filtered distance + entropy, online", adam.online(still, entropy))
+        balanced = replace(entropy, balance=recipe.balance)
+        yield Row(
+            training,
+            "filtered distance + entropy + balance, episodic",
+            adam.episodic(still, balanced),
+        )
+        yield Row(
+            training, "filtered distance + entropy + balance, online", adam.online(still, balanced)
+        )
+    yield Row(training, "default objective, episodic", recipe.episodic(still, default))
+    yield Row(training, "default objective, online", recipe.online(still, default))
+    mean = recipe.episodic(still, default)
+    yield Row(training, "default objective, mean prediction", mean, "mean")
+    yield Row(training, "published objective, each sample", adam.each(still, published))
+    yield Row(training, "default objective, each sample", recipe.each(still, default))
 
 
-def _online(recipe: Recipe, still: Settings, objective: TestTimeObjective) -> Settings:
-    return replace(
-        still,
-        objective=objective,
-        steps=recipe.steps,
-        lr=recipe.lr,
-        reset="never",
-        anchor="ema",
-        ema_decay=recipe.ema_decay,
-    )
+def _different(rows: list[Row], kind: Kind) -> list[Row]:
+    """Return the rows in their order, less those that do the same as another of the training.
+
+    Of rows that do the same, as the published and the default objective on values, the default
+    one stays.
+    """
+    kept: dict[object, Row] = {}
+    for row in sorted(rows, key=lambda row: "default" not in row.name):
+        kept.setdefault((row.training, row.prediction, _in_effect(row.settings, kind)), row)
+    return [row for row in rows if any(row is other for other in kept.values())]
 
 
-def _episodic(recipe: Recipe, still: Settings, objective: TestTimeObjective) -> Settings:
-    return replace(still, objective=objective, steps=recipe.episodic_steps, lr=recipe.episodic_lr)
+def _in_effect(settings: Settings | None, kind: Kind) -> Settings | None:
+    """Return settings without what has no effect on a kind of prediction."""
+    if settings is None or not isinstance(settings.objective, Idempotence):
+        return settings
+    objective = settings.objective
+    if not kind.classes:
+        objective = replace(objective, reliability=None)
+    if objective.reliability is None:
+        objective = replace(objective, sharpen=0.0)
+    return replace(settings, objective=objective)

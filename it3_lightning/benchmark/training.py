@@ -2,62 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from lightning.pytorch import LightningModule, seed_everything
 
 from it3_lightning.benchmark.rows import Training
+from it3_lightning.benchmark.settings import BenchmarkSettings
 from it3_lightning.data import ShiftedData
 from it3_lightning.dual_pass import DualPass
 from it3_lightning.mixin import IT3Mixin, Train
 from it3_lightning.posthoc import load_source, network_weights
 
-if TYPE_CHECKING:
-    from it3_lightning.benchmark.run import Benchmark
-
 MakeModel = Callable[[], LightningModule]
 Say = Callable[[str], None]
+Models = dict[Training, IT3Mixin]
+
+_MODES: Mapping[Training, Train] = MappingProxyType(
+    {"ordinary": "off", "joint": "joint", "post-hoc": "conditioning"}
+)
 
 
 def train_models(
-    benchmark: Benchmark, seed: int, make_model: MakeModel, data: ShiftedData, say: Say
-) -> dict[Training, IT3Mixin]:
+    settings: BenchmarkSettings, seed: int, make_model: MakeModel, data: ShiftedData, say: Say
+) -> Models:
     """Return the three trained models of a seed, each from the same first weights.
 
     Args:
-        benchmark: settings.
+        settings: of the training.
         seed: of weights and order.
         make_model: returns a fresh model with priors.
         data: to train on, with equal classes.
         say: is told what is being trained.
     """
 
-    def fresh(training: Training, train: Train, dual_pass: DualPass | None = None) -> IT3Mixin:
+    def fitted(training: Training, epochs: int, network: IT3Mixin | None = None) -> IT3Mixin:
         say(f"seed {seed}: training, {training}")
-        seed_everything(seed, verbose=False)
-        model = with_priors(make_model())
-        if dual_pass is not None:
-            model.it3_dual_pass = dual_pass
-        elif model.it3_train == "conditioning":
-            model.it3_dual_pass = DualPass()
-        model.it3_train = train
+        model = fresh(settings, seed, make_model, training)
+        if network is not None:
+            model.load_state_dict(network_weights(network.state_dict()))
+        if epochs:
+            settings.trainer(max_epochs=epochs).fit(model, datamodule=data)
         return model
 
-    data.stream = "equal"
-    ordinary = fresh("ordinary", "off")
-    if benchmark.ckpt_path is not None:
-        load_source(ordinary, benchmark.ckpt_path)
-    elif not benchmark.pretrained:
-        benchmark.trainer(max_epochs=2 * benchmark.epochs).fit(ordinary, datamodule=data)
-    joint = fresh("joint", "joint", benchmark.joint)
-    benchmark.trainer(max_epochs=benchmark.epochs).fit(joint, datamodule=data)
+    given = settings.pretrained or settings.ckpt_path is not None
+    ordinary = fitted("ordinary", 0 if given else 2 * settings.epochs)
+    if settings.ckpt_path is not None:
+        load_source(ordinary, settings.ckpt_path)
+    joint = fitted("joint", settings.epochs)
     # What a prior knows of the training targets: every row that adapts asks for it.
     ordinary.it3_parts()[0].load_state_dict(joint.it3_parts()[0].state_dict())
-    posthoc = fresh("post-hoc", "conditioning", DualPass.of(benchmark.posthoc, post_hoc=True))
-    posthoc.load_state_dict(network_weights(ordinary.state_dict()))
-    benchmark.trainer(max_epochs=benchmark.posthoc_epochs).fit(posthoc, datamodule=data)
+    posthoc = fitted("post-hoc", settings.posthoc_epochs, ordinary)
     return {"ordinary": ordinary, "joint": joint, "post-hoc": posthoc}
+
+
+def fresh(
+    settings: BenchmarkSettings, seed: int, make_model: MakeModel, training: Training
+) -> IT3Mixin:
+    """Return a model before its training: the first weights are those of the seed."""
+    seed_everything(seed, verbose=False)
+    model = with_priors(make_model())
+    if training == "post-hoc":
+        model.it3_dual_pass = DualPass.of(settings.posthoc, post_hoc=True)
+    elif training == "joint" and settings.joint is not None:
+        model.it3_dual_pass = settings.joint
+    elif model.it3_train == "conditioning":
+        model.it3_dual_pass = DualPass()
+    model.it3_train = _MODES[training]
+    return model
 
 
 def with_priors(model: LightningModule) -> IT3Mixin:

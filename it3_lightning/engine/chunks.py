@@ -13,7 +13,7 @@ from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.updates import HALF
 
 _TRANSIENT = 2  # of what backward keeps: what it makes of it meanwhile
-_MOMENTS = {"sgd": 0, "rmsprop": 2, "adam": 2, "adamw": 2}  # and what is made at each step
+_MOMENTS = {"sgd": 0, "polyak": 1, "rmsprop": 2, "adam": 2, "adamw": 2}  # and what a step makes
 _OWN = 4  # the same of an optimizer that is not known by name
 
 
@@ -39,13 +39,13 @@ def copies_of_weights(settings: Settings) -> int:
     gradient, moments, and the weights of samples that stand still; an EMA anchor, clipping and a
     live anchor, whose two passes make a gradient each, need one more.
 
-    >>> copies_of_weights(Settings()), copies_of_weights(Settings(steps=3))
-    (2, 5)
+    >>> copies_of_weights(Settings(lr=1e-4)), copies_of_weights(Settings())  # Adam, Polyak
+    (2, 4)
     """
     live = settings.anchor == "live"
     if single_step(settings) is not None:
         return 2 + live
-    name = settings.optimizer
+    name, _ = settings.moves
     moments = _OWN if callable(name) else _MOMENTS[name]
     return 3 + moments + live + (settings.anchor == "ema") + (settings.grad_clip is not None)
 

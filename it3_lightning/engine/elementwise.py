@@ -42,7 +42,10 @@ def optimizer_of_all(settings: Settings, stacked: Iterable[Any]) -> optim.Optimi
     """
     many = list(stacked)
     one = [nn.Parameter(weights.detach()[0]) for weights in many]  # shapes may decide
-    optimizer = optimizer_factory(settings.optimizer, settings.lr)(one)
+    chosen = settings.moves
+    if settings.optimizer == "polyak":  # the gradients have the length of the step
+        chosen = "sgd", 1.0
+    optimizer = optimizer_factory(*chosen)(one)
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     if type(optimizer) not in _ELEMENTWISE or hooks:
         raise NotImplementedError(

@@ -26,9 +26,12 @@ def single_step(settings: Settings) -> FirstStep | None:
     """Return the step in closed form, where one from the source is all there is."""
     if not settings.episodic or settings.steps != 1 or settings.anchor == "ema":
         return None
-    if settings.grad_clip is not None or callable(settings.optimizer):
+    optimizer, lr = settings.moves
+    if settings.grad_clip is not None or callable(optimizer):
         return None
-    return FirstStep(settings.optimizer, settings.lr)
+    if optimizer == "polyak":  # whose length is known only after the whole gradient
+        return None
+    return FirstStep(optimizer, lr)
 
 
 class FirstStep:

@@ -16,6 +16,8 @@ Reset = Literal["batch", "never"] | int
 Scope = Literal["batch", "sample"]
 Backend = Literal["auto", "vectorised", "loop"]
 
+_LEAST = 1e-3  # share of the distance: what is smaller is a learning rate by mistake
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -26,9 +28,12 @@ class Settings:
             own, as if it had come alone.
         objective: what is minimised: :class:`~it3_lightning.objectives.Idempotence` or another.
         steps: optimizer steps per batch; 0 adapts nothing.
-        lr: learning rate of a named optimizer.
-        optimizer: ``"adam"``, ``"adamw"``, ``"sgd"``, ``"rmsprop"``, or a callable that takes the
-            parameters.
+        lr: learning rate of a named optimizer; of ``"polyak"`` the share of the distance that a
+            step is to take away. Default: 0.5 of ``"polyak"``, 1e-4 of the others.
+        optimizer: ``"polyak"``: a step as long as the distance asks for, without a learning rate of
+            a domain's own; ``"adam"``, ``"adamw"``, ``"sgd"``, ``"rmsprop"``; or a callable that
+            takes the parameters. Default: ``"polyak"``; where a learning rate is given, and with
+            gradients clipped or a balance term, which do not go with it, ``"adam"``.
         parameters: which parameters adapt; see :func:`~it3_lightning.selection.select`.
         reset: when the weights go back to the source: ``"batch"`` (episodic: before every batch),
             ``"never"`` (online: they are carried along the stream), or before every ``N`` batches,
@@ -63,8 +68,8 @@ class Settings:
     scope: Scope = "batch"
     objective: TestTimeObjective = field(default_factory=Idempotence)
     steps: int = 1
-    lr: float = 1e-4
-    optimizer: OptimizerName | OptimizerFactory = "adam"
+    lr: float | None = None
+    optimizer: OptimizerName | OptimizerFactory | None = None
     parameters: Selection = "all"
     reset: Reset = "batch"
     anchor: Anchor = "frozen"
@@ -81,9 +86,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"Expected steps >= 0, got {self.steps}.")
-        if self.lr < 0:
-            raise ValueError(f"Expected lr >= 0, got {self.lr}.")
-        optimizer_factory(self.optimizer, self.lr)
+        self._choose_optimizer()
+        optimizer, lr = self.moves
+        if lr < 0:
+            raise ValueError(f"Expected lr >= 0, got {lr}.")
+        optimizer_factory(optimizer, lr)
         if self.reset not in ("batch", "never") and not _positive(self.reset):
             raise ValueError(f"Expected reset 'batch', 'never' or N >= 1, got {self.reset!r}.")
         for name, value, choices in (
@@ -98,6 +105,8 @@ class Settings:
             raise ValueError(f"Expected ema_decay in [0, 1], got {self.ema_decay}.")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"Expected grad_clip > 0 or None, got {self.grad_clip}.")
+        if self.optimizer == "polyak":
+            self._check_polyak()
         if self.gate is not None and math.isnan(self.gate):
             raise ValueError("Expected gate to be a distance or None, got NaN.")
         if self.chunk_size != "auto" and not _positive(self.chunk_size):
@@ -105,6 +114,43 @@ class Settings:
         if self.memory <= 0:
             raise ValueError(f"Expected memory > 0 bytes, got {self.memory}.")
         self._check_scope()
+
+    @property
+    def moves(self) -> tuple[OptimizerName | OptimizerFactory, float]:
+        """The optimizer and its learning rate, given or chosen.
+
+        >>> Settings().moves, Settings(lr=1e-3).moves
+        (('polyak', 0.5), ('adam', 0.001))
+        """
+        assert self.optimizer is not None
+        assert self.lr is not None
+        return self.optimizer, self.lr
+
+    def _choose_optimizer(self) -> None:
+        """Set the optimizer and the learning rate where they are not given."""
+        if self.optimizer is None:
+            free = self.lr is None and self.grad_clip is None and not self.objective.needs_batch
+            object.__setattr__(self, "optimizer", "polyak" if free else "adam")
+        if self.lr is None:
+            object.__setattr__(self, "lr", 0.5 if self.optimizer == "polyak" else 1e-4)
+
+    def _check_polyak(self) -> None:
+        if not _LEAST <= self.moves[1] <= 2:
+            raise ValueError(
+                "Expected the lr of optimizer='polyak' to be a share of the distance in "
+                f"[{_LEAST:g}, 2], such as 0.5, got {self.moves[1]:g}. For a learning rate, set "
+                "optimizer='adam'."
+            )
+        if self.grad_clip is not None:
+            raise ValueError(
+                "optimizer='polyak' tells the length of a step by the gradients' norm; grad_clip "
+                "would lengthen it. Leave out grad_clip."
+            )
+        if self.objective.needs_batch:
+            raise ValueError(
+                "optimizer='polyak' needs an objective that cannot fall below 0, and the balance "
+                "term can. Use balance=0, or another optimizer."
+            )
 
     def _check_scope(self) -> None:
         if self.scope == "batch":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from it3_lightning.engine.elementwise import optimizer_of_all
 from it3_lightning.engine.first_step import FirstStep, single_step
+from it3_lightning.engine.polyak import length
 from it3_lightning.engine.products import Product
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.updates import Updater, full_precision
@@ -83,12 +84,13 @@ class Stacked:
         """Forget what is used up."""
         self._early, self._sums = {}, []
 
-    def step(self, gradients: Weights, active: Tensor) -> Tensor:
+    def step(self, gradients: Weights, active: Tensor, losses: Tensor) -> Tensor:
         """Move the active samples' weights; return ``(B,)`` on the CPU, whose are finite.
 
         Args:
             gradients: ``(B, *shape)``, of all weights that are not used up yet; overwritten.
             active: ``(B,)`` booleans on the CPU; the other samples' weights stay.
+            losses: ``(B,)``, what the gradients are of.
         """
         self._moved |= active
         fresh = (~self._moved).nonzero()[:, 0].tolist()
@@ -97,7 +99,7 @@ class Stacked:
         if self._single is not None:
             total = self._move_once(gradients, self._single)
         else:
-            self._move(self._clipped(gradients))
+            self._move(self._scaled(gradients, losses))
             total = torch.stack([_by_sample(w) for w in self.weights.values()]).sum(0)
         for name in self.weights if fresh else ():
             self.weights[name].data[fresh] = self._source[name]
@@ -145,6 +147,17 @@ class Stacked:
                 }
         self._updater.step([gradients.get(name) for name in self.weights])
         self.weights = {name: w.detach() for name, w in self.weights.items()}
+
+    def _scaled(self, gradients: Weights, losses: Tensor) -> Weights:
+        """Return gradients as the optimizer is to see them."""
+        if self._settings.optimizer != "polyak":
+            return self._clipped(gradients)
+        full = {name: full_precision(g) for name, g in gradients.items()}
+        squares = torch.stack([_by_sample(g.square()) for g in full.values()]).sum(0)
+        own = [full_precision(w.detach()).square() for w in self.weights.values()]
+        weights = torch.stack([_by_sample(w) if self.dim == 0 else w.sum() for w in own]).sum(0)
+        scale = length(losses.to(squares), squares, weights.sqrt(), self._settings.moves[1])
+        return {name: g * _like(scale, g) for name, g in full.items()}
 
     def _clipped(self, gradients: Weights) -> Weights:
         clip = self._settings.grad_clip

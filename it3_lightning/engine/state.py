@@ -91,7 +91,7 @@ class State:
             gradients = evaluate.gradients(loss)
             self._leave_source()
             assert self._updater is not None
-            self._updater.step(gradients)
+            self._updater.step(gradients, loss)
             total = torch.nn.utils.get_total_norm([*self.weights.values()])
             if self._average:
                 share = 1 - self._settings.ema_decay
@@ -112,7 +112,7 @@ class State:
             parameter.data = self.weights[name]
         if self._settings.anchor == "ema":
             self._average = {n: full_precision(w).clone() for n, w in self._source.items()}
-        factory = optimizer_factory(self._settings.optimizer, self._settings.lr)
+        factory = optimizer_factory(*self._settings.moves)
         parameters = list(self._parameters.values())
         self._updater = Updater(parameters, factory, self._settings.grad_clip)
 

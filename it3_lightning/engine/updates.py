@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from it3_lightning.engine.polyak import Polyak
 from it3_lightning.messages import unknown
 
-OptimizerName = Literal["adam", "adamw", "sgd", "rmsprop"]
+OptimizerName = Literal["adam", "adamw", "sgd", "rmsprop", "polyak"]
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -24,7 +25,8 @@ def optimizer_factory(optimizer: OptimizerName | OptimizerFactory, lr: float) ->
     Args:
         optimizer: a name (no weight decay, whatever torch's default), or a callable such as
             ``lambda p: torch.optim.SGD(p, lr=1e-3)``, whose own learning rate counts.
-        lr: learning rate of a named optimizer.
+        lr: learning rate of a named optimizer; of ``"polyak"``, the share of the loss that a step
+            is to take away.
 
     Raises:
         ValueError: the name is unknown or ``lr`` is negative.
@@ -44,6 +46,8 @@ def optimizer_factory(optimizer: OptimizerName | OptimizerFactory, lr: float) ->
 def _named(name: OptimizerName, lr: float, parameters: Iterable[Tensor]) -> Optimizer:
     """Make an optimizer in its fastest form: fused where torch has it, else over lists."""
     given = list(parameters)
+    if name == "polyak":
+        return Polyak(given, lr)
     if name == "rmsprop":
         return torch.optim.RMSprop(given, lr=lr, foreach=True)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in given)
@@ -82,8 +86,8 @@ class Updater:
         """The present values in full precision."""
         return [master.detach() for master in self._masters]
 
-    def step(self, gradients: Sequence[Tensor | None]) -> None:
-        """Apply one step to the parameters."""
+    def step(self, gradients: Sequence[Tensor | None], loss: Tensor | None = None) -> None:
+        """Apply one step to the parameters; ``loss`` is what the gradients are of."""
         full = [None if g is None else full_precision(g) for g in gradients]
         if self._clip is not None:  # not in place: gradients may share memory
             norm = torch.nn.utils.get_total_norm([g for g in full if g is not None])
@@ -91,7 +95,11 @@ class Updater:
             full = [None if g is None else g * scale.to(g.device) for g in full]
         for master, gradient in zip(self._masters, full, strict=True):
             master.grad = None if gradient is None else _laid_out(gradient, master)
-        self.optimizer.step()
+        if isinstance(self.optimizer, Polyak):
+            assert loss is not None
+            self.optimizer.step(loss.detach)
+        else:
+            self.optimizer.step()
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             master.grad = None
             if master is not parameter:

@@ -102,7 +102,7 @@ class Vectorised:
             failed = torch.where(active, seen.trouble(), failed)
             active &= (failed == 0) & seen.moves.cpu()
             if active.any():
-                finite = stacked.step(gradients, active)
+                finite = stacked.step(gradients, active, seen.loss)
                 failed[active & ~finite] = len(REASONS)
                 active &= finite
             del gradients

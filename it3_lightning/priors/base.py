@@ -62,6 +62,14 @@ class Prior(nn.Module, ABC):
     def from_output(self, output: Tensor) -> Tensor:
         """Bring a network's output into label space, ``(B, C, ...)``, differentiably."""
 
+    def mean_output(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return an output whose :meth:`from_output` is the mean of those of two outputs."""
+        raise NotImplementedError(
+            f"Expected {type(self).__name__} to define mean_output(self, first, second) -> Tensor, "
+            "which prediction='mean' asks for. Return (first + second) / 2 where outputs are "
+            "values or probabilities."
+        )
+
     @abstractmethod
     def perturb(self, prior: Tensor) -> Tensor:
         """Return the prior blurred by a random amount per sample, from the global generator.

@@ -15,6 +15,7 @@ from it3_lightning.priors.probabilities import (
     check_outputs,
     floating,
     is_single,
+    mean_outputs,
     one_hot,
     probabilities,
 )
@@ -75,6 +76,15 @@ class ClassPrior(Prior):
     def from_output(self, output: Tensor) -> Tensor:
         """Return ``(B, C)`` probabilities."""
         return probabilities(output, self.channels, self.outputs)
+
+    def mean_output(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return outputs, logits or probabilities, of the mean of both probabilities.
+
+        >>> both = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 1.0]]).log()
+        >>> ClassPrior(2).mean_output(*both).softmax(1)
+        tensor([[0.6250, 0.3750]])
+        """
+        return mean_outputs(first, second, self.outputs, single=is_single(first))
 
     def perturb(self, prior: Tensor) -> Tensor:
         """Mix each sample with a random class, by a random share."""

@@ -14,6 +14,7 @@ from it3_lightning.priors.probabilities import (
     check_outputs,
     check_range,
     floating,
+    mean_outputs,
     one_hot,
     probabilities,
 )
@@ -91,6 +92,11 @@ class MaskPrior(Prior):
     def neutral_input(self, batch_size: int, like: Tensor) -> Tensor:
         """Return the neutral maps ``(B, C + 1, 1, 1)``, which broadcast over positions."""
         return super().neutral_input(batch_size, like)[:, :, None, None]
+
+    def mean_output(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return outputs, logits or probabilities, of the mean of both maps of probabilities."""
+        single = first.ndim == 3 or first.shape[1] == 1
+        return mean_outputs(first, second, self.outputs, single=single)
 
     def perturb(self, prior: Tensor) -> Tensor:
         """Mix each map with that of a random image, or with its own mirrored one."""

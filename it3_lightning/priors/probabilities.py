@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -48,6 +49,31 @@ def probabilities(output: Tensor, classes: int, kind: OutputKind) -> Tensor:
             "prior as many classes as the network has outputs."
         )
     return output.softmax(dim=1) if kind == "logits" else output
+
+
+def mean_outputs(first: Tensor, second: Tensor, kind: OutputKind, *, single: bool) -> Tensor:
+    r"""Return outputs of the mean of the probabilities of two outputs, in their shape.
+
+    Of logits :math:`z, z'` the logarithm :math:`\log \frac{1}{2}(p + p')`, itself logits of the
+    mean, computed without leaving the logarithms.
+
+    Args:
+        first: outputs.
+        second: outputs of the same shape.
+        kind: what they are.
+        single: whether an output is that of class 1 of two classes alone.
+
+    >>> first, second = torch.tensor([0.0]), torch.tensor([3.0]).log()
+    >>> mean_outputs(first, second, "logits", single=True).sigmoid()
+    tensor([0.6250])
+    """
+    if kind == "probabilities":
+        return (first + second) / 2
+    if not single:
+        return torch.logaddexp(first.log_softmax(1), second.log_softmax(1)) - math.log(2)
+    one = torch.logaddexp(F.logsigmoid(first), F.logsigmoid(second))
+    other = torch.logaddexp(F.logsigmoid(-first), F.logsigmoid(-second))
+    return one - other
 
 
 def floating(target: Tensor) -> Tensor:

@@ -81,6 +81,10 @@ class ValuePrior(Prior):
         """Return ``(B, C)`` scaled values."""
         return self._scaled(output)
 
+    def mean_output(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the mean of the values."""
+        return (first + second) / 2
+
     def perturb(self, prior: Tensor) -> Tensor:
         """Add Gaussian noise of a random size per sample."""
         size = self.noise * torch.rand(prior.shape[0], 1, device=prior.device, dtype=prior.dtype)
