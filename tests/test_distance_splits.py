@@ -12,9 +12,10 @@ from test_segmentation import seeded
 from torch import Tensor, nn
 
 from it3_lightning import FeatureInjection, IT3Mixin, MaskPrior, ValuePrior
-from it3_lightning.benchmark import rows_for
 from it3_lightning.benchmark.distances import ADAPTED, SOURCE, STATISTICS, Distances, measured
-from it3_lightning.benchmark.rows import Recipe, Row
+from it3_lightning.benchmark.kind import Kind
+from it3_lightning.benchmark.recipe import Recipe
+from it3_lightning.benchmark.rows import Row, rows_for
 from it3_lightning.benchmark.splits import splits
 from it3_lightning.data import (
     AirfoilDataModule,
@@ -73,7 +74,9 @@ KINDS: dict[str, tuple[Callable[[Path], ShiftedData], Callable[[], IT3Mixin]]] =
 
 
 def rows(classes: bool = False, batch_norm: bool = False, **recipe: Any) -> list[Row]:
-    return rows_for(Recipe(**recipe), Kind(classes=classes, batch_norm=batch_norm))
+    return rows_for(
+        Recipe(**{"optimizer": "adam", **recipe}), Kind(classes=classes, batch_norm=batch_norm)
+    )
 
 
 def found(distances: Iterable[Distances]) -> Found:
