@@ -1,7 +1,8 @@
-"""``it3 fit / validate / test / predict / benchmark / tune``: a thin LightningCLI."""
+"""``it3 fit / validate / test / predict / benchmark / tune / compare``: a thin LightningCLI."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from it3_lightning.benchmark import Benchmark, Tuning
+from it3_lightning.benchmark.overview import overview
 from it3_lightning.benchmark.progress import quiet
 from it3_lightning.data import ShiftedData
 from it3_lightning.parser import Parser
@@ -31,10 +33,11 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a command.
 
     ``it3 benchmark --config FILE`` trains, adapts, compares and reports; ``it3 tune --config FILE``
-    chooses how to adapt, on validation samples under other shifts.
+    chooses how to adapt, on validation samples under other shifts; ``it3 compare FOLDER ...`` puts
+    the results of several benchmarks side by side.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    own = {"benchmark": benchmark, "tune": tune}
+    own = {"benchmark": benchmark, "tune": tune, "compare": compare}
     if arguments[:1] and arguments[0] in own:
         own[arguments[0]](arguments[1:])
     else:
@@ -57,6 +60,13 @@ def tune(arguments: list[str]) -> None:
     tuning: Tuning = asked.cli.config_init.tune
     tuned = tuning.run(asked.settings, asked.make_model, asked.data, asked.configuration)
     show_tuning(tuned, Path(asked.settings.output))
+
+
+def compare(arguments: list[str]) -> None:
+    """Print what every way to predict gains in several benchmarks, as Markdown."""
+    parser = argparse.ArgumentParser("it3 compare", description=compare.__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="outputs of it3 benchmark")
+    print(overview(parser.parse_args(arguments).folders))  # noqa: T201
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def write(results: Results, folder: Path) -> None:
     content = {
         "metric": results.metric,
         "higher_is_better": results.higher_is_better,
+        "decimals": results.decimals,
         "about": results.about,
         "table": [_summary(results, row) for row in results.rows],
         "records": [asdict(record) for record in results.records],

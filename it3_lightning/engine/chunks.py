@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from it3_lightning.engine.first_step import single_step
+from it3_lightning.engine.polyak_step import PolyakStep
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.updates import HALF
 
@@ -40,11 +41,12 @@ def copies_of_weights(settings: Settings) -> int:
     live anchor, whose two passes make a gradient each, need one more.
 
     >>> copies_of_weights(Settings(lr=1e-4)), copies_of_weights(Settings())  # Adam, Polyak
-    (2, 4)
+    (2, 3)
     """
     live = settings.anchor == "live"
-    if single_step(settings) is not None:
-        return 2 + live
+    single = single_step(settings)
+    if single is not None:  # Polyak's needs the whole gradient before it knows its length
+        return 2 + live + isinstance(single, PolyakStep)
     name, _ = settings.moves
     moments = _OWN if callable(name) else _MOMENTS[name]
     return 3 + moments + live + (settings.anchor == "ema") + (settings.grad_clip is not None)

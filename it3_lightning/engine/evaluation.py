@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from it3_lightning.engine.finite import all_finite
 from it3_lightning.engine.first_step import FirstStep
 from it3_lightning.engine.outcome import Evaluation, Forward, Skip, ToLabel
+from it3_lightning.engine.polyak_step import PolyakStep
 from it3_lightning.engine.record import Record
 from it3_lightning.engine.samples import Answer, Plain, copied
 from it3_lightning.engine.weights import Sites
@@ -134,7 +135,9 @@ class Evaluator:
             raise self._uninfluenced()
         return gradients
 
-    def backward(self, loss: Tensor, single: FirstStep) -> tuple[dict[str, Tensor], Tensor]:
+    def backward(
+        self, loss: Tensor, single: FirstStep | PolyakStep
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the weights after the only step there is, where it moves them, and their sum.
 
         Raises:

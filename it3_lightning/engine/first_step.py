@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from it3_lightning.engine.polyak_step import PolyakStep
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.updates import HALF, OptimizerName
 
@@ -22,16 +23,14 @@ _SHARE = {"adam": 1.0, "adamw": 1.0, "rmsprop": 0.1}  # of |g| in the denominato
 _CHUNK = 1 << 18  # elements worked on at once, so that they stay in the cache
 
 
-def single_step(settings: Settings) -> FirstStep | None:
+def single_step(settings: Settings) -> FirstStep | PolyakStep | None:
     """Return the step in closed form, where one from the source is all there is."""
     if not settings.episodic or settings.steps != 1 or settings.anchor == "ema":
         return None
     optimizer, lr = settings.moves
     if settings.grad_clip is not None or callable(optimizer):
         return None
-    if optimizer == "polyak":  # whose length is known only after the whole gradient
-        return None
-    return FirstStep(optimizer, lr)
+    return PolyakStep(lr) if optimizer == "polyak" else FirstStep(optimizer, lr)
 
 
 class FirstStep:

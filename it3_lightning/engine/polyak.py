@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_MOST = (
-    0.01  # of the norm of the weights: where the loss hardly depends on them, the rule overshoots
-)
+_MOST = 0.01  # of the weights' norm: where the loss hardly depends on them, the rule overshoots
 _EPS = 1e-30
 
 

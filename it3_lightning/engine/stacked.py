@@ -44,7 +44,9 @@ class Stacked:
         self._settings = settings
         self._size = size
         self._source: Weights = {name: p.detach() for name, p in parameters.items()}
-        self._single: FirstStep | None = single_step(settings)
+        single = single_step(settings)
+        self._once = single is not None
+        self._single = single if isinstance(single, FirstStep) else None
         self._updater: Updater | None = None
         self._average: Weights = {}
         self.weights = self._source
@@ -98,6 +100,8 @@ class Stacked:
         before = {name: self.weights[name].detach()[still] for name in gradients if still}
         if self._single is not None:
             total = self._move_once(gradients, self._single)
+        elif self._once:
+            total = self._move_once(self._scaled(gradients, losses), FirstStep("sgd", 1.0))
         else:
             self._move(self._scaled(gradients, losses))
             total = torch.stack([_by_sample(w) for w in self.weights.values()]).sum(0)

@@ -13,6 +13,7 @@ from it3_lightning.engine.evaluation import Evaluator
 from it3_lightning.engine.finite import all_finite
 from it3_lightning.engine.first_step import FirstStep
 from it3_lightning.engine.outcome import Skip
+from it3_lightning.engine.polyak_step import PolyakStep
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.updates import Updater, full_precision, optimizer_factory
 
@@ -41,7 +42,7 @@ class State:
         self,
         parameters: Mapping[str, nn.Parameter],
         settings: Settings,
-        single: FirstStep | None = None,
+        single: FirstStep | PolyakStep | None = None,
     ) -> None:
         self._parameters = parameters
         self._settings = settings
