@@ -128,9 +128,11 @@ class Stacked:
         users = Counter(gradient.untyped_storage().data_ptr() for gradient in gradients.values())
         moved, sums = dict(self._early), list(self._sums)
         for name, gradient in gradients.items():
+            source = self._source[name]
             shared = users[gradient.untyped_storage().data_ptr()] > 1 or 0 in gradient.stride()
-            moved[name] = torch.empty_like(gradient) if shared else gradient
-            sums.append(single.move(self._source[name], gradient, out=moved[name]))
+            apart = shared or gradient.dtype != source.dtype
+            moved[name] = torch.empty_like(gradient, dtype=source.dtype) if apart else gradient
+            sums.append(single.move(source, gradient, out=moved[name]))
         self.weights, self.dim = {name: moved[name] for name in self._source}, 0
         return torch.stack(sums).sum(0)
 
