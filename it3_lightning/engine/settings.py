@@ -16,7 +16,7 @@ Reset = Literal["batch", "never"] | int
 Scope = Literal["batch", "sample"]
 Backend = Literal["auto", "vectorised", "loop"]
 
-_LEAST = 1e-3  # share of the distance: what is smaller is a learning rate by mistake
+_LEAST = 0.01  # share of the distance: what is smaller is a learning rate by mistake
 
 
 @dataclass(frozen=True, kw_only=True)
