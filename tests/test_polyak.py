@@ -53,7 +53,7 @@ def by_hand(source: Net, x: Tensor, *, share: float = 0.5, steps: int = 1) -> Ne
         moving = [p for p in net.parameters() if p.grad is not None]
         square = sum(float(p.grad.square().sum()) for p in moving if p.grad is not None)
         norm = sum(float(p.detach().square().sum()) for p in net.parameters()) ** 0.5
-        scale = min(share * loss.item() / square, 0.01 * norm / square**0.5)
+        scale = min(share * loss.item() / square, 0.001 * norm / square**0.5)
         for parameter in moving:
             assert parameter.grad is not None
             parameter.data -= scale * parameter.grad

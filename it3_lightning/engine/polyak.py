@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_MOST = 0.01  # of the weights' norm: where the loss hardly depends on them, the rule overshoots
+_MOST = 1e-3  # of the weights' norm: where the loss hardly depends on them, the rule overshoots
 _EPS = 1e-30
 
 
@@ -30,7 +30,7 @@ def length(loss: Tensor, square: Tensor, weights: Tensor, share: float) -> Tenso
         share: of the loss, that it is to fall by.
 
     >>> loss, square = torch.tensor(1.0), torch.tensor(4.0)
-    >>> length(loss, square, torch.tensor(100.0), 0.5)
+    >>> length(loss, square, torch.tensor(1000.0), 0.5)
     tensor(0.1250)
     """
     step = share * loss.clamp_min(0) / (square + _EPS)
@@ -38,17 +38,17 @@ def length(loss: Tensor, square: Tensor, weights: Tensor, share: float) -> Tenso
 
 
 class Polyak(Optimizer):
-    """Moves parameters by Polyak's rule, no further than a hundredth of their norm.
+    """Moves parameters by Polyak's rule, no further than a thousandth of their norm.
 
     Args:
         params: to move.
         lr: share of the loss that a step is to take away, to first order.
 
-    >>> w = torch.nn.Parameter(torch.full((1,), 100.0))
+    >>> w = torch.nn.Parameter(torch.full((1,), 1000.0))
     >>> w.grad = torch.full((1,), 2.0)  # of a loss of 1
     >>> Polyak([w], lr=0.5).step(lambda: torch.tensor(1.0))
     >>> w.item()
-    99.75
+    999.75
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 0.5) -> None:

@@ -18,9 +18,9 @@ class PolyakStep:
     Args:
         share: of the loss, that it is to fall by.
 
-    >>> w = torch.nn.Parameter(torch.full((1,), 100.0))
-    >>> PolyakStep(0.5).backward(2 * w.sum() - 199, {"w": w})[0]
-    {'w': tensor([99.7500])}
+    >>> w = torch.nn.Parameter(torch.full((1,), 1000.0))
+    >>> PolyakStep(0.5).backward(2 * w.sum() - 1999, {"w": w})[0]
+    {'w': tensor([999.7500])}
     """
 
     def __init__(self, share: float) -> None:
