@@ -255,7 +255,7 @@ def test_gate_is_that_of_the_callback(scope: Any, tmp_path: Path) -> None:
 
 
 def test_an_unknown_prediction_is_refused() -> None:
-    with pytest.raises(ValueError, match="'third'.* Known: first, second, mean"):
+    with pytest.raises(ValueError, match=r"'third'.* Known: first, second, mean"):
         IT3Predictor(net(), prediction="third")  # type: ignore[arg-type]
 
 
