@@ -13,6 +13,7 @@ from torch import Tensor
 
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine.randomness import undisturbed_rng
+from it3_lightning.engine.samples import copied
 from it3_lightning.muting import muted
 from it3_lightning.priors import Prior
 from it3_lightning.protocols import IT3Module
@@ -80,7 +81,7 @@ def averaged(module: LightningModule, host: IT3Module, prior: Tensor) -> Iterato
             asked.priors -= 1
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        asked.calls.append((args, kwargs))
+        asked.calls.append(copied((args, kwargs)))  # the first pass may write into its inputs
 
     def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         args, kwargs = asked.calls.pop()

@@ -16,9 +16,9 @@ class Prediction:
     """What a predictor says of one batch. All tensors are detached and on the input's device.
 
     Args:
-        outputs: ``(B, ...)``, the network's outputs from the adapted weights; the source outputs
-            where a sample was skipped.
-        source_outputs: ``(B, ...)``, outputs of the network as it was trained.
+        outputs: ``(B, ...)``, the network's outputs from the adapted weights, from the source's
+            where a sample was skipped: its first prediction, or what the predictor is asked for.
+        source_outputs: ``(B, ...)``, outputs of the network as it was trained, without a prior.
         distance: ``(B,)``, the objective's measure with the source weights. With
             :class:`~it3_lightning.Idempotence` it is the idempotence distance
             :math:`d(y_0, F(x, y_0))`, in units of its ``distance``, a score of how unlike the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -20,7 +20,9 @@ from it3_lightning.engine.samples import taken
 from it3_lightning.host import checked_module, normal
 from it3_lightning.loading import check_weights, loaded
 from it3_lightning.messages import unknown
+from it3_lightning.predicting import answer_of
 from it3_lightning.prediction import Prediction
+from it3_lightning.takeover import Prediction as Which
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 _AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -50,10 +52,13 @@ class IT3Predictor:
         gate: share of validation samples, such as 0.95, whose distance a sample must exceed to be
             adapted to, as known to the module's checkpoint from a Trainer with the callback; the
             distance itself is ``Settings.gate``.
+        prediction: what :attr:`Prediction.outputs` are: ``"first"``: ``f(x, 0)``; ``"second"``:
+            ``f(x, f(x, 0))``; ``"mean"``: the mean of both, of probabilities or of values. The
+            latter two cost further forward passes.
 
     Raises:
-        ValueError: the precision is unknown, the settings measure no distance, or there are two
-            gates.
+        ValueError: the precision or the prediction is unknown, the settings measure no distance,
+            or there are two gates.
         MisconfigurationException: the module does not predict with a prior, its prior does not know
             the targets yet, its ``source_checkpoint`` was never loaded, its weights were made in
             inference mode, the selection of parameters matches nothing, or the gate is not known.
@@ -80,9 +85,12 @@ class IT3Predictor:
         device: str | torch.device | None = None,
         precision: Precision = "32-true",
         gate: float | None = None,
+        prediction: Which = "first",
     ) -> None:
         if precision not in _AUTOCAST:
             raise ValueError(unknown("precision", precision, _AUTOCAST))
+        if prediction not in get_args(Which):
+            raise ValueError(unknown("prediction", prediction, get_args(Which)))
         self.settings = settings or Settings()
         if not self.settings.measure:
             raise ValueError("Expected settings with measure=True, for the distances, got False.")
@@ -94,7 +102,9 @@ class IT3Predictor:
             self.module = module.eval() if device is None else module.eval().to(device)
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.precision = precision
+        self.prediction = prediction
         self._adapter = adapter_of(module, self._host, self.settings)
+        self._answer = answer_of(module, self._host, prediction)
         self._lock = threading.Lock()
 
     @classmethod
@@ -107,6 +117,7 @@ class IT3Predictor:
         device: str | torch.device | None = None,
         precision: Precision = "32-true",
         gate: float | None = None,
+        prediction: Which = "first",
         **kwargs: Any,
     ) -> IT3Predictor:
         """Return a predictor of the module in a checkpoint that a Trainer wrote.
@@ -118,6 +129,7 @@ class IT3Predictor:
             device: see :class:`IT3Predictor`.
             precision: see :class:`IT3Predictor`.
             gate: see :class:`IT3Predictor`.
+            prediction: see :class:`IT3Predictor`.
             kwargs: of ``module_class.load_from_checkpoint``: arguments of the module that the
                 checkpoint does not hold; ``weights_only=True`` (Lightning 2.6 or newer) for a file
                 that may not be trusted.
@@ -127,7 +139,9 @@ class IT3Predictor:
             ValueError: no Trainer wrote it, or not to its end.
         """
         module = loaded(path, module_class, {"map_location": device, **kwargs})
-        return cls(module, settings, device=device, precision=precision, gate=gate)
+        return cls(
+            module, settings, device=device, precision=precision, gate=gate, prediction=prediction
+        )
 
     def __call__(self, x: Any) -> Prediction:
         """Return the prediction for a batch, from weights adapted to it.
@@ -151,13 +165,18 @@ class IT3Predictor:
         autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
         with torch.inference_mode(False), torch.no_grad():
             inputs = normal(move_data_to_device(x, self.device))
-            with self._lock, autocast, self._adapter.adapted(inputs) as adaptation:
+            with self._lock, autocast, self._adapter.adapted(inputs, self._answer) as adaptation:
+                if self._answer is not None:
+                    adaptation = replace(adaptation, outputs=adaptation.answers)
                 adaptation = self._in_precision(adaptation, inputs)
             return Prediction.of(adaptation, home or self.device)
 
     def _in_precision(self, adaptation: Adaptation, inputs: Any) -> Adaptation:
         def ordinary() -> list[Tensor]:
-            return 2 * [self._host.predict_with(taken(inputs, range(1)), None)]
+            one = taken(inputs, range(1))
+            if self._answer is None:
+                return 2 * [self._host.predict_with(one, None)]
+            return list(self._answer(one))[::-1]
 
         both = [t for t in (adaptation.outputs, adaptation.source_outputs) if t is not None]
         outputs, source = in_precision(both, ordinary, self._adapter, self.module)

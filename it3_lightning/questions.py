@@ -18,7 +18,7 @@ from it3_lightning.averaging import conditioned_only, mean_prediction
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine import Adaptation, Settings, batch_size
 from it3_lightning.engine.randomness import undisturbed_rng
-from it3_lightning.engine.samples import Answer, Plain, taken
+from it3_lightning.engine.samples import Answer, Plain, copied, taken
 from it3_lightning.graphs import graph_count
 from it3_lightning.muting import muted
 from it3_lightning.protocols import IT3Module
@@ -166,8 +166,9 @@ class Answers:
 
     def _called(self, asked: Question, prior: Tensor | None) -> Any:
         given = nullcontext() if prior is None else self._host.it3_given(prior)
+        args, kwargs = copied((asked.args, asked.kwargs))  # each pass may write into its own
         with given, conditioned_only(self._module, self._host):
-            return self._module(*asked.args, **asked.kwargs)
+            return self._module(*args, **kwargs)
 
     def _not_conditioning(self, hook: Any) -> bool:
         conditioning = getattr(self._host, "it3_conditioning", None)

@@ -181,6 +181,22 @@ def test_mean_prediction_where_the_prior_is_an_argument_of_forward(scope: Scope)
     assert {True, False} == set(asked)
 
 
+@pytest.mark.parametrize("given", [{"steps": 0}, {"steps": 1}, {"scope": "sample"}])
+def test_mean_prediction_of_a_forward_that_writes_into_its_inputs(given: Any) -> None:
+    class Writes(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(0.5))
+
+    class Halves(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * 0.5)
+
+    outputs, expected = (
+        predicted(net(kind), adapting(prediction="mean", **given)) for kind in (Writes, Halves)
+    )
+    torch.testing.assert_close(outputs, expected)
+
+
 @pytest.mark.parametrize("scope", ["batch", "sample"])
 def test_mean_prediction_of_a_step_that_never_calls_the_module_is_refused(scope: Scope) -> None:
     class Beside(IT3Net):

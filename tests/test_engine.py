@@ -380,6 +380,7 @@ def test_batch_size_is_that_of_the_first_tensor() -> None:
     [
         ({"steps": -1}, "steps >= 0, got -1"),
         ({"lr": -0.1}, "lr >= 0, got -0.1"),
+        ({"lr": float("nan")}, "finite lr >= 0, got nan"),
         ({"optimizer": "adan"}, "Unknown optimizer 'adan'. Did you mean 'adam'"),
         ({"reset": 0}, "'batch', 'never' or N >= 1, got 0"),
         ({"reset": True}, "'batch', 'never' or N >= 1, got True"),
@@ -392,6 +393,16 @@ def test_batch_size_is_that_of_the_first_tensor() -> None:
 def test_settings_refuse_what_is_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings(**settings)
+
+
+def test_an_objective_that_does_not_say_whether_it_needs_a_batch_is_refused() -> None:
+    def mine(y0: Tensor, second: Any) -> Any:
+        raise AssertionError("it was evaluated")
+
+    with pytest.raises(TypeError, match=r"needs_batch, .* got function without"):
+        Settings(objective=mine)  # type: ignore[arg-type]
+    mine.needs_batch = False  # type: ignore[attr-defined]
+    assert Settings(objective=mine).moves == ("polyak", 0.5)  # type: ignore[arg-type]
 
 
 def test_one_batch_is_an_episode() -> None:

@@ -111,6 +111,43 @@ def test_outputs_and_distances_are_those_of_the_method_in_plain_torch(
         assert not prediction.skipped.any()
 
 
+@pytest.mark.parametrize("prediction", ["second", "mean"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"steps": 0}, ONLINE, {"norm_stats": "batch"}, {"scope": "sample", "backend": "loop"}],
+    ids=["episodic", "no step", "online", "batch statistics", "each sample"],
+)
+def test_other_predictions_are_those_of_the_callback(
+    settings: dict[str, Any], prediction: Any
+) -> None:
+    callback = adapting(prediction=prediction, **settings)
+    expected: Any = quiet(callbacks=[callback]).predict(net(), loader())
+    plain = IT3Predictor(net(), published(**settings))
+    predictor = IT3Predictor(net(), published(**settings), prediction=prediction)
+    for x, ours in zip(batches(), expected, strict=True):
+        first, found = plain(x), predictor(x)
+        torch.testing.assert_close(found.outputs, ours)
+        assert (found.outputs - first.outputs).abs().max() > 1e-3
+        for name in ("source_outputs", "distance", "distance_adapted"):
+            torch.testing.assert_close(getattr(found, name), getattr(first, name))
+
+
+@pytest.mark.parametrize("prediction", ["second", "mean"])
+def test_other_predictions_are_the_same_by_both_backends(prediction: Any) -> None:
+    torch.set_default_dtype(torch.float32)
+    for precision, atol in (("32-true", 1e-5), ("bf16-mixed", 5e-2)):
+        both = [
+            IT3Predictor(
+                net(),
+                published(scope="sample", backend=backend),
+                precision=precision,  # type: ignore[arg-type]
+                prediction=prediction,
+            )(samples()[0]).outputs
+            for backend in ("loop", "vectorised")
+        ]
+        torch.testing.assert_close(*both, rtol=0, atol=atol)
+
+
 def test_carried_weights_are_forgotten_on_restart() -> None:
     predictor = IT3Predictor(net(), published(**ONLINE))
     first, second = (predictor(batches()[0]) for _ in range(2))
@@ -217,6 +254,11 @@ def test_gate_is_that_of_the_callback(scope: Any, tmp_path: Path) -> None:
     assert 0 < sum(gated) < 12
 
 
+def test_an_unknown_prediction_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'third'.* Known: first, second, mean"):
+        IT3Predictor(net(), prediction="third")  # type: ignore[arg-type]
+
+
 def test_gate_that_is_not_known_or_given_twice_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="validation samples, measured by Idem"):
         IT3Predictor(net(), published(), gate=0.5)
@@ -252,16 +294,22 @@ def test_nested_inputs_reach_the_network_in_their_structure() -> None:
         torch.testing.assert_close(predictor(inputs).outputs, expected.outputs)
 
 
-def test_inputs_are_left_as_they_are() -> None:
+@pytest.mark.parametrize("prediction", ["first", "second", "mean"])
+def test_inputs_are_left_as_they_are(prediction: Any) -> None:
     class InPlace(IT3Net):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.mul_(0.5))
 
-    x = batches()[0]
-    predictor = IT3Predictor(net(InPlace), published(steps=0))
+    class Halves(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * 0.5)
+
+    x, settings = batches()[0], published(steps=0)
+    predictor = IT3Predictor(net(InPlace), settings, prediction=prediction)
     first, second = predictor(x), predictor(x)
     assert torch.equal(x, batches()[0])
     assert same(first, second)
+    assert same(first, IT3Predictor(net(Halves), settings, prediction=prediction)(x))
 
 
 def test_a_sample_that_is_not_finite_keeps_the_source_and_harms_no_other_call() -> None:
@@ -308,9 +356,10 @@ def test_what_is_no_batch_is_refused(x: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, ONLINE, {"norm_stats": "batch"}])
-def test_module_is_bitwise_what_it_was(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("prediction", ["first", "mean"])
+def test_module_is_bitwise_what_it_was(settings: dict[str, Any], prediction: Any) -> None:
     module = net()
-    predictor = IT3Predictor(module, published(**settings))
+    predictor = IT3Predictor(module, published(**settings), prediction=prediction)
     before, state = everything(module), torch.get_rng_state()
     for x in (*batches(), batches()[0] / 0):
         predictor(x)

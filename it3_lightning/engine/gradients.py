@@ -18,7 +18,7 @@ from it3_lightning.engine.mapped import Counted, mapped
 from it3_lightning.engine.outcome import ToLabel
 from it3_lightning.engine.products import Product
 from it3_lightning.engine.record import Record
-from it3_lightning.engine.samples import taken
+from it3_lightning.engine.samples import batch_size, taken
 from it3_lightning.engine.seen import Seen
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.stacked import Stacked, Weights
@@ -57,7 +57,7 @@ class Gradients:
         self._layerwise = Layerwise(module, selected, run, to_label, settings.objective, record)
         on_cpu = next(iter(selected.values())).device.type == "cpu"  # faster there, as measured
         self._may_share = on_cpu and not settings.compile and settings.anchor != "live"
-        self._shares = False  # known to agree with torch.func
+        self._agreed = 0  # samples on which that is known to agree with torch.func
         self._compiled: dict[bool, Compiled] = {}
         if settings.compile:
             self._compiled = {r: Compiled(partial(self._step, r)) for r in (False, True)}
@@ -66,11 +66,11 @@ class Gradients:
 
     def first(self, stacked: Stacked, inputs: Any) -> tuple[Weights, Seen]:
         """Return the gradients at the source, layer by layer where that is known to agree."""
-        if self._shares:
+        if self._agreed > 1 or batch_size(inputs) <= self._agreed:  # one tells nothing of several
             try:
                 return self._layer_by_layer(stacked, inputs)
             except Exception:  # torch.func is asked, and raises what is no fault of the rules
-                self._shares = False
+                self._agreed, self._may_share = 0, False
                 stacked.forget()
         gradients, seen = self._by_func(stacked, inputs, at_source=True)
         if self._may_share:
@@ -99,11 +99,13 @@ class Gradients:
         few = range(min(_FEW, len(seen.loss)))
         if bool(seen.trouble().any()) or not bool(seen.moves[: len(few)].any()):
             return  # another batch will tell
-        self._may_share, count = False, self._run.count
+        counts = self._run.count, self._record.answered
         self._record.clear()
         known = {name: gradient[: len(few)] for name, gradient in gradients.items()}
-        self._shares = self._layerwise.agrees(taken(inputs, few), known)
-        self._run.count = count
+        agrees = self._layerwise.agrees(taken(inputs, few), known)
+        self._agreed = len(few) if agrees else 0
+        self._may_share = self._agreed == 1  # and several, when they come
+        self._run.count, self._record.answered = counts
 
     def _used(self, gradients: Weights) -> Weights:
         return {n: g for n, g in gradients.items() if n not in (self._unused or ())}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.utils._pytree import tree_map
 
 from it3_lightning.engine.layers import Gradient
 from it3_lightning.engine.outcome import Forward, ToLabel
@@ -19,7 +20,7 @@ from it3_lightning.engine.products import Product
 from it3_lightning.engine.record import Record
 from it3_lightning.engine.samples import batch_size
 from it3_lightning.engine.seen import Seen
-from it3_lightning.engine.watched import NotLayerwiseError, Take, layers_of, watched
+from it3_lightning.engine.watched import NotLayerwiseError, Take, elsewhere, layers_of, watched
 from it3_lightning.objectives import TestTimeObjective
 
 _CLOSE = 1e-3  # of the largest element of a gradient: rounding is far less, an error far more
@@ -62,6 +63,7 @@ class Layerwise:
             NotLayerwiseError: a layer has no rules, or is not used as they expect.
         """
         size, given = batch_size(inputs), set[str]()
+        inputs = tree_map(_detached, inputs)  # what starts the graph is the root alone
 
         def noted(name: str, gradient: Gradient) -> None:
             given.add(name)
@@ -87,6 +89,8 @@ class Layerwise:
             found[name] = gradient
 
         try:
+            if self._used_elsewhere(inputs):
+                return False
             self(inputs, take)
         except Exception:  # whatever it is, torch.func is asked next
             return False
@@ -96,6 +100,19 @@ class Layerwise:
             _largest(found[name] - expected[name]) <= max(_CLOSE * size, nothing)
             for name, size in sizes.items()
         )
+
+    def _used_elsewhere(self, inputs: Any) -> bool:
+        """Whether weights are used by other ways than the calls of their layers.
+
+        The gradients of some samples need not show that, as where others are masked.
+        """
+        parameters = list(self._selected.values())
+        with torch.enable_grad(), elsewhere(layers_of(self._module, self._selected)):
+            outputs = self._run(inputs, None)
+            if not outputs.requires_grad:
+                return False
+            found = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
+        return any(gradient is not None for gradient in found)
 
     def _losses(self, inputs: Any, size: int, root: Tensor, take: Take) -> tuple[Tensor, Seen]:
         """Return the samples' losses ``(B,)`` with the graph of activations."""
@@ -125,6 +142,10 @@ class Layerwise:
         reliable = objective.reliable[0]
         moves = reliable if objective.batch_term is None else torch.ones_like(reliable)
         return objective.loss(), (objective.measure[0], reliable, moves)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _largest(values: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -37,14 +38,20 @@ class PolyakStep:
         moving = {name: p for name, p in parameters.items() if p.grad is not None}
         if not moving:
             return {}, loss
-        gradients = [full_precision(p.grad) for p in moving.values() if p.grad is not None]
+        gradients = _apart([full_precision(p.grad) for p in moving.values() if p.grad is not None])
         for parameter in moving.values():
             parameter.grad = None
         norm = torch.nn.utils.get_total_norm(gradients)
         source = {name: parameter.detach() for name, parameter in parameters.items()}
         weights = torch.nn.utils.get_total_norm([full_precision(w) for w in source.values()])
         scale = length(loss.detach().to(norm), norm.square(), weights.to(norm), self._share)
-        for name, gradient in zip(moving, gradients, strict=True):  # which belong to nobody else
+        for name, gradient in zip(moving, gradients, strict=True):
             gradient.mul_(-scale.to(gradient.device)).add_(source[name])
         moved = {n: g.to(source[n].dtype) for n, g in zip(moving, gradients, strict=True)}
         return moved, scale * norm
+
+
+def _apart(gradients: list[Tensor]) -> list[Tensor]:
+    """Return gradients fit to be written into: of views of one tensor, they share its memory."""
+    users = Counter(gradient.untyped_storage().data_ptr() for gradient in gradients)
+    return [g.clone() if users[g.untyped_storage().data_ptr()] > 1 else g for g in gradients]

@@ -16,7 +16,7 @@ Reset = Literal["batch", "never"] | int
 Scope = Literal["batch", "sample"]
 Backend = Literal["auto", "vectorised", "loop"]
 
-_LEAST = 1e-3  # share of the distance: what is smaller is a learning rate by mistake
+_LEAST = 0.01  # share of the distance: what is smaller is a learning rate by mistake
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,7 @@ class Settings:
         compile: compile the vectorised step with ``torch.compile``.
 
     Raises:
+        TypeError: the objective does not say whether it needs a batch.
         ValueError: a value is out of range, a name unknown, or a sample of its own is combined with
             what needs several: batch statistics, batch terms, weights that are carried along.
 
@@ -86,10 +87,16 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"Expected steps >= 0, got {self.steps}.")
+        if not isinstance(getattr(self.objective, "needs_batch", None), bool):
+            raise TypeError(
+                "Expected an objective with an attribute needs_batch, whether it looks at several "
+                f"samples at once, got {type(self.objective).__name__} without. Set it to False or "
+                "True, as on a function: objective.needs_batch = False."
+            )
         self._choose_optimizer()
         optimizer, lr = self.moves
-        if lr < 0:
-            raise ValueError(f"Expected lr >= 0, got {lr}.")
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"Expected a finite lr >= 0, got {lr}.")
         optimizer_factory(optimizer, lr)
         if self.reset not in ("batch", "never") and not _positive(self.reset):
             raise ValueError(f"Expected reset 'batch', 'never' or N >= 1, got {self.reset!r}.")

@@ -73,7 +73,7 @@ class Stacked:
         if self._single is None or weights.numel() < _LARGE or weights.device.type != "cpu":
             return False
         out = self._memory.get(name)
-        if out is None or len(out) < self._size:
+        if out is None or len(out) < self._size or out.dtype != weights.dtype:
             out = self._memory[name] = weights.new_empty(self._size, *weights.shape)
         moved = self._early[name] = out[: self._size]
         rows, source = moved.flatten(2), weights.flatten(1)
@@ -128,9 +128,11 @@ class Stacked:
         users = Counter(gradient.untyped_storage().data_ptr() for gradient in gradients.values())
         moved, sums = dict(self._early), list(self._sums)
         for name, gradient in gradients.items():
+            source = self._source[name]
             shared = users[gradient.untyped_storage().data_ptr()] > 1 or 0 in gradient.stride()
-            moved[name] = torch.empty_like(gradient) if shared else gradient
-            sums.append(single.move(self._source[name], gradient, out=moved[name]))
+            apart = shared or gradient.dtype != source.dtype
+            moved[name] = torch.empty_like(gradient, dtype=source.dtype) if apart else gradient
+            sums.append(single.move(source, gradient, out=moved[name]))
         self.weights, self.dim = {name: moved[name] for name in self._source}, 0
         return torch.stack(sums).sum(0)
 
@@ -138,8 +140,7 @@ class Stacked:
         """Take a step of the optimizer; parameters without gradients have no influence."""
         if self._updater is None:
             stacked = {
-                name: nn.Parameter(w.expand(self._size, *w.shape).clone())
-                for name, w in self._source.items()
+                name: nn.Parameter(_repeated(w, self._size)) for name, w in self._source.items()
             }
             self._updater = Updater(
                 list(stacked.values()), partial(optimizer_of_all, self._settings), None
@@ -178,6 +179,11 @@ class Stacked:
         for average, values in zip(self._average.values(), self._updater.values, strict=True):
             share = (1 - self._settings.ema_decay) * active.to(average)
             average.lerp_(values, _like(share, average))
+
+
+def _repeated(weights: Tensor, size: int) -> Tensor:
+    """Return copies ``(B, *shape)``, contiguous: of others, torch.func finds wrong gradients."""
+    return weights.expand(size, *weights.shape).clone(memory_format=torch.contiguous_format)
 
 
 def _by_sample(values: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class Vectorised:
         """
         if any(graph_count(leaf) for leaf in tree_leaves(inputs)):
             raise NotImplementedError("torch.func takes tensors, not batches of graphs.")
-        self._run.count = 0
+        self._run.count = self._record.answered = 0
         try:
             with (
                 torch.autocast(self._device, enabled=False),
@@ -159,7 +159,7 @@ class Vectorised:
         for row in range(batch_size(inputs)):
             self._run.count += 1
             with self._sites.swapped({name: w[row] for name, w in weights.items()}):
-                parts.append(answer(taken(inputs, range(row, row + 1))))
+                parts.append(answer(copied(taken(inputs, range(row, row + 1)))))
         outputs, answers = joined(parts)
         return outputs, answers
 

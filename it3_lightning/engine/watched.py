@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from it3_lightning.engine.layers import Gradient, Rules, rules_for
 
@@ -66,6 +69,26 @@ def layers_of(module: nn.Module, selected: Mapping[str, nn.Parameter]) -> dict[i
     if found != len(selected):
         raise NotLayerwiseError("a weight that several layers share")
     return layers
+
+
+@contextmanager
+def elsewhere(layers: Mapping[int, Layer]) -> Iterator[None]:
+    """Let the layers' parameters need gradients within, except while their layer is called."""
+
+    def need(module: nn.Module, needed: bool) -> None:
+        if id(module) in layers:
+            for key in layers[id(module)].names:
+                module._parameters[key].requires_grad_(needed)  # type: ignore[union-attr]
+
+    with ExitStack() as stack:
+        for layer in layers.values():
+            need(layer.module, True)
+            stack.callback(need, layer.module, False)
+        begun = register_module_forward_pre_hook(lambda module, _: need(module, False))
+        stack.callback(begun.remove)
+        ended = register_module_forward_hook(lambda module, *_: need(module, True))
+        stack.callback(ended.remove)
+        yield
 
 
 @contextmanager
