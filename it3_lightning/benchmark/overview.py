@@ -52,7 +52,7 @@ def _table(read: dict[str, dict[str, Any]], training: str) -> list[list[str]]:
     ways = _in_order(way for entries in of_training.values() for way in entries)
     lines = [["benchmark", "score", "clean", *ways]]
     for name, entries in of_training.items():
-        decimals = read[name]["decimals"]
+        decimals = read[name].get("decimals", 1)
         for stream in _STREAMS:
             if stream not in next(iter(entries.values()), {}):
                 continue
