@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -55,8 +55,12 @@ def document(title: str, body: str, *, style: str = "") -> str:
     )
 
 
-def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown; the first row has the titles, numbers begin in column three.
+def as_markdown(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0, 1)) -> str:
+    """Return a table in Markdown, its columns aligned; the first row has the titles.
+
+    Args:
+        rows: of cells.
+        left: indices of the columns of words; those of numbers are aligned to the right.
 
     >>> print(as_markdown([["at", "test", "score"], ["a", "b", "1.0"]]))
     | at  | test | score |
@@ -64,13 +68,13 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     | a   | b    |   1.0 |
     """
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    ruler = ["-" * width if at < 2 else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
-    return "\n".join(_padded(cells, widths) for cells in [rows[0], ruler, *rows[1:]])
+    ruler = ["-" * w if at in left else "-" * (w - 1) + ":" for at, w in enumerate(widths)]
+    return "\n".join(_padded(cells, widths, left) for cells in [rows[0], ruler, *rows[1:]])
 
 
-def _padded(cells: Sequence[str], widths: Sequence[int]) -> str:
+def _padded(cells: Sequence[str], widths: Sequence[int], left: Collection[int]) -> str:
     pairs = enumerate(zip(cells, widths, strict=True))
-    return f"| {' | '.join(c.ljust(w) if at < 2 else c.rjust(w) for at, (c, w) in pairs)} |"
+    return f"| {' | '.join(c.ljust(w) if at in left else c.rjust(w) for at, (c, w) in pairs)} |"
 
 
 def as_html(rows: Sequence[Sequence[str]]) -> str:

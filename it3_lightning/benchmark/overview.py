@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from it3_lightning.benchmark.cell import Cell
+from it3_lightning.display import as_markdown
 
 _STREAMS = ("equal", "unequal")
 
@@ -28,7 +29,8 @@ def overview(folders: Sequence[Path]) -> str:
     read = {folder.name: _read(folder) for folder in folders}
     trainings = _in_order(entry["training"] for found in read.values() for entry in found["table"])
     return "\n\n".join(
-        f"**{training}**\n\n{_aligned(_table(read, training))}" for training in trainings
+        f"**{training}**\n\n{as_markdown(_table(read, training), left=(0,))}"
+        for training in trainings
     )
 
 
@@ -79,23 +81,3 @@ def _cell(saved: dict[str, float]) -> Cell:
 
 def _in_order(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Return lines of cells as a Markdown table whose columns are aligned.
-
-    >>> print(_aligned([["a", "gain"], ["first", "+1.0"]]))
-    | a     | gain |
-    | ----- | ---: |
-    | first | +1.0 |
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    head, *others = (
-        [
-            c.ljust(w) if i < 1 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in lines
-    )
-    ruler = ["-" * w if i < 1 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *others))
