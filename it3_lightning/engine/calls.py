@@ -85,10 +85,6 @@ class Calls:
         self.watched: Iterable[nn.Module] = list(self._wrapped)
         self.answered = 0
 
-    def sees(self, module: nn.Module) -> bool:
-        """Whether calls of a module are noticed."""
-        return module in self._wrapped and _patchable(module)
-
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Tell of all calls of the watched modules within."""
@@ -114,7 +110,7 @@ class Calls:
     @contextmanager
     def _installed(self, mode: Literal["take", "answer"]) -> Iterator[None]:
         """Put the wrappers in the place of the modules' own ``forward``."""
-        patched = [m for m in self.watched if self.sees(m)]
+        patched = [m for m in self.watched if m in self._wrapped and _patchable(m)]
         for m in patched:
             vars(m)["forward"] = self._wrapped[m]
         self._mode, self._place = mode, [0]

@@ -163,10 +163,8 @@ class Gradients:
         loss = objective.loss()
         if self._unused is None:
             self._unused = _without_influence(loss, own)
-        reliable = objective.reliable[0]
-        moves = reliable if objective.batch_term is None else torch.ones_like(reliable)
-        seen = outputs[0], objective.measure[0], reliable, moves, loss
-        return loss, tuple(value.detach() for value in seen)
+        seen = objective.measure[0], objective.reliable[0], objective.moves[0]
+        return loss, tuple(value.detach() for value in (outputs[0], *seen, loss))
 
 
 def _without_influence(loss: Tensor, weights: Weights) -> frozenset[str]:

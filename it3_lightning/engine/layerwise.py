@@ -21,6 +21,7 @@ from it3_lightning.engine.record import Record
 from it3_lightning.engine.samples import batch_size
 from it3_lightning.engine.seen import Seen
 from it3_lightning.engine.watched import NotLayerwiseError, Take, elsewhere, layers_of, watched
+from it3_lightning.engine.weights import sites_of
 from it3_lightning.objectives import TestTimeObjective
 
 _CLOSE = 1e-3  # of the largest element of a gradient: rounding is far less, an error far more
@@ -48,7 +49,7 @@ class Layerwise:
         objective: TestTimeObjective,
         record: Record,
     ) -> None:
-        self._module = module
+        self._sites = sites_of(module, selected)
         self._selected = selected
         self._run = run
         self._to_label = to_label
@@ -107,7 +108,7 @@ class Layerwise:
         The gradients of some samples need not show that, as where others are masked.
         """
         parameters = list(self._selected.values())
-        with torch.enable_grad(), elsewhere(layers_of(self._module, self._selected)):
+        with torch.enable_grad(), elsewhere(layers_of(self._sites)):
             outputs = self._run(inputs, None)
             if not outputs.requires_grad:
                 return False
@@ -116,7 +117,7 @@ class Layerwise:
 
     def _losses(self, inputs: Any, size: int, root: Tensor, take: Take) -> tuple[Tensor, Seen]:
         """Return the samples' losses ``(B,)`` with the graph of activations."""
-        layers = layers_of(self._module, self._selected)
+        layers = layers_of(self._sites)
         with self._record.first_pass(inputs), watched(layers, size, root, take):
             outputs = self._run(inputs, None)
         y0 = self._to_label(outputs)
@@ -139,9 +140,8 @@ class Layerwise:
 
         objective = self._objective(alone, second)
         self._asks = bool(asked)
-        reliable = objective.reliable[0]
-        moves = reliable if objective.batch_term is None else torch.ones_like(reliable)
-        return objective.loss(), (objective.measure[0], reliable, moves)
+        seen = objective.measure[0], objective.reliable[0], objective.moves[0]
+        return objective.loss(), seen
 
 
 def _detached(leaf: Any) -> Any:

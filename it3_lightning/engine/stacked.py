@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from it3_lightning.engine.elementwise import optimizer_of_all
+from it3_lightning.engine.finite import all_finite
 from it3_lightning.engine.first_step import FirstStep, single_step
 from it3_lightning.engine.polyak import length
 from it3_lightning.engine.products import Product
@@ -113,7 +114,7 @@ class Stacked:
             self._follow(active)
         finite = total.isfinite().cpu() | ~active
         for row in (~finite).nonzero()[:, 0].tolist():  # or is it only the sum that overflows?
-            finite[row] = all(bool(w[row].isfinite().all()) for w in self.weights.values())
+            finite[row] = all(all_finite(w[row]) for w in self.weights.values())
         return finite
 
     def back_to_source(self, failed: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn.modules.module import (
 )
 
 from it3_lightning.engine.layers import Gradient, Rules, rules_for
+from it3_lightning.engine.weights import Site
 
 Take = Callable[[str, Gradient], None]
 """Takes the gradient of a weight by its name: ``(B, *shape)``, or the factors of it."""
@@ -48,26 +49,20 @@ class Layer:
             take(name, rule(self.module, features, gradient))
 
 
-def layers_of(module: nn.Module, selected: Mapping[str, nn.Parameter]) -> dict[int, Layer]:
-    """Return the layers that have the selected parameters, by their ``id``.
+def layers_of(sites: Sequence[Site]) -> dict[int, Layer]:
+    """Return the layers that have the adapting weights, by their ``id``, with the rules of now.
 
     Raises:
-        NotLayerwiseError: one has no rules, or shares a parameter with another.
+        NotLayerwiseError: one has no rules, or shares a weight with another.
     """
-    names = {id(parameter): name for name, parameter in selected.items()}
-    layers: dict[int, Layer] = {}
-    found = 0
-    for owner in module.modules():
-        for key, parameter in owner._parameters.items():
-            if id(parameter) not in names:
-                continue
-            rules = rules_for(owner)
-            if rules is None or not hasattr(rules, key):
-                raise NotLayerwiseError(f"no rule for {key} of {type(owner).__name__}")
-            layers.setdefault(id(owner), Layer(owner, rules)).names[key] = names[id(parameter)]
-            found += 1
-    if found != len(selected):
+    if len({name for *_, name in sites}) < len(sites):
         raise NotLayerwiseError("a weight that several layers share")
+    layers: dict[int, Layer] = {}
+    for owner, key, name in sites:
+        rules = rules_for(owner)
+        if rules is None or not hasattr(rules, key):
+            raise NotLayerwiseError(f"no rule for {key} of {type(owner).__name__}")
+        layers.setdefault(id(owner), Layer(owner, rules)).names[key] = name
     return layers
 
 

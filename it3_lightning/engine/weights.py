@@ -7,9 +7,28 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+Site = tuple[nn.Module, str, str]
+"""A module, what it calls a parameter, and the parameter's name in the network."""
+
+
+def sites_of(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Site]:
+    """Return every place where given parameters are registered, tied ones included.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> sites_of(nn.Sequential(layer), {"0.bias": layer.bias})
+    [(Linear(in_features=1, out_features=1, bias=True), 'bias', '0.bias')]
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return [
+        (owner, key, names[id(parameter)])
+        for owner in module.modules()
+        for key, parameter in owner._parameters.items()
+        if id(parameter) in names
+    ]
+
 
 class Sites:
-    """Every place where given parameters are registered, tied ones included.
+    """Puts other tensors in every place where given parameters are registered.
 
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> sites = Sites(layer, {"weight": layer.weight})
@@ -20,13 +39,7 @@ class Sites:
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        self._sites = [
-            (owner, key, names[id(parameter)])
-            for owner in module.modules()
-            for key, parameter in owner._parameters.items()
-            if id(parameter) in names
-        ]
+        self._sites = sites_of(module, parameters)
 
     @contextmanager
     def swapped(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:

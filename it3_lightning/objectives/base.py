@@ -29,6 +29,11 @@ class Objective:
     sample_term: Tensor | None = None
 
     @property
+    def moves(self) -> Tensor:
+        """``(B,)`` booleans, the samples that have something to minimise: all by a batch term."""
+        return self.reliable if self.batch_term is None else torch.ones_like(self.reliable)
+
+    @property
     def empty(self) -> bool:
         """Whether there is nothing to minimise: no reliable sample and no batch term."""
         return self.batch_term is None and not bool(self.reliable.any())
