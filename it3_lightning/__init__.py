@@ -1,24 +1,46 @@
-"""it3_lightning: idempotent test-time training (IT3) for any PyTorch Lightning module."""
+"""it3_lightning: idempotent test-time training for any LightningModule, and methods beside it.
 
-from it3_lightning.callback import IT3TestTimeCallback
+===============  =================================================================================
+``priors``       label <-> prior: what is fed back
+``conditioning`` prior -> network: how it enters, by hooks
+``training``     learning to use a prior: jointly or post-hoc
+``methods``      one file for each test-time method: what it minimises
+``engine``       how weights move and come back, in plain torch; ``adapter`` is the algorithm
+``integration``  any LightningModule, its batches and outputs meet the engine
+``callbacks``    adaptation under a Trainer: test, predict, validate
+``predictor``    adaptation without a Trainer, for serving
+``calibration``  what is measured on validation data and kept in the checkpoint
+``tasks``        ready LightningModules; ``networks``, ``data``: what they run on
+``benchmark``    compare, choose, report; ``cli``: the command ``it3``
+===============  =================================================================================
+"""
+
+from it3_lightning.callbacks import IT3TestTimeCallback, TestTimeCallback
 from it3_lightning.conditioning import (
     Conditioning,
     FeatureInjection,
     ForwardArgument,
     InputConcat,
 )
-from it3_lightning.dual_pass import DualPass
 from it3_lightning.engine import Adaptation, BatchAdapter, Settings, adapt
-from it3_lightning.mixin import IT3Mixin
-from it3_lightning.objectives import Entropy, Idempotence, Objective, TestTimeObjective
+from it3_lightning.engine.restore import Snapshot
+from it3_lightning.engine.selection import select
+from it3_lightning.methods import (
+    MEMO,
+    Entropy,
+    Idempotence,
+    Objective,
+    Tent,
+    TestTimeMethod,
+    TestTimeObjective,
+)
 from it3_lightning.perturbations import RandomNoise
-from it3_lightning.prediction import Prediction
-from it3_lightning.predictor import IT3Predictor
+from it3_lightning.predictor import IT3Predictor, Prediction
 from it3_lightning.priors import ClassPrior, MaskPrior, Prior, ValuePrior
-from it3_lightning.selection import select
-from it3_lightning.snapshot import Snapshot
+from it3_lightning.training import DualPass, IT3Mixin
 
 __all__ = [
+    "MEMO",
     "Adaptation",
     "BatchAdapter",
     "ClassPrior",
@@ -39,6 +61,9 @@ __all__ = [
     "RandomNoise",
     "Settings",
     "Snapshot",
+    "Tent",
+    "TestTimeCallback",
+    "TestTimeMethod",
     "TestTimeObjective",
     "ValuePrior",
     "adapt",

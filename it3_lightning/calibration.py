@@ -10,8 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from it3_lightning.engine import Settings
-from it3_lightning.engine.norm import NormStats
-from it3_lightning.objectives import TestTimeObjective
+from it3_lightning.engine.types import NormStats
+from it3_lightning.methods import TestTimeMethod, TestTimeObjective
 
 _LEVELS = 1000  # quantiles kept, besides that of level 0
 _LETTERS = 128  # bytes of the name of what the distances were measured by
@@ -84,7 +84,7 @@ class Calibration(nn.Module):
         return self
 
 
-def measured_by(objective: TestTimeObjective, norm_stats: NormStats) -> str:
+def measured_by(objective: TestTimeMethod | TestTimeObjective, norm_stats: NormStats) -> str:
     """Name what a distance is measured by.
 
     >>> from it3_lightning.objectives import Idempotence

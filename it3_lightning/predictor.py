@@ -1,30 +1,147 @@
-"""`IT3Predictor`: test-time adaptation without a Trainer, call by call, for serving."""
+"""A module from a checkpoint, and whether its weights are ready to predict with."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+import zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from it3_lightning.adapters import adapter_of, in_precision
 from it3_lightning.calibration import check_level, gate_of
 from it3_lightning.engine import Adaptation, Settings, batch_size
-from it3_lightning.engine.samples import taken
-from it3_lightning.host import checked_module, normal
-from it3_lightning.loading import check_weights, loaded
-from it3_lightning.messages import unknown
-from it3_lightning.predicting import answer_of
-from it3_lightning.prediction import Prediction
-from it3_lightning.takeover import Prediction as Which
+from it3_lightning.engine.trees import taken
+from it3_lightning.integration.batches import normal
+from it3_lightning.integration.module import checked_module
+from it3_lightning.integration.module_adapter import WhichPrediction as Which
+from it3_lightning.integration.module_adapter import adapter_of, answer_of, in_precision
+from it3_lightning.utils.messages import unknown
+
+
+def loaded(
+    path: str | Path, module_class: type[LightningModule], kwargs: dict[str, Any]
+) -> LightningModule:
+    """Return the module in a checkpoint that a Trainer wrote.
+
+    Args:
+        path: of the checkpoint.
+        module_class: of the module in it.
+        kwargs: of ``module_class.load_from_checkpoint``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no Trainer wrote it, or not to its end.
+    """
+    if Path(path).is_file() and not zipfile.is_zipfile(path):  # which Trainers write
+        raise ValueError(
+            f"Expected a checkpoint that a Trainer wrote, got another or a truncated file: {path}."
+        )
+    try:
+        with torch.inference_mode(False):
+            return module_class.load_from_checkpoint(path, **kwargs)
+    except KeyError as error:
+        if error.args != ("pytorch-lightning_version",):
+            raise
+        raise ValueError(
+            f"Expected a checkpoint that a Trainer wrote, got a file without {error}: {path}. Load "
+            "weights alone into a module, and make the predictor of that: IT3Predictor(module)."
+        ) from error
+
+
+def check_weights(module: LightningModule) -> None:
+    """Refuse weights that cannot adapt, and those of a network that still waits for its own.
+
+    Raises:
+        MisconfigurationException: they were made in inference mode, or never loaded.
+    """
+    if any(parameter.is_inference() for parameter in module.parameters()):
+        raise MisconfigurationException(
+            f"{type(module).__name__} was made in inference mode, where no weight can adapt. Make "
+            "or load it outside of torch.inference_mode()."
+        )
+    if getattr(module, "it3_source_due", False):
+        raise MisconfigurationException(
+            f"{type(module).__name__} has not loaded its source_checkpoint, nor trained its "
+            "conditioning. Fit it first, or load a checkpoint written after fitting: "
+            "IT3Predictor.from_checkpoint(path, ...)."
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a predictor says of one batch. All tensors are detached and on the input's device.
+
+    Args:
+        outputs: ``(B, ...)``, the network's outputs from the adapted weights, from the source's
+            where a sample was skipped: its first prediction, or what the predictor is asked for.
+        source_outputs: ``(B, ...)``, outputs of the network as it was trained, without a prior.
+        distance: ``(B,)``, the objective's measure with the source weights. With
+            :class:`~it3_lightning.Idempotence` it is the idempotence distance
+            :math:`d(y_0, F(x, y_0))`, in units of its ``distance``, a score of how unlike the
+            training data a sample is: the larger, the more (Durasov et al., ZigZag, TMLR 2024). NaN
+            where it was not measured; 0 everywhere where the conditioning has not been trained.
+        distance_adapted: ``(B,)``, the same with the adapted weights.
+        skipped: ``(B,)`` booleans, the samples that got the source prediction.
+        reason: why they were skipped.
+        gated: ``(B,)`` booleans, the samples within the gate, which were not adapted to.
+    """
+
+    outputs: Tensor
+    source_outputs: Tensor
+    distance: Tensor
+    distance_adapted: Tensor
+    skipped: Tensor
+    reason: str | None
+    gated: Tensor
+
+    def split(self) -> list[Prediction]:
+        """Return the predictions of the single samples, each a batch of one.
+
+        >>> y, d = torch.tensor([[1.0], [2.0]]), torch.tensor([0.1, 0.2])
+        >>> no = torch.tensor([False, False])
+        >>> [p.outputs.item() for p in Prediction(y, y, d, d, no, None, no).split()]
+        [1.0, 2.0]
+        """
+        parts = []
+        for index, skipped in enumerate(self.skipped.tolist()):
+            rows: dict[str, Any] = {
+                name: value[index : index + 1]
+                for name, value in vars(self).items()
+                if isinstance(value, Tensor)
+            }
+            parts.append(replace(self, **rows, reason=self.reason if skipped else None))
+        return parts
+
+    @classmethod
+    def of(cls, adaptation: Adaptation, device: torch.device) -> Prediction:
+        """Return what came of an adaptation that measured, on a device."""
+        outputs, source = adaptation.outputs, adaptation.source_outputs
+        assert outputs is not None
+        assert source is not None
+        nowhere = torch.full(adaptation.skipped.shape, float("nan"))
+        gated = adaptation.gated
+        before, after = adaptation.distance_source, adaptation.distance_adapted
+        return cls(
+            outputs=outputs.to(device),
+            source_outputs=source.to(device),
+            distance=(nowhere if before is None else before).to(device),
+            distance_adapted=(nowhere if after is None else after).to(device),
+            skipped=adaptation.skipped.to(device),
+            reason=adaptation.reason,
+            gated=(torch.zeros_like(adaptation.skipped) if gated is None else gated).to(device),
+        )
+
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+
 _AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -41,8 +158,8 @@ class IT3Predictor:
 
     Args:
         module: a LightningModule with :class:`~it3_lightning.IT3Mixin`, or any that satisfies
-            :class:`~it3_lightning.protocols.IT3Module`. Moved to the device and put in evaluation
-            mode, once.
+            :class:`~it3_lightning.integration.module.IT3Module`. Moved to the device and put in
+            evaluation mode, once.
         settings: how to adapt; default ``Settings()``. With ``scope="sample"`` a sample's
             prediction does not depend on what else is in its batch. With ``norm_stats="batch"`` the
             samples of one call share their statistics, and a call on a single one is skipped.
@@ -104,7 +221,7 @@ class IT3Predictor:
         self.precision = precision
         self.prediction = prediction
         self._adapter = adapter_of(module, self._host, self.settings)
-        self._answer = answer_of(module, self._host, prediction)
+        self._answer = answer_of(self._host, prediction)
         self._lock = threading.Lock()
 
     @classmethod

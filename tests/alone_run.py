@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo import KINDS, RESNET, Kind, singles
 
 from it3_lightning.engine import Settings, adapt
-from it3_lightning.objectives import Idempotence
+from it3_lightning.methods import Idempotence
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 STEPS = {"one step": 1, "three steps": 3}

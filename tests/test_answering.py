@@ -35,7 +35,7 @@ from it3_lightning import (
     IT3TestTimeCallback,
     ValuePrior,
 )
-from it3_lightning.batches import inputs_of
+from it3_lightning.integration.batches import inputs_of
 from it3_lightning.networks import GraphNet
 from it3_lightning.tasks import IT3Regressor
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from it3_lightning.batches import inputs_of, target_of, with_inputs
+from it3_lightning.integration.batches import inputs_of, target_of, with_inputs
 
 
 @dataclass

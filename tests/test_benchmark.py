@@ -24,8 +24,8 @@ from it3_lightning.benchmark.kind import Kind
 from it3_lightning.benchmark.recipe import Recipe
 from it3_lightning.data import BundledDataModule, DigitsDataModule, ImageSet
 from it3_lightning.engine import Settings
+from it3_lightning.methods import Entropy, Idempotence
 from it3_lightning.networks import MLP, SmallCNN
-from it3_lightning.objectives import Entropy, Idempotence
 from it3_lightning.report import by_shift, headers, line, markdown, page, table
 from it3_lightning.tasks import Classifier, IT3Classifier, IT3Regressor, IT3Segmenter
 

@@ -12,7 +12,7 @@ from toy import IT3Net, LitNet, net, parts, quiet
 
 from it3_lightning import Idempotence
 from it3_lightning.calibration import Calibration, calibration_of, measured_by
-from it3_lightning.objectives import Entropy
+from it3_lightning.methods import Entropy
 
 
 def distances(count: int, seed: int = 0) -> torch.Tensor:

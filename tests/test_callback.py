@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from toy import Batch, IT3Net, LitNet, adapting, doubles, loader, net, parts, quiet, samples, seeded
 
 from it3_lightning import ForwardArgument, IT3TestTimeCallback
-from it3_lightning.engine.settings import Scope
+from it3_lightning.engine.types import Scope
 
 
 @pytest.fixture(autouse=True)
@@ -103,9 +103,9 @@ def test_validation_inside_fit_adapts_where_asked_and_leaves_training_alone() ->
 
 def test_unknown_stage_and_prediction_are_refused() -> None:
     with pytest.raises(ValueError, match=r"stages among validate, test, predict, got \['fit'\]"):
-        IT3TestTimeCallback(stages=["fit"])  # type: ignore[list-item]
+        IT3TestTimeCallback(stages=["fit"])
     with pytest.raises(ValueError, match="'first', 'second' or 'mean', got 'third'"):
-        IT3TestTimeCallback(prediction="third")  # type: ignore[arg-type]
+        IT3TestTimeCallback(prediction="third")
 
 
 # Predictions

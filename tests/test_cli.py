@@ -11,7 +11,7 @@ from road_files import ROADS, road_arguments
 from vision import SMALL_NETWORKS, vision_arguments
 
 from it3_lightning.cli import main
-from it3_lightning.selection import OWN
+from it3_lightning.engine.selection import OWN
 
 # A checkpoint read into another folder: Lightning says what it leaves behind.
 pytestmark = [

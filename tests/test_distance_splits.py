@@ -26,7 +26,7 @@ from it3_lightning.data import (
 )
 from it3_lightning.data.images.augmentation import Augmented
 from it3_lightning.data.images.base import Images
-from it3_lightning.distances import get_distance
+from it3_lightning.methods.terms import get_distance
 from it3_lightning.networks import MLP, GraphNet
 from it3_lightning.tasks import IT3Regressor, IT3Segmenter
 

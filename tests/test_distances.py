@@ -8,7 +8,7 @@ import torch
 from reference import Distance, distance
 from torch import Tensor
 
-from it3_lightning.distances import DistanceName, get_distance
+from it3_lightning.methods.terms import DistanceName, get_distance
 
 NAMES: list[Any] = list(get_args(DistanceName))
 

@@ -18,7 +18,7 @@ from reference import (
 from torch import Tensor, nn
 
 from it3_lightning.engine import Adaptation, BatchAdapter, Settings, adapt, batch_size
-from it3_lightning.objectives import Entropy, Idempotence
+from it3_lightning.methods import Entropy, Idempotence
 
 BATCHES = stream(4)
 

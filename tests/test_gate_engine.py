@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from it3_lightning.engine import Adaptation, BatchAdapter, SampleAdapter, Settings
-from it3_lightning.objectives import Idempotence
+from it3_lightning.methods import Idempotence
 
 PUBLISHED = Idempotence("l2", None)
 EVERYTHING, NOTHING = float("inf"), -1.0

@@ -21,11 +21,10 @@ from it3_lightning import (
     RandomNoise,
     ValuePrior,
 )
-from it3_lightning.batches import inputs_of, target_of, with_inputs
-from it3_lightning.graphs import chosen_graphs, is_graph, map_nodes
-from it3_lightning.host import normal
+from it3_lightning.integration.batches import inputs_of, normal, target_of, with_inputs
 from it3_lightning.networks import GraphNet
 from it3_lightning.tasks import IT3Regressor
+from it3_lightning.utils.graphs import chosen_graphs, is_graph, map_nodes
 
 NODES, HIDDEN, KERNELS = 5, 6, 2
 

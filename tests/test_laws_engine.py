@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from it3_lightning.engine import Adaptation, BatchAdapter, Forward, Settings
-from it3_lightning.objectives import Entropy, Idempotence
+from it3_lightning.methods import Entropy, Idempotence
 
 PUBLISHED = Idempotence("l2", None)
 ONLINE: dict[str, Any] = {"reset": "never", "anchor": "ema", "ema_decay": 0.9}

@@ -12,19 +12,13 @@ from reference import adapt_stream, forward_predict, softmax_label
 from torch import Tensor, nn
 from zoo import KINDS, RESNET, noise, singles
 
-from it3_lightning.engine import (
-    Adaptation,
-    SampleAdapter,
-    Settings,
-    gradients,
-    products,
-    stacked,
-    vectorised,
-)
-from it3_lightning.engine.layers import rules_for
-from it3_lightning.engine.layerwise import Layerwise
-from it3_lightning.engine.products import Product
-from it3_lightning.objectives import Entropy, Idempotence, Objective
+from it3_lightning.engine import Adaptation, SampleAdapter, Settings
+from it3_lightning.engine.fast import grad_sample as products
+from it3_lightning.engine.fast import stacked_weights as stacked
+from it3_lightning.engine.fast import vmap as gradients
+from it3_lightning.engine.fast import vmap as vectorised
+from it3_lightning.engine.fast.grad_sample import Layerwise, Product, rules_for
+from it3_lightning.methods import Entropy, Idempotence, Objective
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dense": (lambda: nn.Linear(6, 4), (6,)),
@@ -139,8 +133,8 @@ def adapted(net: nn.Module, inputs: Any, batches: int = 1, **given: Any) -> Adap
     for _ in range(batches):
         with adapter.adapted(inputs) as adaptation:
             pass
-    assert adapter.choice is not None
-    assert adapter.choice.backend == "vectorised"
+    assert adapter.backend_selection is not None
+    assert adapter.backend_selection.backend == "vectorised"
     return adaptation
 
 

@@ -11,8 +11,11 @@ from reference import softmax_label
 from torch import Tensor, nn
 from zoo import noise
 
-from it3_lightning.engine import Adaptation, SampleAdapter, Settings, gradients, stacked, vectorised
-from it3_lightning.objectives import Idempotence
+from it3_lightning.engine import Adaptation, SampleAdapter, Settings
+from it3_lightning.engine.fast import stacked_weights as stacked
+from it3_lightning.engine.fast import vmap as gradients
+from it3_lightning.engine.fast import vmap as vectorised
+from it3_lightning.methods import Idempotence
 
 
 def adapter(net: nn.Module, **given: Any) -> SampleAdapter:
@@ -30,8 +33,8 @@ def assert_as_in_a_loop(
     by: SampleAdapter, net: nn.Module, inputs: Any, *, atol: float = 1e-10, **given: Any
 ) -> None:
     found, expected = adapted(by, inputs), adapted(adapter(net, backend="loop", **given), inputs)
-    assert by.choice is not None
-    assert by.choice.backend == "vectorised"
+    assert by.backend_selection is not None
+    assert by.backend_selection.backend == "vectorised"
     torch.testing.assert_close(
         found.outputs, expected.outputs, rtol=0, atol=atol, check_dtype=False
     )
@@ -106,8 +109,8 @@ def test_one_sample_alone_tells_nothing_of_several() -> None:
     by = adapter(net)
     adapted(by, images(1))
     found = adapted(by, images(6))
-    assert by.choice is not None
-    assert by.choice.backend == "vectorised"
+    assert by.backend_selection is not None
+    assert by.backend_selection.backend == "vectorised"
     alone = [adapted(adapter(net, backend="loop"), x[None]).outputs for x in images(6)]
     torch.testing.assert_close(found.outputs, torch.cat([y for y in alone if y is not None]))
 
@@ -156,7 +159,7 @@ def test_calls_that_are_answered_are_counted_by_the_batch() -> None:
     made = Settings(scope="sample", objective=Idempotence("l2", None), backend="vectorised")
     enters: dict[str, Any] = {"dense": "output"}
     by = SampleAdapter(net, takes_prior(net), softmax_label, made, enters=enters)
-    counts = [adapted(by, images(5)).answered for _ in range(3)]
+    counts = [adapted(by, images(5)).cache_hits for _ in range(3)]
     assert counts[0] > 0
     assert len(set(counts)) == 1
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from toy import Batch, IT3Net, LitNet, loader, net, parts, quiet, samples, seeded
 
 from it3_lightning import ClassPrior, DualPass, FeatureInjection, IT3Mixin
-from it3_lightning.fitting import Fitting
+from it3_lightning.training.post_hoc import Fitting
 
 EXACT = DualPass(perturb_prior=False)
 

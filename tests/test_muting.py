@@ -19,7 +19,7 @@ from torchmetrics.classification import (
 from toy import Batch, IT3Net, LitNet, loader, parts, quiet, samples, seeded
 
 from it3_lightning import DualPass, IT3Mixin
-from it3_lightning.muting import muted, silent
+from it3_lightning.integration.isolation import muted, silent
 
 
 class Counting(LitNet):

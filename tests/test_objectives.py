@@ -8,7 +8,7 @@ import torch
 from reference import Distance, distance, entropy_objective, objective, reliable
 from torch import Tensor
 
-from it3_lightning.objectives import Entropy, Idempotence, Objective, agreeing, confident
+from it3_lightning.methods import Entropy, Idempotence, Objective, agreeing, confident
 
 
 def predictions(*shape: int, seed: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from it3_lightning.perturbations import RandomNoise
+from it3_lightning.training.dual_pass import RandomNoise
 
 
 def test_noise_has_one_random_size_a_sample() -> None:

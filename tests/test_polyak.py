@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from it3_lightning import IT3TestTimeCallback
 from it3_lightning.engine import Adaptation, BatchAdapter, SampleAdapter, Settings
-from it3_lightning.objectives import Idempotence, Objective, SecondPass
+from it3_lightning.methods import Idempotence, Objective, SecondPass
 
 Net = TypeVar("Net", bound=nn.Module)
 

@@ -12,8 +12,8 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 from toy import IT3Net, LitNet, loader, parts, quiet, samples
 
 from it3_lightning import Idempotence, IT3TestTimeCallback, ValuePrior
+from it3_lightning.callbacks.checks import check_trainer
 from it3_lightning.engine import Settings
-from it3_lightning.host import check_trainer
 
 
 def refused(model: Any, match: str, data: Any = None, stage: str = "test", **args: Any) -> None:

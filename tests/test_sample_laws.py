@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import KINDS, rows
 
 from it3_lightning.engine import Adaptation, BatchAdapter, Forward, SampleAdapter, Settings
-from it3_lightning.objectives import Idempotence
+from it3_lightning.methods import Idempotence
 
 PUBLISHED = Idempotence("l2", None)
 BACKENDS = ("vectorised", "loop")
@@ -33,8 +33,8 @@ def adapted(adapter: SampleAdapter, inputs: Any, answer: Any = None) -> Adaptati
 
 
 def backend_of(adapter: SampleAdapter) -> str:
-    assert adapter.choice is not None
-    return adapter.choice.backend
+    assert adapter.backend_selection is not None
+    return adapter.backend_selection.backend
 
 
 # Nothing is left behind
@@ -397,9 +397,9 @@ def test_what_cannot_be_vectorised_is_looped_with_one_warning(kind: str, backend
         found = adapted(adapter, inputs)
     assert len(caught) == 1
     adapted(adapter, inputs)  # and says no more
-    assert adapter.choice is not None
-    assert adapter.choice.backend == "loop"
-    assert "cannot be vectorised" in str(adapter.choice)
+    assert adapter.backend_selection is not None
+    assert adapter.backend_selection.backend == "loop"
+    assert "cannot be vectorised" in str(adapter.backend_selection)
     records = adapt_stream(
         net,
         [rows(inputs, [index]) for index in range(4)],

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from zoo import KINDS, RESNET, Kind, rows, singles
 
 from it3_lightning.engine import Adaptation, SampleAdapter, Settings
-from it3_lightning.host import normal
-from it3_lightning.objectives import Entropy, Idempotence, Objective
+from it3_lightning.integration.batches import normal
+from it3_lightning.methods import Entropy, Idempotence, Objective
 
 HERE = Path(__file__).parent
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -39,8 +39,8 @@ def adapted(adapter: SampleAdapter, inputs: Any) -> Adaptation:
 
 
 def backend_of(adapter: SampleAdapter) -> str:
-    assert adapter.choice is not None
-    return adapter.choice.backend
+    assert adapter.backend_selection is not None
+    return adapter.backend_selection.backend
 
 
 def assert_close(actual: Tensor | None, expected: Tensor, atol: float) -> None:
@@ -94,7 +94,7 @@ def assert_is_alone(
         assert backend_of(adapter) == backend
         assert_is_reference(adaptation, records, atol or CLOSE[dtype])
         assert_close(adaptation.outputs, alone, atol or CLOSE[dtype])
-        assert adaptation.answered > 0  # of the passes, the part before the prior is known
+        assert adaptation.cache_hits > 0  # of the passes, the part before the prior is known
     assert changed(before, net) == []
     moved = alone - torch.cat([record.y0 for record in records])
     assert moved.abs().max() > 1e-3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from it3_lightning.selection import select
+from it3_lightning.engine.selection import select
 
 
 def network() -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from it3_lightning.benchmark import Results
 from it3_lightning.benchmark.separation import CONFIDENCE, DISTANCE, separations
-from it3_lightning.objectives import Idempotence
+from it3_lightning.methods import Idempotence
 from it3_lightning.report import page, separation
 from it3_lightning.tasks import IT3Classifier
 

@@ -9,7 +9,7 @@ from modules import bits, changed, toy
 from reference import ToyNet
 from torch import nn
 
-from it3_lightning.snapshot import Snapshot
+from it3_lightning.engine.restore import Snapshot
 
 
 def module() -> ToyNet:

@@ -14,7 +14,7 @@ from it3_lightning.conditioning import (
     InputConcat,
 )
 from it3_lightning.priors import ClassPrior, MaskPrior, Prior, ValuePrior
-from it3_lightning.specs import built, spec
+from it3_lightning.utils.specs import built, spec
 
 PRIOR: type[Any] = Prior
 CONDITIONING: type[Any] = Conditioning

@@ -20,7 +20,7 @@ from it3_lightning import (
     IT3Mixin,
     IT3TestTimeCallback,
 )
-from it3_lightning.objectives import Objective, SecondPass
+from it3_lightning.methods import Objective, SecondPass
 
 Batch = tuple[Tensor, Tensor]
 

@@ -17,8 +17,8 @@ import torchmetrics
 import torchvision
 
 from it3_lightning.data import ShiftedData
-from it3_lightning.mixin import IT3Mixin
-from it3_lightning.specs import spec
+from it3_lightning.training.mixin import IT3Mixin
+from it3_lightning.utils.specs import spec
 
 if TYPE_CHECKING:
     from it3_lightning.benchmark.settings import BenchmarkSettings

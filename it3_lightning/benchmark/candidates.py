@@ -14,9 +14,9 @@ from it3_lightning.benchmark.kind import Kind
 from it3_lightning.benchmark.recipe import Recipe
 from it3_lightning.benchmark.rows import Row, Training
 from it3_lightning.engine import Settings
-from it3_lightning.messages import unknown
-from it3_lightning.selection import select
-from it3_lightning.takeover import Prediction
+from it3_lightning.engine.selection import select
+from it3_lightning.integration.module_adapter import WhichPrediction as Prediction
+from it3_lightning.utils.messages import unknown
 
 Form = Literal["published", "filtered", "sharpened"]
 Mode = Literal["episodic", "online", "sample"]

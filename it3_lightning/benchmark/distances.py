@@ -20,8 +20,8 @@ from it3_lightning.benchmark.rows import Row, Training
 from it3_lightning.benchmark.splits import splits
 from it3_lightning.data import ShiftedData
 from it3_lightning.engine import Settings
-from it3_lightning.mixin import IT3Mixin
 from it3_lightning.predictor import IT3Predictor
+from it3_lightning.training.mixin import IT3Mixin
 
 if TYPE_CHECKING:
     from it3_lightning.benchmark.run import Benchmark

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from it3_lightning.distances import Distance, DistanceName
-from it3_lightning.engine.norm import batch_norms
-from it3_lightning.mixin import IT3Mixin
+from it3_lightning.engine.restore import batch_norms
+from it3_lightning.methods.terms import Distance, DistanceName
 from it3_lightning.priors import ClassPrior, MaskPrior, ValuePrior
+from it3_lightning.training.mixin import IT3Mixin
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from it3_lightning.benchmark.rows import Training
 from it3_lightning.benchmark.settings import BenchmarkSettings
 from it3_lightning.benchmark.training import MakeModel, Models, Say, fresh, train_models
 from it3_lightning.data import ShiftedData
-from it3_lightning.posthoc import network_weights
+from it3_lightning.training.post_hoc import network_weights
 
 State = Mapping[str, Tensor]
 _TRAININGS: tuple[Training, ...] = ("ordinary", "joint", "post-hoc")

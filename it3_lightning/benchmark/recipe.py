@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from it3_lightning.distances import DistanceName
 from it3_lightning.engine import Settings
-from it3_lightning.engine.updates import OptimizerName
-from it3_lightning.objectives import Idempotence, TestTimeObjective
-from it3_lightning.selection import Selection
+from it3_lightning.engine.optimizers import OptimizerName
+from it3_lightning.engine.selection import Selection
+from it3_lightning.methods import Idempotence, TestTimeObjective
+from it3_lightning.methods.terms import DistanceName
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Literal
 
 from it3_lightning.benchmark.kind import Kind
 from it3_lightning.benchmark.recipe import Recipe
-from it3_lightning.callback import IT3TestTimeCallback
+from it3_lightning.callbacks.test_time import IT3TestTimeCallback
 from it3_lightning.engine import Settings
-from it3_lightning.objectives import Entropy, Idempotence
-from it3_lightning.takeover import Prediction
+from it3_lightning.integration.module_adapter import WhichPrediction as Prediction
+from it3_lightning.methods import Entropy, Idempotence
 
 Training = Literal["ordinary", "joint", "post-hoc"]
 

@@ -19,7 +19,7 @@ from it3_lightning.benchmark.separation import separations
 from it3_lightning.benchmark.settings import BenchmarkSettings
 from it3_lightning.benchmark.training import MakeModel, Models, with_priors
 from it3_lightning.data import ShiftedData
-from it3_lightning.objectives import Idempotence
+from it3_lightning.methods import Idempotence
 
 _KEPT = ("records", "separations")  # of a seed, in its file
 

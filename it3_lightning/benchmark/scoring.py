@@ -9,8 +9,8 @@ from it3_lightning.benchmark.results import Record
 from it3_lightning.benchmark.rows import Row
 from it3_lightning.benchmark.settings import BenchmarkSettings
 from it3_lightning.data import ShiftedData
-from it3_lightning.mixin import IT3Mixin
-from it3_lightning.selection import select
+from it3_lightning.engine.selection import select
+from it3_lightning.training.mixin import IT3Mixin
 
 
 def scored(

@@ -16,10 +16,10 @@ from it3_lightning.benchmark.results import Record
 from it3_lightning.benchmark.rows import Training
 from it3_lightning.data import ShiftedData
 from it3_lightning.engine import Settings
-from it3_lightning.mixin import IT3Mixin
-from it3_lightning.objectives import Idempotence
+from it3_lightning.methods import Idempotence
 from it3_lightning.predictor import IT3Predictor
 from it3_lightning.priors import ClassPrior
+from it3_lightning.training.mixin import IT3Mixin
 
 DISTANCE, CONFIDENCE = "distance", "1 - confidence"
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 
 from it3_lightning.benchmark.recipe import Recipe
-from it3_lightning.dual_pass import DualPass
+from it3_lightning.training.dual_pass import DualPass
 
 
 @dataclass(kw_only=True)

@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, seed_everything
 from it3_lightning.benchmark.rows import Training
 from it3_lightning.benchmark.settings import BenchmarkSettings
 from it3_lightning.data import ShiftedData
-from it3_lightning.dual_pass import DualPass
-from it3_lightning.mixin import IT3Mixin, Train
-from it3_lightning.posthoc import load_source, network_weights
+from it3_lightning.training.dual_pass import DualPass
+from it3_lightning.training.mixin import IT3Mixin, Train
+from it3_lightning.training.post_hoc import load_source, network_weights
 
 MakeModel = Callable[[], LightningModule]
 Say = Callable[[str], None]

@@ -4,7 +4,7 @@
 of a layer, `ForwardArgument` hands the prior to a forward that takes one.
 """
 
-from it3_lightning.conditioning.base import Conditioning
+from it3_lightning.conditioning.conditioning import Conditioning
 from it3_lightning.conditioning.feature_injection import FeatureInjection, Mode
 from it3_lightning.conditioning.forward_argument import ForwardArgument
 from it3_lightning.conditioning.input_concat import InputConcat

@@ -9,10 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from it3_lightning.conditioning.base import Conditioning, key
+from it3_lightning.conditioning.conditioning import Conditioning, key
 from it3_lightning.conditioning.embedder import Embedder
-from it3_lightning.conditioning.layout import Layout
-from it3_lightning.conditioning.placing import placed
+from it3_lightning.conditioning.layout import Layout, placed
 from it3_lightning.priors import Prior
 
 Mode = Literal["add", "film"]

@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from it3_lightning.conditioning.base import Conditioning
-from it3_lightning.conditioning.seen import seen
-from it3_lightning.graphs import first_floats, graph_count, is_graph
+from it3_lightning.conditioning.conditioning import Conditioning, seen
 from it3_lightning.priors import Prior
+from it3_lightning.utils.graphs import first_floats, graph_count, is_graph
 
 
 class ForwardArgument(Conditioning):

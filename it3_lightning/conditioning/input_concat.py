@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from it3_lightning.conditioning.base import Conditioning, key
-from it3_lightning.conditioning.layout import Layout
-from it3_lightning.conditioning.placing import placed, resized
-from it3_lightning.conditioning.seen import seen
+from it3_lightning.conditioning.conditioning import Conditioning, key, seen
+from it3_lightning.conditioning.layout import Layout, placed, resized
 from it3_lightning.priors import Prior
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

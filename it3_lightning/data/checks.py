@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from it3_lightning.data.contract import Stream
-from it3_lightning.messages import unknown
+from it3_lightning.utils.messages import unknown
 
 
 def check_integer(name: str, value: object, least: int, *, optional: bool = False) -> None:

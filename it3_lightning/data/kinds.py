@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from it3_lightning.data.severities import check_severity
-from it3_lightning.messages import unknown
+from it3_lightning.utils.messages import unknown
 
 Levels = tuple[float, float, float, float, float]
 Kinds = Mapping[str, tuple[Callable[..., Any], Levels]]

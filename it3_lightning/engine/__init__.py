@@ -1,26 +1,41 @@
-"""The adaptation engine, in plain torch: settings in, an :class:`Adaptation` out."""
+"""The adaptation engine, in plain torch: settings in, an :class:`Adaptation` out.
+
+``adapter`` is the algorithm; ``per_sample`` runs it for each sample of a batch; ``fast`` is the
+seam of what is optional.
+"""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
-from it3_lightning.engine.adaptation import Adaptation
-from it3_lightning.engine.batch import BatchAdapter
-from it3_lightning.engine.outcome import Forward, ToLabel
-from it3_lightning.engine.record import Enters
-from it3_lightning.engine.sample import SampleAdapter
-from it3_lightning.engine.samples import Answer, batch_size
+from it3_lightning.engine.adapter import BatchAdapter
+from it3_lightning.engine.optimizers import OPTIMIZERS, Rule
+from it3_lightning.engine.per_sample import SampleAdapter
+from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.settings import Settings
+from it3_lightning.engine.trees import batch_size
+from it3_lightning.engine.types import (
+    Answer,
+    Enters,
+    Forward,
+    InputsIn,
+    Isolation,
+    ToLabel,
+    as_given,
+)
 
 __all__ = [
+    "OPTIMIZERS",
     "Adaptation",
     "Answer",
     "BatchAdapter",
     "Enters",
     "Forward",
+    "Rule",
     "SampleAdapter",
     "Settings",
     "ToLabel",
@@ -37,6 +52,8 @@ def adapter(
     settings: Settings,
     *,
     enters: Enters = MappingProxyType({}),
+    isolation: Isolation = nullcontext,
+    inputs_in: InputsIn = as_given,
 ) -> BatchAdapter | SampleAdapter:
     """Return what adapts a module to one batch after another, in the scope of the settings.
 
@@ -47,12 +64,22 @@ def adapter(
         settings: how to adapt.
         enters: the layers at whose ``"input"`` or ``"output"`` the prior enters, by name: what
             comes before them is not computed twice. Empty: unknown.
+        isolation: returns a context in which passes leave no trace, in logs for example.
+        inputs_in: finds the network's inputs in what the adapter is given.
 
     Raises:
         ValueError: the selection of parameters matches nothing.
     """
     kind = SampleAdapter if settings.scope == "sample" else BatchAdapter
-    return kind(module, forward, to_label, settings, enters=enters)
+    return kind(
+        module,
+        forward,
+        to_label,
+        settings,
+        enters=enters,
+        isolation=isolation,
+        inputs_in=inputs_in,
+    )
 
 
 def adapt(

@@ -6,15 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from it3_lightning.engine.norm import NormStats
-from it3_lightning.engine.updates import OptimizerFactory, OptimizerName, optimizer_factory
-from it3_lightning.objectives import Idempotence, TestTimeObjective
-from it3_lightning.selection import Selection
-
-Anchor = Literal["frozen", "ema", "live"]
-Reset = Literal["batch", "never"] | int
-Scope = Literal["batch", "sample"]
-Backend = Literal["auto", "vectorised", "loop"]
+from it3_lightning.engine.optimizers import (
+    OptimizerFactory,
+    OptimizerName,
+    Rule,
+    optimizer_factory,
+    rule_of,
+)
+from it3_lightning.engine.selection import Selection
+from it3_lightning.engine.types import Anchor, Backend, NormStats, Reset, Scope
+from it3_lightning.methods import Idempotence, TestTimeMethod, TestTimeObjective, as_method
 
 _LEAST = 0.01  # share of the distance: what is smaller is a learning rate by mistake
 
@@ -26,7 +27,8 @@ class Settings:
     Args:
         scope: ``"batch"``: one set of adapted weights for a batch; ``"sample"``: each sample its
             own, as if it had come alone.
-        objective: what is minimised: :class:`~it3_lightning.objectives.Idempotence` or another.
+        objective: what is minimised: :class:`~it3_lightning.methods.Idempotence`, another
+            method, or a callable ``(y0, second) -> Objective``.
         steps: optimizer steps per batch; 0 adapts nothing.
         lr: learning rate of a named optimizer; of ``"polyak"`` the share of the distance that a
             step is to take away. Default: 0.5 of ``"polyak"``, 1e-4 of the others.
@@ -34,7 +36,7 @@ class Settings:
             a domain's own; ``"adam"``, ``"adamw"``, ``"sgd"``, ``"rmsprop"``; or a callable that
             takes the parameters. Default: ``"polyak"``; where a learning rate is given, and with
             gradients clipped or a balance term, which do not go with it, ``"adam"``.
-        parameters: which parameters adapt; see :func:`~it3_lightning.selection.select`.
+        parameters: which parameters adapt; see :func:`~it3_lightning.engine.selection.select`.
         reset: when the weights go back to the source: ``"batch"`` (episodic: before every batch),
             ``"never"`` (online: they are carried along the stream), or before every ``N`` batches,
             skipped ones not counted.
@@ -52,7 +54,7 @@ class Settings:
         backend: of scope ``"sample"``: ``"vectorised"`` (``torch.func``), ``"loop"``, or the faster
             one on the first batch.
         chunk_size: samples that are vectorised at once; ``"auto"``: as many as the memory allows,
-            see :func:`~it3_lightning.engine.chunks.samples_within`.
+            see ``samples_within`` of the stacked weights.
         memory: bytes that vectorising may need beyond the network and its batch.
         compile: compile the vectorised step with ``torch.compile``.
 
@@ -67,7 +69,7 @@ class Settings:
     """
 
     scope: Scope = "batch"
-    objective: TestTimeObjective = field(default_factory=Idempotence)
+    objective: TestTimeMethod | TestTimeObjective = field(default_factory=Idempotence)
     steps: int = 1
     lr: float | None = None
     optimizer: OptimizerName | OptimizerFactory | None = None
@@ -132,6 +134,30 @@ class Settings:
         assert self.optimizer is not None
         assert self.lr is not None
         return self.optimizer, self.lr
+
+    @property
+    def method(self) -> TestTimeMethod:
+        """The objective as a method."""
+        return as_method(self.objective)
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule of a named optimizer; ``None`` of a callable."""
+        return rule_of(self.moves[0])
+
+    @property
+    def single_step(self) -> bool:
+        """Whether a step in closed form, straight from the source, is all there is."""
+        rule = self.rule
+        return (
+            self.episodic
+            and self.steps == 1
+            and self.anchor != "ema"
+            and self.grad_clip is None
+            and rule is not None
+            and (rule.first_step is not None or rule.length is not None)
+            and type(self.method).step is TestTimeMethod.step
+        )
 
     def _choose_optimizer(self) -> None:
         """Set the optimizer and the learning rate where they are not given."""

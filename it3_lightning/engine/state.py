@@ -1,60 +1,72 @@
-"""What is carried from step to step, and from batch to batch: weights, optimizer, anchor."""
+"""State of an adaptation: weights, optimizer, anchor, method; stepped, copied, rolled back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from it3_lightning.engine.evaluation import Evaluator
-from it3_lightning.engine.finite import all_finite
-from it3_lightning.engine.first_step import FirstStep
-from it3_lightning.engine.outcome import Skip
-from it3_lightning.engine.polyak_step import PolyakStep
+from it3_lightning.engine.optimizers import OnlyStep, Updater, full_precision, optimizer_factory
+from it3_lightning.engine.passes import AnchoredWeights
+from it3_lightning.engine.restore import all_finite
 from it3_lightning.engine.settings import Settings
-from it3_lightning.engine.updates import Updater, full_precision, optimizer_factory
-
-Weights = dict[str, Tensor]
+from it3_lightning.engine.types import SOURCE, Skip, Weights
+from it3_lightning.methods.base import TestTimeMethod
 
 
 @dataclass(frozen=True)
-class Backup:
-    """A copy of everything in a :class:`State`."""
+class _Backup:
+    """A copy of all that a batch may change."""
 
     weights: Weights
     average: Weights
     updater: tuple[dict[str, Any], list[Tensor]] | None
+    versions: tuple[int, int]
+    method: dict[str, Any]
 
 
-class State:
+class State(AnchoredWeights):
     """Adapted weights, their optimizer and the anchor, all starting at the source.
 
     Args:
         parameters: the adapting parameters by name, with the source weights in them.
         settings: how to adapt.
-        single: takes the only step there is; without one, any number of steps can be taken.
+        method: whose state is carried along.
+        only_step: takes the only step there is; without it, any number of steps can be taken.
+
+    Attributes:
+        weights: by name, as they are now.
+        moved: whether any step has been taken.
+        backwards: backward passes since this was last set to 0.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         settings: Settings,
-        single: FirstStep | PolyakStep | None = None,
+        method: TestTimeMethod,
+        only_step: OnlyStep | None = None,
     ) -> None:
         self._parameters = parameters
+        self._only_step = only_step
         self._settings = settings
-        self._single = single
+        self._method = method
         self._source = {name: p.detach() for name, p in parameters.items()}
         self.weights: Weights = dict(self._source)
+        self.version = self._latest = SOURCE
         self.moved = False
+        self.backwards = 0
         self._average: Weights = {}  # of the EMA anchor, in full precision
         self._updater: Updater | None = None
+        self._start = copy.deepcopy(method.state_dict())
 
     @property
-    def anchor(self) -> Weights | None:
+    def anchor(self) -> Weights | None:  # type: ignore[override]
         """The weights of the second pass; ``None`` where the adapted weights serve themselves."""
         if self._settings.anchor == "live":
             return None
@@ -63,9 +75,10 @@ class State:
         return {name: a.to(self._source[name].dtype) for name, a in self._average.items()}
 
     @property
-    def anchored_at_source(self) -> bool:
-        """Whether the second pass has the source weights."""
-        return self._settings.anchor != "live" and not self._average
+    def anchor_version(self) -> int | None:  # type: ignore[override]
+        """The version of these; ``None``: of none, as an average or weights that learn."""
+        live = self._settings.anchor == "live"
+        return None if live or self._average else SOURCE
 
     def enter(self) -> None:
         """Put the adapted weights behind the parameters, ready to collect gradients."""
@@ -76,39 +89,62 @@ class State:
             parameter.grad = None
         torch.clear_autocast_cache()
 
-    def step(self, loss: Tensor, evaluate: Evaluator) -> None:
+    def step(self, loss: Tensor) -> None:
         """Move the weights down the gradient of the loss and let the anchor follow.
 
         Raises:
             Skip: the loss, a gradient or a weight is not finite.
             ValueError: it does not depend on the weights.
         """
-        if self._single is not None:
-            moved, total = evaluate.backward(loss, self._single)
-            self.weights = {**self._source, **moved}
-            for name, values in moved.items():
-                self._parameters[name].data = values
-        else:
-            gradients = evaluate.gradients(loss)
-            self._leave_source()
-            assert self._updater is not None
-            self._updater.step(gradients, loss)
-            total = torch.nn.utils.get_total_norm([*self.weights.values()])
-            if self._average:
-                share = 1 - self._settings.ema_decay
-                torch._foreach_lerp_([*self._average.values()], self._updater.values, share)
+        if not all_finite(loss):
+            raise Skip("non-finite loss")
+        if not loss.requires_grad:
+            raise self._uninfluenced()
+        self.backwards += 1
+        once = self._only_step
+        total = self._step_on(loss) if once is None else self._step_once(once, loss)
         self.moved = True
+        self._latest += 1
+        self.version = self._latest
         torch.clear_autocast_cache()
         if all_finite(total):
             return
         if not all(all_finite(w) for w in self.weights.values()):  # no mere overflow
             raise Skip("non-finite gradient or weights")
 
+    def _step_once(self, only_step: OnlyStep, loss: Tensor) -> Tensor:
+        """Take the only step there is, from the source to new weights; return a sum of them."""
+        moved, total = only_step.backward(loss, self._parameters)
+        if not moved:
+            raise self._uninfluenced()
+        self.weights = {**self._source, **moved}
+        for name, values in moved.items():
+            self._parameters[name].data = values
+        return total
+
+    def _step_on(self, loss: Tensor) -> Tensor:
+        """Take a step of the optimizer, from wherever the weights are; return their norm."""
+        gradients = self._gradients(loss)
+        self._leave_source()
+        assert self._updater is not None
+        self._updater.step(gradients, loss)
+        if self._average:
+            share = 1 - self._settings.ema_decay
+            torch._foreach_lerp_([*self._average.values()], self._updater.values, share)
+        return torch.nn.utils.get_total_norm([*self.weights.values()])
+
+    def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        parameters = list(self._parameters.values())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        if all(gradient is None for gradient in gradients):
+            raise self._uninfluenced()
+        return gradients
+
     def _leave_source(self) -> None:
         """Before the first step, copy what moves: source weights and anchor stay as they are."""
         if self._updater is not None:
             return
-        self.weights = _cloned(self._source)
+        self.weights = _cloned(self.weights)
         for name, parameter in self._parameters.items():
             parameter.data = self.weights[name]
         if self._settings.anchor == "ema":
@@ -117,28 +153,43 @@ class State:
         parameters = list(self._parameters.values())
         self._updater = Updater(parameters, factory, self._settings.grad_clip)
 
-    def backup(self) -> Backup:
-        """Return a copy of everything, for :meth:`rollback`."""
-        if self._updater is None:
-            return Backup({}, {}, None)
-        return Backup(_cloned(self.weights), _cloned(self._average), self._updater.state())
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Go back to what all was, where the body fails."""
+        backup = self._copied() if self.moved else None
+        try:
+            yield
+        except BaseException:
+            self._roll_back(backup)
+            raise
 
-    def rollback(self, backup: Backup) -> None:
-        """Go back to a backup, as if nothing had happened since."""
-        if self._updater is None or backup.updater is None:
+    def _copied(self) -> _Backup:
+        updater = None if self._updater is None else self._updater.state()
+        versions = self.version, self._latest
+        method = copy.deepcopy(self._method.state_dict())
+        return _Backup(_cloned(self.weights), _cloned(self._average), updater, versions, method)
+
+    def _roll_back(self, backup: _Backup | None) -> None:
+        """Go back to a backup, or to the source."""
+        self._method.load_state_dict(self._start if backup is None else backup.method)
+        if self._updater is None or backup is None or backup.updater is None:
             self.weights, self._average = dict(self._source), {}
-            self._updater, self.moved = None, False
+            self._updater, self.moved, self.version = None, False, SOURCE
             return
+        self.version = backup.versions[0]
         with torch.no_grad():
-            _copy(self.weights, backup.weights)
-            _copy(self._average, backup.average)
+            for into, values in ((self.weights, backup.weights), (self._average, backup.average)):
+                for name, tensor in into.items():
+                    tensor.copy_(values[name])
             self._updater.load(backup.updater)
+
+    def _uninfluenced(self) -> ValueError:
+        return ValueError(
+            "None of the selected parameters influences the neutral prediction: "
+            f"{', '.join(list(self._source)[:5])}. Select parameters of the network itself, "
+            "and let the forward pass keep its graph (no detach, no torch.no_grad)."
+        )
 
 
 def _cloned(weights: Weights) -> Weights:
     return {name: tensor.clone() for name, tensor in weights.items()}
-
-
-def _copy(into: Weights, values: Weights) -> None:
-    for name, tensor in into.items():
-        tensor.copy_(values[name])

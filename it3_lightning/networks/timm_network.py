@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from it3_lightning.messages import not_installed, unknown
 from it3_lightning.networks.normalize import Normalize
 from it3_lightning.networks.stems import give_cifar_stem
+from it3_lightning.utils.messages import not_installed, unknown
 
 
 class TimmNetwork(nn.Module):

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision import models
 
-from it3_lightning.messages import unknown
 from it3_lightning.networks.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from it3_lightning.utils.messages import unknown
 
 
 class TorchvisionNetwork(nn.Module):

@@ -5,9 +5,9 @@ them. Targets and outputs are both brought there, so the same tensors feed the s
 distance. The neutral prior says "don't know".
 """
 
-from it3_lightning.priors.base import Neutral, Prior
 from it3_lightning.priors.classes import ClassPrior
 from it3_lightning.priors.masks import MaskPrior
+from it3_lightning.priors.prior import Neutral, Prior
 from it3_lightning.priors.values import ValuePrior
 
 __all__ = ["ClassPrior", "MaskPrior", "Neutral", "Prior", "ValuePrior"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from it3_lightning.priors.base import Neutral, Prior
+from it3_lightning.priors.prior import Neutral, Prior
 from it3_lightning.priors.probabilities import (
     OutputKind,
     both,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from it3_lightning.priors.base import Neutral, Prior
+from it3_lightning.priors.prior import Neutral, Prior
 from it3_lightning.priors.probabilities import (
     OutputKind,
     both,

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from it3_lightning.mixin import IT3Mixin
 from it3_lightning.tasks.auroc import AUROC
 from it3_lightning.tasks.supervised import Supervised
+from it3_lightning.training.mixin import IT3Mixin
 
 
 class Classifier(Supervised):

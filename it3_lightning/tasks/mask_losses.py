@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor
 from torch.nn import functional as F
 
-from it3_lightning.messages import unknown
+from it3_lightning.utils.messages import unknown
 
 MaskLoss = Literal["ce", "dice", "ce+dice"]
 

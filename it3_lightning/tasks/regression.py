@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanSquaredError, Metric
 
-from it3_lightning.mixin import IT3Mixin
 from it3_lightning.tasks.supervised import Supervised
+from it3_lightning.training.mixin import IT3Mixin
 
 
 class Regressor(Supervised):

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryJaccardIndex, MulticlassJaccardIndex
 
-from it3_lightning.mixin import IT3Mixin
 from it3_lightning.tasks.mask_losses import MaskLoss, check_loss, mask_loss
 from it3_lightning.tasks.mask_metrics import OfLogits, masks_for
 from it3_lightning.tasks.road_scores import Completeness, Correctness, Quality
 from it3_lightning.tasks.supervised import Supervised
+from it3_lightning.training.mixin import IT3Mixin
 
 
 class Segmenter(Supervised):

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from it3_lightning.batches import inputs_of, target_of
+from it3_lightning.integration.batches import inputs_of, target_of
 from it3_lightning.tasks.sizes import check_sizes
 
 

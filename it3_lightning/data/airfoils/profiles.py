@@ -18,7 +18,7 @@ from it3_lightning.data.airfoils.naca import contours
 from it3_lightning.data.airfoils.polars import Polars
 from it3_lightning.data.checks import check_integer
 from it3_lightning.data.sampling import seeded
-from it3_lightning.messages import not_installed, unknown
+from it3_lightning.utils.messages import not_installed, unknown
 
 ModelSize = Literal[
     "xxsmall", "xsmall", "small", "medium", "large", "xlarge", "xxlarge", "xxxlarge"

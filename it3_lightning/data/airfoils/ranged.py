@@ -12,7 +12,7 @@ from it3_lightning.data.airfoils.samples import Pool, Samples, deciles
 from it3_lightning.data.held_out import HeldOutData
 from it3_lightning.data.sampling import seeded, unequal_stream
 from it3_lightning.data.splits import held_out
-from it3_lightning.messages import unknown
+from it3_lightning.utils.messages import unknown
 
 
 class RangedData(HeldOutData[Samples]):

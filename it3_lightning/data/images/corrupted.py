@@ -11,7 +11,7 @@ from it3_lightning.data.images import shifts
 from it3_lightning.data.images.base import Change
 from it3_lightning.data.images.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
 from it3_lightning.data.images.shifted import ShiftedImages
-from it3_lightning.messages import unknown
+from it3_lightning.utils.messages import unknown
 
 
 class CorruptedImages(ShiftedImages):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from it3_lightning.data.severities import check_severity
-from it3_lightning.messages import not_installed, unknown
+from it3_lightning.utils.messages import not_installed, unknown
 
 CORRUPTIONS: tuple[str, ...] = (
     "gaussian_noise",

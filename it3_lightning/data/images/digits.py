@@ -7,7 +7,7 @@ import torch
 from it3_lightning.data.images.image_set import ImageSet
 from it3_lightning.data.images.shifted import ShiftedImages
 from it3_lightning.data.splits import held_out
-from it3_lightning.messages import not_installed
+from it3_lightning.utils.messages import not_installed
 
 _TEST = 597
 

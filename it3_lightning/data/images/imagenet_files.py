@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from it3_lightning.messages import not_installed, unknown
+from it3_lightning.utils.messages import not_installed, unknown
 
 _ENDS = (".jpeg", ".jpg", ".png")
 

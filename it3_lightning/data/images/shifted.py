@@ -11,7 +11,7 @@ from it3_lightning.data.images import shifts
 from it3_lightning.data.images.base import Change, Images
 from it3_lightning.data.sampling import unequal_stream
 from it3_lightning.data.splits import chosen
-from it3_lightning.messages import undefined
+from it3_lightning.utils.messages import undefined
 
 
 class ShiftedImages(GradedData[Images]):

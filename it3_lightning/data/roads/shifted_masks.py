@@ -15,7 +15,7 @@ from it3_lightning.data.roads.tile_order import TileOrder
 from it3_lightning.data.roads.tiles import FILES_AT_ONCE
 from it3_lightning.data.sampling import seeded
 from it3_lightning.data.splits import chosen
-from it3_lightning.messages import undefined
+from it3_lightning.utils.messages import undefined
 
 ROAD_SHIFTS = ("contrast", "blur", "gaussian_noise")
 """The shifts that results on roads are reported on."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from it3_lightning.messages import not_installed
+from it3_lightning.utils.messages import not_installed
 
 MISSING_WORDS = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL")
 """Cells that stand for a missing value."""

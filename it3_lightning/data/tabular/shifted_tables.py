@@ -15,7 +15,7 @@ from it3_lightning.data.tabular.preprocessing import Layout, Preprocessing
 from it3_lightning.data.tabular.row_set import RowSet
 from it3_lightning.data.tabular.shifts import TABULAR_SHIFTS, TABULAR_TUNING_SHIFTS, TabularShift
 from it3_lightning.data.tabular.table import Schema, Table
-from it3_lightning.messages import undefined
+from it3_lightning.utils.messages import undefined
 
 
 class ShiftedTables(GradedData[RowSet]):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from costs.networks import CLASSES, Subject
 from it3_lightning.engine import Adaptation, SampleAdapter, Settings, adapter
-from it3_lightning.engine.samples import Plain
-from it3_lightning.objectives import Idempotence
+from it3_lightning.engine.types import Plain
+from it3_lightning.methods import Idempotence
 from it3_lightning.priors import ClassPrior
 
 LR = 1e-4
@@ -49,8 +49,10 @@ class Ours:
         """Return weights adapted, forwards, backwards, calls answered from a record."""
         done = self.adapt(images)
         weights = sum(p.numel() for p in self.adapter.selected.values())
-        return weights, done.forwards, done.backwards, done.answered
+        return weights, done.forwards, done.backwards, done.cache_hits
 
     def choice(self) -> str:
         """Say which backend was chosen, in scope ``"sample"``."""
-        return str(self.adapter.choice) if isinstance(self.adapter, SampleAdapter) else ""
+        return (
+            str(self.adapter.backend_selection) if isinstance(self.adapter, SampleAdapter) else ""
+        )

@@ -1,0 +1,75 @@
+"""What the callback must know of its host, the Trainer: what to refuse, and how tensors come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from it3_lightning.engine import Settings
+from it3_lightning.engine.restore import batch_norms
+
+_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+
+def check_trainer(
+    trainer: Trainer, module: LightningModule, settings: Settings, independent_ranks: bool
+) -> None:
+    """Refuse what cannot be adapted, before any batch.
+
+    Raises:
+        MisconfigurationException: sharded weights, carried weights or shared batch statistics on
+            several processes, or single samples where several are needed.
+    """
+    check_strategy(trainer)
+    if trainer.world_size > 1 and not settings.episodic and not independent_ranks:
+        raise MisconfigurationException(
+            f"reset={settings.reset!r} carries weights along the stream, and {trainer.world_size} "
+            "processes would each carry their own. Use reset='batch', one process, or "
+            "independent_ranks=True if that is what you want."
+        )
+    if trainer.world_size > 1 and settings.norm_stats == "batch" and _synchronised(module):
+        raise MisconfigurationException(
+            "norm_stats='batch' with SyncBatchNorm shares statistics between processes, which take "
+            "different numbers of passes and would wait for each other for ever. Test with "
+            "sync_batchnorm=False, on one process, or with norm_stats='source'."
+        )
+    if settings.needs_batch and any(size == 1 for size in _batch_sizes(trainer)):
+        raise MisconfigurationException(
+            "norm_stats='batch' and balance terms need several samples, and a dataloader has "
+            "batch_size=1. Use larger batches, or norm_stats='source' without a balance term."
+        )
+    if settings.norm_stats == "batch" and not batch_norms(module):
+        rank_zero_warn("norm_stats='batch' has no effect: the module has no BatchNorm layer.")
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse sharded weights.
+
+    Raises:
+        MisconfigurationException: they are.
+    """
+    if isinstance(trainer.strategy, _SHARDED):
+        raise MisconfigurationException(
+            f"{type(trainer.strategy).__name__} shards the weights, which cannot be swapped. Use "
+            "one device or DDP for testing."
+        )
+
+
+def _synchronised(module: nn.Module) -> bool:
+    return any(isinstance(layer, nn.SyncBatchNorm) for layer in batch_norms(module))
+
+
+def _batch_sizes(trainer: Trainer) -> list[Any]:
+    """Return the batch sizes of the dataloaders about to run, where they are told."""
+    loaders = {
+        "test": trainer.test_dataloaders,
+        "predict": trainer.predict_dataloaders,
+    }.get(str(trainer.state.fn and trainer.state.fn.value), trainer.val_dataloaders)
+    samplers = [getattr(loader, "batch_sampler", None) for loader in tree_leaves(loaders)]
+    return [getattr(sampler, "batch_size", None) for sampler in samplers]

@@ -1,0 +1,194 @@
+"""What adaptation did over a run: samples, skips and why, distances, time. Kept by the callback."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from it3_lightning.engine import Adaptation, Settings
+from it3_lightning.integration.module_adapter import Adapter
+
+
+@dataclass
+class Summary:
+    """Running totals over the batches of a run.
+
+    Attributes:
+        samples: samples seen.
+        skipped: of them, those that got the source prediction.
+        reasons: how many samples were skipped for which reason.
+        reliable: samples that moved the weights.
+        milliseconds: time spent adapting.
+        distance_source: mean distance of the source weights, over the samples measured.
+        distance_adapted: the same of the adapted weights.
+        gated: samples whose distance lay within the gate.
+        backend: of scope ``"sample"``, and why it was taken; as of the last batch.
+        distances: for each dataloader, in order, the distances ``(N,)`` of its samples with the
+            source weights, on the CPU; NaN where they were not measured. With
+            :class:`~it3_lightning.Idempotence` a score of how unlike the training data a sample is:
+            the larger, the more (Durasov et al., ZigZag, TMLR 2024). Of this process's samples.
+
+    >>> from it3_lightning.engine import Settings, adapt
+    >>> def forward(x, prior):  # the second prediction is always 0
+    ...     return x if prior is None else 0 * x
+    >>> x, summary = torch.tensor([[1.0], [2.0]]), Summary()
+    >>> settings, given = Settings(steps=0), {"forward": forward, "to_label": lambda y: y}
+    >>> summary.add(adapt(torch.nn.Linear(1, 1), x, settings=settings, **given))
+    >>> summary.distances
+    [tensor([1., 4.])]
+    """
+
+    samples: int = 0
+    skipped: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    reliable: int = 0
+    gated: int = 0
+    backend: str = ""
+    milliseconds: float = 0.0
+    _source: tuple[float, int] = (0.0, 0)
+    _adapted: tuple[float, int] = (0.0, 0)
+    _distances: list[list[Tensor]] = field(default_factory=list)
+
+    def add(self, adaptation: Adaptation, loader: int = 0) -> None:
+        """Take one batch into account.
+
+        Args:
+            adaptation: to the batch.
+            loader: which dataloader it comes from.
+        """
+        size = adaptation.skipped.numel()
+        self.samples += size
+        self.milliseconds += 1000 * adaptation.seconds
+        skipped = int(adaptation.skipped.sum())
+        self.skipped += skipped
+        if adaptation.reason is not None:
+            self.reasons[adaptation.reason] += skipped
+        if adaptation.gated is not None:
+            self.gated += int(adaptation.gated.sum())
+        if adaptation.reliable is not None:
+            self.reliable += int(adaptation.reliable.sum())
+        self._source = _added(self._source, adaptation.distance_source)
+        self._adapted = _added(self._adapted, adaptation.distance_adapted)
+        self._distances += [[] for _ in range(loader + 1 - len(self._distances))]
+        self._distances[loader].append(_known(adaptation))
+
+    @property
+    def distances(self) -> list[Tensor]:
+        """Distances ``(N,)`` with the source weights, for each dataloader."""
+        return [torch.cat([torch.empty(0), *parts]) for parts in self._distances]
+
+    @property
+    def distance_source(self) -> float:
+        """Mean distance of the source weights; NaN where none was measured."""
+        return _mean(self._source)
+
+    @property
+    def distance_adapted(self) -> float:
+        """Mean distance of the adapted weights; NaN where none was measured."""
+        return _mean(self._adapted)
+
+    @property
+    def ms_per_sample(self) -> float:
+        """Milliseconds of adaptation per sample."""
+        return self.milliseconds / max(self.samples, 1)
+
+    def __str__(self) -> str:
+        reasons = "".join(f", {count} for {reason}" for reason, count in self.reasons.items())
+        return (
+            f"{self.samples} samples, {self.reliable} moved the weights, "
+            f"{f'{self.gated} within the gate, ' * (self.gated > 0)}{self.skipped} skipped"
+            f"{reasons}; distance {self.distance_source:.4g} -> {self.distance_adapted:.4g}; "
+            f"{self.ms_per_sample:.3g} ms a sample"
+        )
+
+
+def _added(total: tuple[float, int], values: Tensor | None) -> tuple[float, int]:
+    if values is None:
+        return total
+    known = values[~values.isnan()]
+    return total[0] + float(known.double().sum()), total[1] + known.numel()
+
+
+def _known(adaptation: Adaptation) -> Tensor:
+    """Return the source distances ``(B,)`` of a batch, on the CPU; NaN where they are not known."""
+    distances = adaptation.distance_source
+    if distances is None:
+        return torch.full(adaptation.skipped.shape, float("nan"))
+    return distances.detach().cpu()
+
+
+def _mean(total: tuple[float, int]) -> float:
+    return total[0] / total[1] if total[1] else float("nan")
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Takes note of the adaptation to each batch.
+
+    Args:
+        module: whose step runs; logs.
+        summary: of the run.
+        settings: of the adaptation.
+        adapter: what adapts; says which backend it took.
+        logs: whether the stage has logs: ``predict`` has none.
+    """
+
+    module: LightningModule
+    summary: Summary
+    settings: Settings
+    adapter: Adapter
+    logs: bool
+
+    def __call__(self, adaptation: Adaptation, loader: int = 0) -> None:
+        """Add an adaptation to the summary, and log it.
+
+        Args:
+            adaptation: to a batch.
+            loader: which dataloader the batch comes from.
+        """
+        if adaptation.reason is not None and adaptation.reason not in self.summary.reasons:
+            what = "a batch" if self.settings.scope == "batch" else "a sample"
+            rank_zero_warn(f"IT3 keeps the source prediction of {what}: {adaptation.reason}.")
+        selection = getattr(self.adapter, "backend_selection", None)
+        if selection is not None:
+            if not self.summary.backend:
+                rank_zero_info(f"IT3 takes {selection}")
+            self.summary.backend = str(selection)
+        self.summary.add(adaptation, loader)
+        if self.logs:
+            self._log(adaptation)
+
+    def _log(self, adaptation: Adaptation) -> None:
+        """Log means over samples, and the number of skipped ones.
+
+        Every process logs the same keys at every batch, or reducing them over processes would wait
+        for ever: a distance that is not known counts with weight 0. Lightning rounds the mean of
+        the processes' weights down, so they are multiples of the number of processes.
+        """
+        size, ranks = adaptation.skipped.numel(), self.module.trainer.world_size
+        weight, least = size * ranks, max(size, 1)
+        log = partial(self.module.log, on_step=False, on_epoch=True, sync_dist=ranks > 1)
+        distances = {
+            "source": adaptation.distance_source,
+            "adapted": adaptation.distance_adapted,
+        }
+        for name, values in distances.items() if self.settings.measure else ():
+            known = None if values is None else values[~values.isnan()]
+            count = 0 if known is None else known.numel()
+            mean = 0.0 if known is None or count == 0 else known.sum() / count
+            log(f"it3/distance_{name}", mean, batch_size=count * ranks)
+        reliable = adaptation.reliable
+        moved = 0.0 if reliable is None else reliable.float().sum() / least
+        log("it3/reliable", moved, batch_size=weight)
+        if self.settings.gate is not None:
+            gated = adaptation.gated
+            within = 0.0 if gated is None else gated.float().sum() / least
+            log("it3/gated", within, batch_size=weight)
+        log("it3/skipped", float(adaptation.skipped.sum()), reduce_fx="sum", batch_size=weight)
+        log("it3/ms_per_sample", 1000 * adaptation.seconds / least, batch_size=weight)

@@ -1,0 +1,323 @@
+"""Callback: adapts a module to every test batch, runs its own step, puts everything back.
+
+It translates between Lightning's hooks and the engine, and computes nothing itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from it3_lightning.callbacks.checks import check_trainer
+from it3_lightning.callbacks.gate import Gate
+from it3_lightning.callbacks.summary import Recorder, Summary
+from it3_lightning.engine import Settings
+from it3_lightning.engine.optimizers import OptimizerName
+from it3_lightning.engine.selection import Selection
+from it3_lightning.engine.types import Anchor, NormStats, Reset
+from it3_lightning.integration.batch_step import BatchStep
+from it3_lightning.integration.module import host_of
+from it3_lightning.integration.module_adapter import WhichPrediction, adapter_of
+from it3_lightning.integration.per_sample_step import PerSampleStep
+from it3_lightning.methods import Idempotence, TestTimeMethod, TestTimeObjective
+from it3_lightning.priors.probabilities import OutputKind
+
+Stage = Literal["validate", "test", "predict"]
+Step = Callable[..., Any]
+
+STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+
+
+class TestTimeCallback(Callback):
+    """Takes over ``test_step`` and ``predict_step``: each runs with weights adapted to its batch.
+
+    The weights adapt to the inputs of the batch alone, the step runs as it is, every weight is put
+    back; every dataloader starts from the source. Logged beside the step's own metrics:
+    ``it3/distance_source``, ``it3/distance_adapted``, ``it3/reliable`` (share of samples that moved
+    the weights), ``it3/skipped`` (their number), ``it3/gated`` (share within the gate, where there
+    is one) and ``it3/ms_per_sample``; all of them also in :attr:`summary`, in ``predict`` too.
+    Methods that need no prior run on any LightningModule as it is.
+
+    Arguments not named here are those of :class:`~it3_lightning.engine.Settings`.
+
+    Args:
+        method: how to adapt: one of :mod:`it3_lightning.methods`, or a callable
+            ``(y0, second) -> Objective``.
+        steps: optimizer steps per batch; 0 adapts nothing. Default: the method's own, else 1.
+        lr: learning rate; of ``"polyak"`` the share of the distance that a step is to take away.
+            Default: the method's own, else that of the optimizer.
+        optimizer: a name or a callable that takes the parameters. Default: the method's own, else
+            as :class:`~it3_lightning.engine.Settings` choose it.
+        parameters: which parameters adapt. Default: the method's own, else all.
+        reset: when the weights go back to the source. Default: the method's own, else before every
+            batch.
+        anchor: weights of the second pass. Default: the method's own, else the source.
+        norm_stats: statistics of BatchNorm layers. Default: the method's own, else the source's.
+        gate: share of validation samples, such as 0.95, whose distance a sample must exceed to be
+            adapted to. This callback measures validation samples in ``fit`` and ``validate``, in
+            two forward passes a batch, and keeps the quantiles in the module's checkpoint; they
+            are those of the weights at that time.
+        prediction: what the step predicts: ``"first"``: ``f(x, 0)``; ``"second"``:
+            ``f(x, f(x, 0))``, which with ``steps=0`` costs one more forward pass and no gradient;
+            ``"mean"``: the mean of both, of probabilities or of values, for steps that predict by
+            ``self(...)``: it returns outputs of the same kind, logits for logits.
+        stages: where to adapt; ``"validate"`` includes the validation inside ``fit``.
+        independent_ranks: allow carried weights (``reset`` other than ``"batch"``) on several
+            processes, each of which then adapts to its own share of the stream.
+        outputs: what the outputs of a module without a prior are: ``"logits"`` or
+            ``"probabilities"``; a module with a prior knows.
+
+    Raises:
+        ValueError: a value is out of range or a name unknown.
+        MisconfigurationException: when a run starts that cannot be adapted, before any batch.
+
+    Example::
+
+        Trainer(callbacks=[TestTimeCallback(Tent())]).test(model, datamodule=data)
+    """
+
+    __test__ = False  # its name is no test's
+
+    def __init__(
+        self,
+        method: TestTimeMethod | TestTimeObjective | None = None,
+        *,
+        steps: int | None = None,
+        lr: float | None = None,
+        optimizer: OptimizerName | OptimizerCallable | None = None,
+        parameters: Selection | None = None,
+        reset: Reset | None = None,
+        anchor: Anchor | None = None,
+        norm_stats: NormStats | None = None,
+        gate: float | None = None,
+        prediction: WhichPrediction = "first",
+        stages: Sequence[Stage] = ("test", "predict"),
+        independent_ranks: bool = False,
+        outputs: OutputKind = "logits",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        objective = Idempotence() if method is None else method
+        given = {
+            "steps": steps,
+            "lr": lr,
+            "optimizer": optimizer,
+            "parameters": parameters,
+            "reset": reset,
+            "anchor": anchor,
+            "norm_stats": norm_stats,
+        }
+        settings.update({name: value for name, value in given.items() if value is not None})
+        settings = {**getattr(objective, "defaults", {}), **settings}
+        self.settings = Settings(objective=objective, **settings)
+        self._gate = Gate(gate, self.settings)
+        if prediction not in get_args(WhichPrediction):
+            raise ValueError(
+                f"Expected prediction 'first', 'second' or 'mean', got {prediction!r}."
+            )
+        if unknown := [stage for stage in stages if stage not in STEPS]:
+            raise ValueError(f"Expected stages among {', '.join(STEPS)}, got {unknown}.")
+        if gate is not None and "validate" in stages:
+            raise ValueError(
+                "The gate is calibrated on validation data, so it cannot gate stage 'validate'. "
+                "Leave out the gate or the stage."
+            )
+        self.prediction: WhichPrediction = prediction
+        self.stages = tuple(stages)
+        self.independent_ranks = independent_ranks
+        self.outputs: OutputKind = outputs
+        self.summary = Summary()
+        self._give_back: Callable[[], None] | None = None
+
+    @property
+    def gate(self) -> float | None:
+        """Share of the validation samples within the gate, if there is one."""
+        return self._gate.level
+
+    # What Lightning calls, in the order of a run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse before fitting what its validation could not adapt or calibrate."""
+        if stage == "fit" and ("validate" in self.stages or self.gate is not None):
+            host_of(pl_module, self.settings.method, outputs=self.outputs, fitted=False)
+        self._gate.check(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over ``validation_step`` where asked to; with a gate, begin to calibrate."""
+        if not trainer.sanity_checking:
+            self._take_over(trainer, pl_module, "validate")
+        self._gate.start(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over ``test_step``."""
+        self._take_over(trainer, pl_module, "test")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over ``predict_step``."""
+        self._take_over(trainer, pl_module, "predict")
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure the distances of a validation batch, for the gate."""
+        self._gate.measure(trainer, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the quantiles of these distances in the module, before a checkpoint is written."""
+        self._gate.finish(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give ``validation_step`` back."""
+        self._finish()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give ``test_step`` back."""
+        self._finish()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give ``predict_step`` back."""
+        self._finish()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the step back after an error or an interruption; forget what was measured."""
+        self._gate.cancel()
+        self._return_step()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the step back, whatever happened."""
+        self._return_step()
+
+    # How it works
+
+    def _take_over(self, trainer: Trainer, module: LightningModule, stage: Stage) -> None:
+        """Put a step in the place of the module's own that runs it with adapted weights."""
+        if stage not in self.stages:
+            return
+        host = host_of(module, self.settings.method, outputs=self.outputs)
+        check_trainer(trainer, module, self.settings, self.independent_ranks)
+        settings, name = self._gate.settings_for(module), STEPS[stage]
+        runner: BatchStep | PerSampleStep
+        if settings.scope == "batch" or settings.steps == 0:
+            adapter = adapter_of(module, host, settings)
+            runner = BatchStep(module, host, adapter, self.prediction)
+        else:
+            runner = PerSampleStep(module, host, settings, prediction=self.prediction, step=name)
+        self.summary = Summary()
+        logs = stage != "predict"
+        record = Recorder(module, self.summary, settings, runner.adapter, logs=logs)
+        own = getattr(module, name)
+        self._give_back = _replace(module, name, _wrapped(own, host.it3_inputs, runner, record))
+
+    def _finish(self) -> None:
+        """Say what adaptation did, warn where nothing was learnt to adapt by; end the run."""
+        if self._give_back is None:
+            return
+        rank_zero_info(f"IT3: {self.summary}")
+        if self.summary.distance_source == 0 and self.settings.method.needs_prior:
+            rank_zero_warn(
+                "Every second prediction equals the first: the conditioning has not been trained. "
+                "Fit the module first, or give it source_checkpoint=... and fit the conditioning."
+            )
+        self._return_step()
+
+    def _return_step(self) -> None:
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back()
+
+
+class IT3TestTimeCallback(TestTimeCallback):
+    """Idempotent test-time training (Durasov et al., IT3, ICML 2025), under a Trainer.
+
+    All other arguments, and what it logs, are those of :class:`TestTimeCallback`.
+
+    Args:
+        objective: what is minimised; default
+            :class:`Idempotence() <it3_lightning.methods.Idempotence>`.
+
+    Raises:
+        ValueError: a value is out of range or a name unknown.
+        MisconfigurationException: when a run starts that cannot be adapted, before any batch.
+
+    Example::
+
+        Trainer(callbacks=[IT3TestTimeCallback(steps=1)]).test(model, datamodule=data)
+    """
+
+    def __init__(
+        self, *, objective: TestTimeMethod | TestTimeObjective | None = None, **settings: Any
+    ) -> None:
+        super().__init__(objective, **settings)
+
+
+def _wrapped(
+    step: Step, inputs_of: Callable[[Any], Any], runner: BatchStep | PerSampleStep, record: Recorder
+) -> Step:
+    """Return a step that runs with weights adapted to its batch, each dataloader from the source.
+
+    Args:
+        step: takes a batch, and what Lightning hands over with it.
+        inputs_of: returns the inputs of a batch.
+        runner: adapts and runs.
+        record: takes note of each adaptation, and of its dataloader.
+    """
+    current = 0
+
+    @functools.wraps(step)
+    def adapted_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal current
+        batch = args[0] if args else next(iter(kwargs.values()))
+        index = kwargs.get("dataloader_idx", args[2] if len(args) > 2 else 0)
+        loader = index if isinstance(index, int) else 0
+        if loader != current:
+            runner.adapter.restart()
+            current = loader
+        output, adaptation = runner.run(inputs_of(batch), functools.partial(step, *args, **kwargs))
+        record(adaptation, loader)
+        return output
+
+    return adapted_step
+
+
+def _replace(module: LightningModule, name: str, step: Step) -> Callable[[], None]:
+    """Put a step on the instance; return what puts the former state of the instance back."""
+    attributes = vars(module)
+    before = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = step
+
+    def undo() -> None:
+        attributes.pop(name, None)
+        attributes.update(before)
+
+    return undo
+
+
+def _visible_signature(*classes: type, hidden: Sequence[str] = ()) -> inspect.Signature:
+    """Return the signature of the first class with the arguments that it hands on to the others."""
+    merged: dict[str, inspect.Parameter] = {}
+    for each in classes:
+        for name, parameter in inspect.signature(each).parameters.items():
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD and name not in hidden:
+                merged.setdefault(name, parameter)
+    return inspect.Signature(list(merged.values()))
+
+
+TestTimeCallback.__signature__ = _visible_signature(  # type: ignore[attr-defined]
+    TestTimeCallback, Settings, hidden=("objective",)
+)
+IT3TestTimeCallback.__signature__ = _visible_signature(  # type: ignore[attr-defined]
+    IT3TestTimeCallback, TestTimeCallback, hidden=("method",)
+)

@@ -1,0 +1,343 @@
+r"""The algorithm: measure, step, measure, put back; one set of adapted weights for a whole batch.
+
+The four steps of the paper (Durasov et al., IT3, ICML 2025), and where they stand below:
+
+1. :math:`y_0 = f_\theta(x, 0)`: ``passes = self._passes(...)``, which is ``passes.y0``
+2. :math:`y_1 = F(x, y_0)`, ``F`` frozen: ``method.step``, which asks ``passes.second(passes.y0)``
+3. :math:`\theta \leftarrow \theta - \eta \nabla_\theta d(y_0, y_1)`: ``method.step``, by
+   ``state.step(loss)``
+4. predict :math:`f_\theta(x, 0)`, then restore: ``self._predict(...)``, and at the end of
+   :meth:`BatchAdapter.adapted` ``source.restore_parameters()``
+
+The adapted weights are storage of their own behind the module's own parameters, so whatever runs
+inside :meth:`BatchAdapter.adapted` uses them, and the source comes back by reference, exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from it3_lightning.engine import fast
+from it3_lightning.engine.optimizers import OnlyStep
+from it3_lightning.engine.passes import AnchoredWeights, Network, NetworkPasses
+from it3_lightning.engine.restore import (
+    Snapshot,
+    all_finite,
+    norm_statistics,
+    without_side_effects,
+)
+from it3_lightning.engine.result import Adaptation
+from it3_lightning.engine.selection import select
+from it3_lightning.engine.settings import Settings
+from it3_lightning.engine.state import State
+from it3_lightning.engine.trees import batch_size, divisible, taken
+from it3_lightning.engine.types import (
+    SOURCE,
+    Answer,
+    Enters,
+    Evaluation,
+    Forward,
+    InputsIn,
+    Isolation,
+    Plain,
+    Skip,
+    ToLabel,
+    as_given,
+)
+from it3_lightning.methods.base import Objective, Passes, TestTimeMethod
+
+
+class BatchAdapter:
+    """Adapts a module to one batch after another.
+
+    Args:
+        module: whose parameters adapt.
+        forward: ``(inputs, prior) -> outputs (B, ...)``, ``prior=None`` being the neutral one.
+        to_label: brings outputs into label space, ``(B, C, ...)``: the prior of the second pass.
+        settings: how to adapt.
+        enters: the layers at whose input or output the prior enters, by name; what comes before
+            them is not computed twice. Empty: unknown.
+        isolation: returns a context in which passes leave no trace, in logs for example.
+        inputs_in: finds the network's inputs in what :meth:`adapted` is given.
+
+    Raises:
+        ValueError: the selection of parameters matches nothing.
+
+    >>> net, x = nn.Linear(1, 1, bias=False), torch.ones(2, 1)
+    >>> _ = nn.init.ones_(net.weight)
+    >>> def forward(x, prior):  # knows the second prediction: half of the first
+    ...     return net(x) if prior is None else prior / 2
+    >>> settings = Settings(lr=0.1, optimizer="sgd")
+    >>> with BatchAdapter(net, forward, lambda y: y, settings).adapted(x) as adaptation:
+    ...     adapted = net.weight.item()
+    >>> round(adapted, 4), net.weight.item()  # d = (w - w/2)^2 = w^2 / 4, and 1 - 0.1 / 2
+    (0.95, 1.0)
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        to_label: ToLabel,
+        settings: Settings,
+        *,
+        enters: Enters = MappingProxyType({}),
+        isolation: Isolation = nullcontext,
+        inputs_in: InputsIn = as_given,
+    ) -> None:
+        self.selected = select(module, settings.parameters)
+        self._module = module
+        self._settings = settings
+        self._method = settings.method
+        self._isolation = isolation
+        self._at_first = copy.deepcopy(self._method.state_dict())
+        self.network = Network(
+            module, self.selected, forward, to_label, enters, self._method.layers, inputs_in
+        )
+        self._only_step = _only_step(settings)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was carried along: the next batch starts from the source."""
+        self._carried: State | None = None
+        self._batches = 0
+
+    @contextmanager
+    def adapted(self, inputs: Any, answer: Answer | None = None) -> Iterator[Adaptation]:
+        """Run the body with weights adapted to these inputs, then put the source back.
+
+        A batch that cannot be adapted to (non-finite outputs, loss, gradients or weights; one
+        sample where several are needed) runs with the source weights and source statistics, and is
+        not counted among the ``N`` of ``reset=N``. Adaptation leaves nothing in buffers and
+        attributes; what the body itself writes there stays, as it would without adaptation.
+
+        Args:
+            inputs: what ``forward`` takes: tensors ``(B, ...)``, possibly nested. Never labels.
+            answer: what to run with the adapted weights before the body, without side effects:
+                inputs to outputs ``(B, ...)`` and what becomes :attr:`Adaptation.answers`.
+
+        Raises:
+            ValueError: the selected parameters have no influence on the prediction.
+        """
+        self.network.restart()
+        with ExitStack() as statistics:
+            statistics.enter_context(norm_statistics(self._module, self._settings.norm_stats))
+            source = Snapshot(self._module)
+            try:
+                try:
+                    with without_side_effects(source, self._isolation):
+                        adaptation = self._adapt(inputs, answer, source)
+                except Skip as reason:
+                    source.restore_parameters()
+                    statistics.close()
+                    source = Snapshot(self._module)
+                    with without_side_effects(source, self._isolation):
+                        adaptation = self._keep_source(inputs, answer, str(reason))
+                finally:
+                    self.network.cache.clear()
+                yield adaptation
+            finally:
+                source.restore_parameters()
+                source.restore_modes()
+                torch.clear_autocast_cache()
+
+    def _adapt(self, inputs: Any, answer: Answer | None, source: Snapshot) -> Adaptation:
+        """Adapt, and leave the adapted weights in place; all or nothing."""
+        settings = self._settings
+        if settings.needs_batch and batch_size(inputs) < 2:
+            raise Skip("batch statistics and batch terms need at least two samples")
+        state, carried = self._state()
+        source.detach_parameters()
+        unadapted = self._measure(inputs, _InPlace()) if carried and settings.measure else None
+        with state.all_or_nothing():
+            state.enter()
+            started = time.perf_counter()
+            gate = None if settings.gate is None else self._gate(inputs, state, settings.gate)
+            first = self._steps(inputs, state, gate)
+            seconds = time.perf_counter() - started
+            last, outputs, answers = self._predict(inputs, state, gate, answer)
+        if not settings.episodic:
+            self._carried = state
+            self._batches += 1
+        moved = first or last
+        unadapted = unadapted if carried else moved
+        return Adaptation.of(
+            inputs,
+            outputs=outputs,
+            source=unadapted,
+            moved=moved,
+            adapted=last if settings.measure else None,
+            weights=dict(state.weights),
+            cost=self._cost(seconds, state.backwards),
+            answers=answers,
+            gated=None if gate is None else gate.within.cpu(),
+        )
+
+    def _steps(self, inputs: Any, state: State, gate: _Gate | None) -> Evaluation | None:
+        """Take the steps; return the evaluation before the first, of the whole batch."""
+        first: Evaluation | None = None
+        method, movers = self._method, inputs
+        if gate is not None:
+            method, movers = gate.method(method), gate.movers
+        for _ in range(0 if gate is not None and gate.closed else self._settings.steps):
+            passes = self._passes(movers, state)
+            objective = method.step(passes, state)
+            first = first or Evaluation(passes.outputs, objective).detached()
+            del passes, objective  # and their graph, before the next is built
+        return first if gate is None else gate.whole(first)
+
+    def _predict(
+        self, inputs: Any, state: State, gate: _Gate | None, answer: Answer | None
+    ) -> tuple[Evaluation | None, Tensor | None, Any]:
+        """Predict with the weights after the last step; measure, where asked to."""
+        if gate is not None and gate.closed and (answer is None or isinstance(answer, Plain)):
+            return gate.before, gate.before.outputs, None  # no weight has moved
+        outputs, answers = None, None
+        if answer is not None:
+            outputs, answers = self.network.answer(inputs, answer, state.version)
+            if not all_finite(outputs):
+                raise Skip("non-finite output")
+        if not self._settings.measure:
+            return None, outputs, answers
+        last = self._measure(inputs, state, outputs)
+        return last, last.outputs, answers
+
+    def _keep_source(self, inputs: Any, answer: Answer | None, reason: str) -> Adaptation:
+        """Return what a skipped batch gets: the source prediction, and why."""
+        outputs: Tensor | None = None
+        answers: Any = None
+        if answer is not None:
+            outputs, answers = self.network.answer(inputs, answer, SOURCE)
+        elif self._settings.measure:
+            with torch.no_grad():
+                outputs = self.network.run(inputs, None)
+        return Adaptation.skipping(inputs, outputs, reason, self._cost(0.0, 0), answers)
+
+    def _passes(self, inputs: Any, weights: AnchoredWeights) -> NetworkPasses:
+        return NetworkPasses(self.network, inputs, weights)
+
+    @torch.no_grad()
+    def _measure(
+        self, inputs: Any, weights: AnchoredWeights, outputs: Tensor | None = None
+    ) -> Evaluation:
+        """Evaluate without a graph, from these outputs of the first pass where they are given."""
+        passes = NetworkPasses(self.network, inputs, weights, outputs)
+        return Evaluation(passes.outputs, self._method.loss(passes)).detached()
+
+    def _gate(self, inputs: Any, state: State, limit: float) -> _Gate | None:
+        """Measure the batch and say which samples move the weights; nothing to say: no steps."""
+        if not self._settings.steps:
+            return None
+        before = self._measure(inputs, state)
+        within = before.objective.measure <= limit
+        alone = self._settings.norm_stats == "source" and divisible(inputs)
+        rows = (~within).nonzero()[:, 0].tolist()
+        alone = alone and bool(rows)
+        return _Gate(before, within, taken(inputs, rows) if alone else inputs, alone)
+
+    def _state(self) -> tuple[State, bool]:
+        """Return the state this batch starts from, and whether earlier batches have moved it."""
+        reset = self._settings.reset
+        due = isinstance(reset, int) and self._batches % reset == 0
+        if self._carried is not None and not due:
+            self._carried.backwards = 0
+            return self._carried, True
+        if self._at_first:
+            self._method.load_state_dict(copy.deepcopy(self._at_first))
+        return State(self.selected, self._settings, self._method, self._only_step), False
+
+    def _cost(self, seconds: float, backwards: int) -> dict[str, Any]:
+        network = self.network
+        return {
+            "forwards": network.forwards,
+            "backwards": backwards,
+            "cache_hits": network.cache.hits,
+            "seconds": seconds,
+        }
+
+    def bytes_of_step(self, inputs: Any, count: Any) -> int:
+        """Return ``count(run)`` of the passes of a step, as the bytes that they keep."""
+        source = Snapshot(self._module)
+        with without_side_effects(source, self._isolation):
+            state, _ = self._state()
+            state.enter()
+            self.network.restart()
+            try:
+                kept: int = count(lambda: self._method.loss(self._passes(inputs, state)))
+            except Skip:
+                return 0
+            finally:
+                self.network.restart()
+        return kept
+
+
+class _InPlace(AnchoredWeights):
+    """The source weights, where they are in place, as their own anchor."""
+
+    version = anchor_version = SOURCE
+    anchor = None
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """Which samples of a batch move the weights: those whose distance is unusual.
+
+    Args:
+        before: the evaluation it says so by.
+        within: ``(B,)`` booleans, samples that do not move the weights.
+        movers: inputs to step on: the samples beyond the gate, or all where BatchNorm needs them.
+        alone: whether these are only the samples beyond.
+    """
+
+    before: Evaluation
+    within: Tensor
+    movers: Any
+    alone: bool
+
+    @property
+    def closed(self) -> bool:
+        """Whether no sample moves the weights."""
+        return bool(self.within.all())
+
+    def method(self, method: TestTimeMethod) -> TestTimeMethod:
+        """Return a method in which no sample within the gate counts."""
+        return method if self.alone else _Masked(method, ~self.within)
+
+    def whole(self, first: Evaluation | None) -> Evaluation:
+        """Return the evaluation before the first step, of the whole batch."""
+        reliable = torch.zeros_like(self.within)
+        if first is not None:
+            theirs = first.objective.reliable
+            reliable[~self.within] = theirs if self.alone else theirs[~self.within]
+        return replace(self.before, objective=replace(self.before.objective, reliable=reliable))
+
+
+@dataclass(frozen=True)
+class _Masked(TestTimeMethod):
+    """A method on some of the samples; the others only share the batch with them."""
+
+    whole: TestTimeMethod
+    counts: Tensor
+
+    def loss(self, passes: Passes) -> Objective:
+        objective = self.whole.loss(passes)
+        return replace(objective, reliable=objective.reliable & self.counts)
+
+
+def _only_step(settings: Settings) -> OnlyStep | None:
+    """Return the step in closed form, where it is all there is, in its fastest form."""
+    rule = settings.rule
+    if rule is None or not settings.single_step:
+        return None
+    fused = fast.path("fused_step")
+    faster: OnlyStep | None = None if fused is None else fused.only_step(rule, settings.moves[1])
+    return faster or OnlyStep(rule, settings.moves[1])

@@ -1,0 +1,93 @@
+"""The seam of the fast paths: each computes what the reference computes, faster, or declines.
+
+The engine asks here and imports no fast path. What is not installed, turned off, or does not hold
+for a network leaves the engine to itself, with the same numbers. ``IT3_FAST=0`` in the environment
+and :func:`disabled` turn all of them off.
+
+=====================  ===========================================================================
+``activation_cache``   layers before the prior are not run twice on the same inputs
+``fused_step``         the only step of an episode, straight from the gradients to new weights
+``vmap``               all samples of a batch at once; ``stacked_weights`` has their weights,
+                       ``grad_sample`` finds their gradients layer by layer
+=====================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from importlib import import_module
+from typing import Any, Protocol
+
+from torch import nn
+
+from it3_lightning.engine.types import Enters
+
+_ENABLED = ContextVar("enabled", default=os.environ.get("IT3_FAST", "1") != "0")
+
+
+def enabled() -> bool:
+    """Return whether adapters that are made now may take fast paths."""
+    return _ENABLED.get()
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Let adapters that are made within take no fast path.
+
+    >>> with disabled():
+    ...     enabled()
+    False
+    """
+    token = _ENABLED.set(False)
+    try:
+        yield
+    finally:
+        _ENABLED.reset(token)
+
+
+def path(name: str) -> Any:
+    """Return the module of a fast path, or ``None`` where they are turned off."""
+    return import_module(f"{__name__}.{name}") if enabled() else None
+
+
+class Cache(Protocol):
+    """Knows what need not be computed twice on the same inputs."""
+
+    hits: int
+    """Calls of layers that were answered since this was last set to 0."""
+
+    def clear(self) -> None:
+        """Forget the last inputs."""
+
+    def first_pass(self, inputs: Any, version: int) -> AbstractContextManager[None]:
+        """Take note of the first pass within, over these inputs by this version of the weights."""
+
+    def second_pass(self, inputs: Any, version: int | None) -> AbstractContextManager[None]:
+        """Answer what cannot differ in a pass within, by this version of the weights."""
+
+
+class NoCache:
+    """Everything is computed."""
+
+    hits = 0
+
+    def clear(self) -> None:
+        """Do nothing."""
+
+    def first_pass(self, inputs: Any, version: int) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
+    def second_pass(self, inputs: Any, version: int | None) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
+
+def cache_of(module: nn.Module, enters: Enters) -> Cache:
+    """Return a cache for the passes of a module, or one that knows nothing."""
+    found = path("activation_cache")
+    cache: Cache | None = None if found is None else found.cache_for(module, enters)
+    return NoCache() if cache is None else cache

@@ -1,0 +1,435 @@
+"""vmap: every sample of a batch adapts at once, by `torch.func`, each with its own weights."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+
+from it3_lightning.engine.fast.grad_sample import Gradient, Layerwise, Product
+from it3_lightning.engine.fast.stacked_weights import Compiled, Stacked, bytes_kept, samples_at_once
+from it3_lightning.engine.passes import FunctionalPasses, Network
+from it3_lightning.engine.restore import Sites
+from it3_lightning.engine.result import Adaptation
+from it3_lightning.engine.settings import Settings
+from it3_lightning.engine.trees import batch_size, batched, copied, joined, taken
+from it3_lightning.engine.types import REASONS, SOURCE, Answer, SampleEvaluations, Weights
+from it3_lightning.utils.graphs import graph_count
+
+_Result = TypeVar("_Result")
+
+__all__ = ["Vectorised", "bytes_kept", "plain_attention", "samples_at_once"]
+
+
+def mapped(one: Callable[..., Any], dims: tuple[int | None, ...], *given: Any) -> Any:
+    """Call ``one`` for every sample of the last argument, a batch of one each.
+
+    Args:
+        one: takes the arguments, and returns tensors.
+        dims: of the samples in the arguments but the last; ``None``: all samples share it.
+        given: the arguments; the last are inputs of a network, ``(B, ...)``.
+
+    >>> import torch
+    >>> mapped(lambda scale, x: scale * x.sum(0), (None,), torch.tensor(2.0), torch.ones(3, 1))
+    tensor([[2.],
+            [2.],
+            [2.]])
+    """
+    *others, inputs = given
+    size = batch_size(inputs)
+    along = tree_map(lambda leaf: 0 if batched(leaf, size) else None, inputs)
+
+    def with_batch(*arguments: Any) -> Any:
+        *rest, sample = arguments
+        alone = tree_map(lambda leaf, dim: leaf if dim is None else leaf[None], sample, along)
+        return one(*rest, alone)
+
+    return vmap(with_batch, in_dims=(*dims, along))(*others, inputs)
+
+
+def without_batch(leaf: Tensor) -> Tensor:
+    """Take away the dimension of a batch of one, where there is one.
+
+    >>> import torch
+    >>> without_batch(torch.ones(1, 2)).shape
+    torch.Size([2])
+    """
+    return leaf[0] if leaf.ndim and leaf.shape[0] == 1 else leaf
+
+
+@contextmanager
+def vmappable(module: nn.Module) -> Iterator[None]:
+    """Let a network run by operations that have a batching rule; the numbers are the same.
+
+    Recurrent layers get the zero state that they would make themselves, as one that ``vmap`` knows
+    of, and no fused kernels; on the CPU so does attention. What torch has no rule for runs sample
+    by sample, which it warns of; the choice of a backend is made by the time taken.
+    """
+    patched = [m for m in recurrent_layers(module) if "forward" not in vars(m)]
+    with warnings.catch_warnings(), plain_attention(module):
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        try:
+            for layer in patched:
+                vars(layer)["forward"] = partial(_recurrent, layer, layer.forward)
+            yield
+        finally:
+            for layer in patched:
+                vars(layer).pop("forward", None)
+
+
+@contextmanager
+def plain_attention(module: nn.Module) -> Iterator[None]:
+    """Let the attention of a network on the CPU run unfused, as ``vmap`` needs it."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def recurrent_layers(module: nn.Module) -> list[nn.Module]:
+    """Return the recurrent layers and cells of a network."""
+    return [m for m in module.modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)]
+
+
+def without_graph(run: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Run inside ``vmap`` without a graph, but by the operations that a graph is made of.
+
+    Outside of ``torch.func.grad``, recurrent layers are single operations without a rule.
+    """
+
+    def beside(nothing: Tensor) -> tuple[Tensor, _Result]:
+        with torch.no_grad():
+            return nothing, run(*arguments)
+
+    result: _Result = grad(beside, has_aux=True)(torch.zeros(()))[1]
+    return result
+
+
+def _recurrent(layer: nn.Module, own: Callable[..., Any], inputs: Any, hx: Any = None) -> Any:
+    """Run a recurrent layer, by a state of its own where it is given none."""
+    if hx is None and isinstance(inputs, Tensor):
+        hx = _zeros(layer, inputs)
+    fused = torch._C._get_mkldnn_enabled()
+    try:
+        torch._C._set_mkldnn_enabled(False)
+        with torch.backends.cudnn.flags(enabled=False):
+            return own(inputs, hx)
+    finally:
+        torch._C._set_mkldnn_enabled(fused)
+
+
+def _zeros(layer: Any, inputs: Tensor) -> Any:
+    if isinstance(layer, nn.RNNCellBase):
+        state = inputs.new_zeros(*inputs.shape[:-1], layer.hidden_size)
+        return (state, state) if isinstance(layer, nn.LSTMCell) else state
+    batch = [] if inputs.ndim == 2 else [inputs.shape[0 if layer.batch_first else 1]]
+    depth = layer.num_layers * (2 if layer.bidirectional else 1)
+    state = inputs.new_zeros(depth, *batch, layer.proj_size or layer.hidden_size)
+    if not isinstance(layer, nn.LSTM):
+        return state
+    return state, inputs.new_zeros(depth, *batch, layer.hidden_size)
+
+
+_FEW = 4  # samples whose gradients are found both ways
+
+
+class Gradients:
+    """Finds the gradients of every sample's loss by its own weights.
+
+    Args:
+        module: whose weights; none of its parameters may need gradients.
+        selected: the adapting parameters by name.
+        network: runs the passes; has run an ordinary one.
+        settings: how to adapt.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        selected: Mapping[str, nn.Parameter],
+        network: Network,
+        settings: Settings,
+    ) -> None:
+        self._selected = selected
+        self._sites = Sites(module, selected)
+        self._network = network
+        self._method = settings.method
+        self._layerwise = Layerwise(module, selected, network, settings.method)
+        on_cpu = next(iter(selected.values())).device.type == "cpu"  # faster there, as measured
+        self._may_share = on_cpu and not settings.compile and settings.anchor != "live"
+        self._agreed = 0  # samples on which that is known to agree with torch.func
+        self._compiled: dict[bool, Compiled] = {}
+        if settings.compile:
+            self._compiled = {r: Compiled(partial(self._step, r)) for r in (False, True)}
+        self._unused: frozenset[str] | None = None if callable(settings.optimizer) else frozenset()
+        self._passes: dict[bool, int] = {}
+
+    def first(self, stacked: Stacked, inputs: Any) -> tuple[Weights, SampleEvaluations]:
+        """Return the gradients at the source, layer by layer where that is known to agree."""
+        if self._agreed > 1 or batch_size(inputs) <= self._agreed:  # one tells nothing of several
+            try:
+                return self._layer_by_layer(stacked, inputs)
+            except Exception:  # torch.func is asked, and raises what is no fault of the rules
+                self._agreed, self._may_share = 0, False
+                stacked.forget()
+        gradients, seen = self._by_func(stacked, inputs, at_source=True)
+        if self._may_share:
+            self._ask(inputs, gradients, seen)
+        return gradients, seen
+
+    def further(self, stacked: Stacked, inputs: Any) -> tuple[Weights, SampleEvaluations]:
+        """Return the gradients ``(B, *shape)`` at weights of each sample's own."""
+        return self._by_func(stacked, inputs, at_source=False)
+
+    def _layer_by_layer(self, stacked: Stacked, inputs: Any) -> tuple[Weights, SampleEvaluations]:
+        gradients: Weights = {}
+
+        def take(name: str, gradient: Gradient) -> None:
+            if isinstance(gradient, Product):
+                if stacked.use_up(name, gradient):
+                    return
+                gradient = gradient.whole(self._selected[name].shape)
+            gradients[name] = gradient
+
+        seen = self._layerwise(inputs, take)
+        return self._used(gradients), seen
+
+    def _ask(self, inputs: Any, gradients: Weights, seen: SampleEvaluations) -> None:
+        """Find out whether the gradients can be found layer by layer, from some that are known."""
+        few = range(min(_FEW, len(seen.loss)))
+        if bool(seen.trouble().any()) or not bool(seen.moves[: len(few)].any()):
+            return  # another batch will tell
+        network = self._network
+        counts = network.forwards, network.cache.hits
+        network.cache.clear()
+        known = {name: gradient[: len(few)] for name, gradient in gradients.items()}
+        agrees = self._layerwise.agrees(taken(inputs, few), known)
+        self._agreed = len(few) if agrees else 0
+        self._may_share = self._agreed == 1  # and several, when they come
+        network.forwards, network.cache.hits = counts
+
+    def _used(self, gradients: Weights) -> Weights:
+        return {n: g for n, g in gradients.items() if n not in (self._unused or ())}
+
+    def _by_func(
+        self, stacked: Stacked, inputs: Any, *, at_source: bool
+    ) -> tuple[Weights, SampleEvaluations]:
+        """Return gradients ``(B, *shape)`` of every sample's loss by its weights."""
+        cached = at_source and stacked.anchor is not None
+        step = self._compiled.get(cached) or partial(self._step, cached)
+        given = (stacked.weights, stacked.dim), (stacked.anchor, stacked.anchor_dim)
+        before = self._network.forwards
+        gradients, seen = step(*given, inputs)
+        if self._network.forwards == before:  # compiled: counted when it was traced
+            self._network.forwards += self._passes.get(cached, 0)
+        else:
+            self._passes[cached] = self._network.forwards - before
+        return self._used(gradients), SampleEvaluations(*seen)
+
+    def _step(
+        self,
+        cached: bool,
+        weights: tuple[Weights, int | None],
+        anchor: tuple[Weights | None, int | None],
+        inputs: Any,
+    ) -> tuple[Weights, tuple[Tensor, ...]]:
+        """Return gradients and evaluations; weights and anchor come with their dimension."""
+
+        def one(weights: Weights, anchor: Weights | None, sample: Any) -> Any:
+            def loss(own: Weights) -> Any:
+                return self._loss(own, anchor, sample, cached)
+
+            return grad(loss, has_aux=True)(weights)
+
+        dims = (weights[1], anchor[1])
+        gradients, seen = mapped(one, dims, weights[0], anchor[0], inputs)
+        return gradients, seen
+
+    def _loss(
+        self, own: Weights, anchor: Weights | None, sample: Any, cached: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return one sample's loss, and what :class:`SampleEvaluations` holds of it."""
+        network = self._network
+        with self._sites.swapped(own):
+            with network.cache.first_pass(sample, SOURCE) if cached else nullcontext():
+                outputs = network.run(sample, None)
+
+            def second(y0: Tensor) -> Tensor:
+                with (
+                    self._sites.swapped(own if anchor is None else anchor),
+                    network.cache.second_pass(sample, SOURCE) if cached else nullcontext(),
+                ):
+                    return network.to_label(network.run(sample, y0))
+
+            passes = FunctionalPasses(outputs, network.to_label(outputs), second)
+            objective = self._method.loss(passes)
+        loss = objective.loss()
+        if self._unused is None:
+            self._unused = _without_influence(loss, own)
+        seen = objective.measure[0], objective.reliable[0], objective.moves[0]
+        return loss, tuple(value.detach() for value in (outputs[0], *seen, loss))
+
+
+def _without_influence(loss: Tensor, weights: Weights) -> frozenset[str]:
+    """Return the weights that a loss does not depend on: optimizers leave those alone."""
+    found = torch.autograd.grad(loss, [*weights.values()], retain_graph=True, allow_unused=True)
+    return frozenset(name for name, g in zip(weights, found, strict=True) if g is None)
+
+
+_LARGE = 1 << 20  # elements of a sample's weights: to read them takes longer than calling layers
+
+
+class Vectorised:
+    """Adapts to every sample of a batch at once.
+
+    Args:
+        module: whose parameters adapt; none of them may need gradients.
+        selected: the adapting parameters by name.
+        network: runs the passes; has run an ordinary one.
+        settings: how to adapt, in at least one step.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        selected: Mapping[str, nn.Parameter],
+        network: Network,
+        settings: Settings,
+    ) -> None:
+        self._module = module
+        self._recurrent = bool(recurrent_layers(module))
+        self._selected = selected
+        self._sites = Sites(module, selected)
+        self._network = network
+        self._settings = settings
+        self._method = settings.method
+        self._gradients = Gradients(module, selected, network, settings)
+        self._device = next(iter(selected.values())).device.type
+        self._large = sum(p.numel() for p in selected.values()) >= _LARGE and self._device == "cpu"
+        self._memory: Weights = {}
+
+    def release(self) -> None:
+        """Give back the memory that is kept for the next batch."""
+        self._memory.clear()
+
+    def __call__(self, inputs: Any, answer: Answer) -> Adaptation:
+        """Adapt to every sample of the inputs, and answer with its weights.
+
+        Raises:
+            Exception: whatever ``torch.func`` says of a network that cannot be vectorised.
+        """
+        if any(graph_count(leaf) for leaf in tree_leaves(inputs)):
+            raise NotImplementedError("torch.func takes tensors, not batches of graphs.")
+        if not self._method.vmappable:
+            raise NotImplementedError(f"{type(self._method).__name__} asks for further passes")
+        self._network.restart()
+        try:
+            with (
+                torch.autocast(self._device, enabled=False),
+                vmappable(self._module),
+            ):
+                return self._adapt(inputs, answer)
+        finally:
+            self._network.cache.clear()
+
+    def _adapt(self, inputs: Any, answer: Answer) -> Adaptation:
+        size = batch_size(inputs)
+        started = time.perf_counter()
+        stacked = Stacked(self._selected, self._settings, size, self._memory)
+        failed = torch.zeros(size, dtype=torch.long)
+        active = torch.ones(size, dtype=torch.bool)
+        first: SampleEvaluations | None = None
+        for _ in range(self._settings.steps):
+            find = self._gradients.further if first else self._gradients.first
+            gradients, seen = find(stacked, inputs)
+            first = first or seen
+            failed = torch.where(active, seen.trouble(), failed)
+            active &= (failed == 0) & seen.moves.cpu()
+            if active.any():
+                finite = stacked.step(gradients, active, seen.loss)
+                failed[active & ~finite] = len(REASONS)
+                active &= finite
+            del gradients
+        assert first is not None
+        bad = failed > 0
+        stacked.back_to_source(bad)
+        seconds = time.perf_counter() - started
+        outputs, answers = self._answers(stacked, inputs, answer)
+        adapted = self._measured(stacked, inputs, outputs) if self._settings.measure else None
+        known = ~bad.to(outputs.device)
+        reasons = [REASONS[code - 1] for code in sorted(set(failed[failed > 0].tolist()))]
+        return Adaptation(
+            outputs=outputs,
+            source_outputs=first.outputs,
+            distance_source=first.measure.where(known, torch.nan),
+            distance_adapted=None if adapted is None else adapted.where(known, torch.nan),
+            reliable=first.reliable & known,
+            skipped=bad,
+            reason=", ".join(reasons) or None,
+            weights={},
+            forwards=self._network.forwards,
+            backwards=self._settings.steps,
+            cache_hits=self._network.cache.hits,
+            seconds=seconds,
+            answers=answers,
+        )
+
+    def _answers(self, stacked: Stacked, inputs: Any, answer: Answer) -> tuple[Tensor, Any]:
+        """Return outputs ``(B, ...)`` and answers with every sample's own weights."""
+        if stacked.dim is not None and self._large:
+            return self._answers_one_by_one(stacked.weights, inputs, answer)
+
+        def one(weights: Weights, sample: Any) -> Any:
+            self._network.forwards += 1
+            with self._sites.swapped(weights):
+                outputs, answers = answer(copied(sample))
+            return tree_map(without_batch, (outputs, () if answers is None else answers))
+
+        given = stacked.weights, inputs
+        outputs, answers = mapped(self._graphless(one), (stacked.dim,), *given)
+        return outputs, None if isinstance(answers, tuple) and not answers else answers
+
+    def _answers_one_by_one(
+        self, weights: Weights, inputs: Any, answer: Answer
+    ) -> tuple[Tensor, Any]:
+        """Do the same sample by sample."""
+        parts = []
+        for row in range(batch_size(inputs)):
+            self._network.forwards += 1
+            with self._sites.swapped({name: w[row] for name, w in weights.items()}):
+                parts.append(answer(copied(taken(inputs, range(row, row + 1)))))
+        outputs, answers = joined(parts)
+        return outputs, answers
+
+    def _measured(self, stacked: Stacked, inputs: Any, outputs: Tensor) -> Tensor:
+        """Return the objective's measure ``(B,)`` of outputs with the adapted weights."""
+
+        def one(weights: Weights, anchor: Weights | None, y0: Tensor, sample: Any) -> Any:
+            def second(prior: Tensor) -> Tensor:
+                with self._sites.swapped(weights if anchor is None else anchor):
+                    return self._network.to_label(self._network.run(sample, prior))
+
+            alone = y0[None]
+            passes = FunctionalPasses(alone, self._network.to_label(alone), second)
+            return self._method.loss(passes).measure[0]
+
+        dims = (stacked.dim, stacked.anchor_dim, 0)
+        given = stacked.weights, stacked.anchor, outputs
+        measure: Tensor = mapped(self._graphless(one), dims, *given, inputs)
+        return measure
+
+    def _graphless(self, one: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(without_graph, one) if self._recurrent else torch.no_grad()(one)

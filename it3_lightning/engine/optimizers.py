@@ -1,0 +1,336 @@
+r"""Registry of optimizers, and one step of any of them: closed forms, clipping, float32 masters.
+
+A name is a :class:`Rule` in :data:`OPTIMIZERS`; adding one there is all that a new optimizer needs.
+
+Polyak's rule, the default, makes a step as long as the distance asks for: nothing to move, no step.
+The idempotence distance cannot fall below 0, so
+:math:`\theta \leftarrow \theta - \eta \frac{L}{\|\nabla L\|^2} \nabla L` lets it fall by its share
+:math:`\eta`, to first order (Polyak, Introduction to Optimization, 1987). The step depends neither
+on the units of the loss nor on those of the weights, and vanishes with the loss, whereas the first
+step of Adam is as long on clean samples as on shifted ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn, optim
+from torch.optim import Optimizer
+
+from it3_lightning.utils.messages import unknown
+
+OptimizerName = Literal["adam", "adamw", "sgd", "rmsprop", "polyak"]
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+HALF = (torch.float16, torch.bfloat16)
+
+_MOST = 1e-3  # of the weights' norm: where the loss hardly depends on them, the rule overshoots
+_TINY = 1e-30
+_EPS = 1e-8  # torch's default, of Adam and RMSprop
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a named optimizer moves weights.
+
+    Args:
+        factory: ``(parameters, lr) -> Optimizer``; without weight decay.
+        first_step: ``(weights, gradients, lr) -> moved``, lists of tensors: its first step, from no
+            moments, in closed form, each element by its own gradient; ``None``: there is none.
+        moments: tensors of a weight's size that its state and its scratch take at most.
+        length: ``(loss, squared norm of the gradients, norm of the weights, lr) -> factor`` of an
+            optimizer whose step is this factor times the gradients, and nothing else; the optimizer
+            itself has ``needs_loss = True`` and gets the loss as the closure of its step.
+        elementwise: whether each element moves by its own gradients alone, so that the weights of
+            many samples can be stacked; optimizers of torch are known.
+    """
+
+    factory: Callable[[list[Tensor], float], Optimizer]
+    first_step: Callable[[list[Tensor], list[Tensor], float], list[Tensor]] | None = None
+    moments: int = 4
+    length: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
+    elementwise: bool = False
+
+
+def polyak_length(loss: Tensor, square: Tensor, weights: Tensor, share: float) -> Tensor:
+    """Return what gradients are to be multiplied by.
+
+    Args:
+        loss: to lower, a scalar, or ``(B,)`` as all others; nothing moves where it is below 0.
+        square: squared norm of its gradients.
+        weights: norm of the weights.
+        share: of the loss, that it is to fall by.
+
+    >>> loss, square = torch.tensor(1.0), torch.tensor(4.0)
+    >>> polyak_length(loss, square, torch.tensor(1000.0), 0.5)
+    tensor(0.1250)
+    """
+    step = share * loss.clamp_min(0) / (square + _TINY)
+    return torch.minimum(step, _MOST * weights / (square.sqrt() + _TINY))
+
+
+class Polyak(Optimizer):
+    """Moves parameters by Polyak's rule, no further than a thousandth of their norm.
+
+    Args:
+        params: to move.
+        lr: share of the loss that a step is to take away, to first order.
+
+    >>> w = torch.nn.Parameter(torch.full((1,), 1000.0))
+    >>> w.grad = torch.full((1,), 2.0)  # of a loss of 1
+    >>> Polyak([w], lr=0.5).step(lambda: torch.tensor(1.0))
+    >>> w.item()
+    999.75
+    """
+
+    needs_loss = True  # handed over as the closure of a step
+
+    def __init__(self, params: Iterable[Any], lr: float = 0.5) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> None:  # type: ignore[override]
+        """Take a step.
+
+        Args:
+            closure: returns the loss whose gradients the parameters have.
+        """
+        for group in self.param_groups:
+            moving = [p for p in group["params"] if p.grad is not None]
+            if not moving:
+                continue
+            gradients = [p.grad for p in moving]
+            square = torch.nn.utils.get_total_norm(gradients).square()
+            weights = torch.nn.utils.get_total_norm(group["params"])
+            loss = closure().to(square)
+            scale = polyak_length(loss, square, weights, group["lr"])
+            steps = [gradient * scale.to(gradient.device) for gradient in gradients]
+            torch._foreach_sub_(moving, steps)
+
+
+def _fused(kind: Any, parameters: list[Tensor], lr: float, **settings: Any) -> Optimizer:
+    """Make an optimizer in its fastest form, fused where torch has it."""
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    made: Optimizer = kind(parameters, lr=lr, fused=fused, **settings)
+    return made
+
+
+def _sgd_step(weights: list[Tensor], gradients: list[Tensor], lr: float) -> list[Tensor]:
+    """Return ``w - lr g``."""
+    return list(torch._foreach_add(weights, gradients, alpha=-lr))
+
+
+def _signed_step(
+    share: float, weights: list[Tensor], gradients: list[Tensor], lr: float
+) -> list[Tensor]:
+    """Return ``w - lr g / (share |g| + eps)``, the first step of Adam (1) and RMSprop (0.1)."""
+    sizes = list(torch._foreach_abs(gradients))
+    if share != 1:
+        torch._foreach_mul_(sizes, share)
+    torch._foreach_add_(sizes, _EPS)
+    return list(torch._foreach_addcdiv(weights, gradients, sizes, value=-lr))
+
+
+_ADAM = Rule(  # AdamW without decay is Adam
+    partial(_fused, optim.AdamW, weight_decay=0.0), partial(_signed_step, 1.0), 2
+)
+
+OPTIMIZERS: dict[str, Rule] = {
+    "adam": _ADAM,
+    "adamw": _ADAM,
+    "sgd": Rule(partial(_fused, optim.SGD), _sgd_step, 0),
+    "rmsprop": Rule(
+        lambda parameters, lr: optim.RMSprop(parameters, lr=lr, foreach=True),
+        partial(_signed_step, 0.1),  # sqrt(1 - 0.99)
+        2,
+    ),
+    "polyak": Rule(Polyak, moments=1, length=polyak_length),
+}
+"""Optimizers by name; add your own :class:`Rule` before you make settings with its name.
+
+>>> OPTIMIZERS["sgd"].factory([nn.Parameter(torch.ones(1))], 0.1).param_groups[0]["lr"]
+0.1
+"""
+
+
+def rule_of(optimizer: str | OptimizerFactory) -> Rule | None:
+    """Return the rule of a named optimizer, ``None`` of a callable.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if callable(optimizer):
+        return None
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(unknown("optimizer", optimizer, OPTIMIZERS))
+    return OPTIMIZERS[optimizer]
+
+
+def optimizer_factory(optimizer: str | OptimizerFactory, lr: float) -> OptimizerFactory:
+    """Return a function that makes the optimizer for given parameters.
+
+    Args:
+        optimizer: a name (no weight decay, whatever torch's default), or a callable such as
+            ``lambda p: torch.optim.SGD(p, lr=1e-3)``, whose own learning rate counts.
+        lr: learning rate of a named optimizer; of ``"polyak"``, the share of the loss that a step
+            is to take away.
+
+    Raises:
+        ValueError: the name is unknown or ``lr`` is negative.
+
+    >>> optimizer_factory("sgd", 0.1)([nn.Parameter(torch.ones(1))]).param_groups[0]["lr"]
+    0.1
+    """
+    if callable(optimizer):
+        return optimizer
+    rule = rule_of(optimizer)
+    assert rule is not None
+    if lr < 0:
+        raise ValueError(f"Expected lr >= 0, got {lr}.")
+    return lambda parameters: rule.factory(list(parameters), lr)
+
+
+class OnlyStep:
+    """A step from no moments, where no other follows: neither a copy nor an optimizer is made.
+
+    Args:
+        rule: with a closed form of its first step, or with a length.
+        lr: learning rate.
+
+    >>> w = nn.Parameter(torch.ones(1))
+    >>> OnlyStep(OPTIMIZERS["sgd"], 0.5).backward(w.sum(), {"w": w})
+    ({'w': tensor([0.5000])}, tensor(0.5000))
+    """
+
+    def __init__(self, rule: Rule, lr: float) -> None:
+        self._rule = rule
+        self._lr = lr
+
+    def backward(
+        self, loss: Tensor, parameters: Mapping[str, nn.Parameter]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Go back from the loss; return the moved weights of the parameters that it depends on.
+
+        Returns:
+            The weights by name, and their norm, which is finite if they are.
+        """
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        pairs = zip(parameters, found, strict=True)
+        gradients = {name: full_precision(g) for name, g in pairs if g is not None}
+        if not gradients:
+            return {}, loss
+        source = {name: full_precision(p.detach()) for name, p in parameters.items()}
+        weights, given = [source[name] for name in gradients], list(gradients.values())
+        if self._rule.first_step is not None:
+            moved = self._rule.first_step(weights, given, self._lr)
+        else:
+            moved = self._by_length(list(source.values()), weights, given, loss.detach())
+        norm = torch.nn.utils.get_total_norm(moved)
+        kept = {n: m.to(parameters[n].dtype) for n, m in zip(gradients, moved, strict=True)}
+        return kept, norm
+
+    def _by_length(
+        self, every: list[Tensor], weights: list[Tensor], gradients: list[Tensor], loss: Tensor
+    ) -> list[Tensor]:
+        """Return weights moved by gradients of a length that depends on every weight's norm."""
+        assert self._rule.length is not None
+        norm = torch.nn.utils.get_total_norm(gradients)
+        size = torch.nn.utils.get_total_norm(every).to(norm)
+        scale = self._rule.length(loss.to(norm), norm.square(), size, self._lr)
+        moved = [gradient * -scale.to(gradient.device) for gradient in gradients]
+        torch._foreach_add_(moved, weights)
+        return moved
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """Return a float32 copy of a half-precision tensor, any other tensor itself."""
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+class Updater:
+    """Moves parameters by an optimizer of its own.
+
+    Half-precision parameters are moved through float32 masters: a step of 5e-6 would otherwise be
+    lost in their rounding.
+
+    Args:
+        parameters: to move.
+        factory: makes the optimizer.
+        clip: largest total gradient norm, or ``None``.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], factory: OptimizerFactory, clip: float | None
+    ) -> None:
+        self._parameters = parameters
+        self._masters = [_master(p) for p in parameters]
+        self.optimizer = factory(self._masters)
+        self._needs_loss = getattr(self.optimizer, "needs_loss", False)
+        self._clip = clip
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The present values in full precision."""
+        return [master.detach() for master in self._masters]
+
+    def step(self, gradients: Sequence[Tensor | None], loss: Tensor | None = None) -> None:
+        """Apply one step to the parameters; ``loss`` is what the gradients are of."""
+        full = [None if g is None else full_precision(g) for g in gradients]
+        if self._clip is not None:  # not in place: gradients may share memory
+            norm = torch.nn.utils.get_total_norm([g for g in full if g is not None])
+            scale = (self._clip / (norm + 1e-6)).clamp(max=1.0)
+            full = [None if g is None else g * scale.to(g.device) for g in full]
+        for master, gradient in zip(self._masters, full, strict=True):
+            master.grad = None if gradient is None else _laid_out(gradient, master)
+        if self._needs_loss:
+            assert loss is not None
+            self.optimizer.step(loss.detach)  # type: ignore[arg-type]
+        else:
+            self.optimizer.step()
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            master.grad = None
+            if master is not parameter:
+                parameter.data.copy_(master.data)
+
+    def state(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """Return a copy of the optimizer's state and of the masters, for :meth:`load`."""
+        optimizer: dict[str, Any] = _cloned(self.optimizer.state_dict())
+        return optimizer, [value.clone() for value in self._own()]
+
+    def load(self, state: tuple[dict[str, Any], list[Tensor]]) -> None:
+        """Go back to a state; parameters that have no master are put back by their owner."""
+        optimizer, masters = state
+        self.optimizer.load_state_dict(optimizer)
+        for master, value in zip(self._own(), masters, strict=True):
+            master.copy_(value)
+
+    def _own(self) -> list[Tensor]:
+        """Return the masters that are not the parameters themselves."""
+        pairs = zip(self._parameters, self._masters, strict=True)
+        return [master.data for parameter, master in pairs if master is not parameter]
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().float()) if parameter.dtype in HALF else parameter
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """Return a gradient that lies in memory as its parameter does: fused optimizers rely on it."""
+    if gradient.stride() == like.stride():
+        return gradient
+    return torch.empty_like(like, requires_grad=False).copy_(gradient)
+
+
+def _cloned(value: Any) -> Any:
+    """Copy nested state: tensors are cloned."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _cloned(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_cloned(item) for item in value]
+    return value

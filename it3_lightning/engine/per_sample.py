@@ -1,0 +1,421 @@
+"""Scope `sample`: every sample of a batch gets its own adapted weights, as if it had come alone.
+
+The loop over batches of one is the reference. Where a fast path adapts to many samples at once with
+the same result, and in less time, it is taken; which of both is found out on a few samples, and
+again where the conditions change.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from it3_lightning.engine import fast
+from it3_lightning.engine.adapter import BatchAdapter
+from it3_lightning.engine.restore import Snapshot, without_side_effects
+from it3_lightning.engine.result import Adaptation, merged, replaced
+from it3_lightning.engine.settings import Settings
+from it3_lightning.engine.trees import batch_size, cast_like, taken
+from it3_lightning.engine.types import (
+    Answer,
+    Enters,
+    Forward,
+    InputsIn,
+    Isolation,
+    Plain,
+    ToLabel,
+    as_given,
+)
+
+_LOOPED = 2  # samples that the loop is timed and compared on: its cost is always the same
+_MOST = 64  # samples that tell how fast many at once are
+_DOUBTFUL = 3.0  # times as long as the loop: a first run may take, which allocates and compares
+_ROUNDING = 1e3  # units of rounding that the backends' outputs may lie apart, at least
+_MOVEMENT = 0.02  # or this share of how far the steps moved them
+_ROUGHLY = 0.5  # the same in low precision, where Adam makes whole steps of rounding errors
+_LOW = 1e-3  # unit of rounding of TF32; half precision has larger ones
+_ALWAYS = 2**62  # samples: whatever their number
+
+
+@dataclass(frozen=True)
+class BackendSelection:
+    """The backend taken.
+
+    Args:
+        backend: its name.
+        chunk_size: samples that are vectorised at once.
+        tried: the number of samples it was selected by.
+        reason: why, in words.
+    """
+
+    backend: Literal["vectorised", "loop"]
+    chunk_size: int
+    tried: int
+    reason: str
+
+    def serves(self, size: int) -> bool:
+        """Whether it still holds for batches of this size, or should be made anew."""
+        return min(size, self.chunk_size, _MOST) < 2 * self.tried
+
+    def __str__(self) -> str:
+        return f"backend {self.backend!r}: {self.reason}"
+
+
+class SampleAdapter:
+    """Adapts a module to each sample of one batch after another.
+
+    Args:
+        module: whose parameters adapt.
+        forward: ``(inputs, prior) -> outputs (B, ...)``, ``prior=None`` being the neutral one.
+        to_label: brings outputs into label space, ``(B, C, ...)``.
+        settings: how to adapt.
+        enters: see :class:`~it3_lightning.engine.BatchAdapter`, as of the others.
+        isolation: likewise.
+
+    Attributes:
+        selected: the adapting parameters by name.
+        backend_selection: the backend of the last batch; ``None`` before the first.
+
+    Raises:
+        ValueError: the selection of parameters matches nothing.
+
+    >>> net, x = nn.Linear(1, 1, bias=False), torch.tensor([[1.0], [2.0]])
+    >>> _ = nn.init.ones_(net.weight)
+    >>> def forward(x, prior):  # knows the second prediction: half of the first
+    ...     return net(x) if prior is None else prior / 2
+    >>> settings = Settings(scope="sample", lr=0.1, optimizer="sgd")
+    >>> with SampleAdapter(net, forward, lambda y: y, settings).adapted(x) as adaptation:
+    ...     adaptation.outputs.flatten()  # w = 1 - 0.1 x^2 / 2, each by its own x
+    tensor([0.9500, 1.6000])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        to_label: ToLabel,
+        settings: Settings,
+        *,
+        enters: Enters = MappingProxyType({}),
+        isolation: Isolation = nullcontext,
+        inputs_in: InputsIn = as_given,
+    ) -> None:
+        self._module = module
+        self._settings = settings
+        self._forward = forward
+        self._isolation = isolation
+        given: dict[str, Any] = {"enters": enters, "isolation": isolation, "inputs_in": inputs_in}
+        alone = replace(settings, scope="batch", gate=None, compile=False)
+        self._alone = BatchAdapter(module, forward, to_label, alone, **given)
+        still = replace(alone, steps=0, measure=settings.measure or settings.gate is not None)
+        self._still = BatchAdapter(module, forward, to_label, still, **given)
+        self.selected = self._alone.selected
+        self._fast = fast.path("vmap")
+        self._vectorised: Callable[[Any, Answer], Adaptation] | None = None
+        if self._fast is not None and settings.method.vmappable:
+            network = self._alone.network
+            self._vectorised = self._fast.Vectorised(module, self.selected, network, settings)
+        self._known: dict[Any, BackendSelection] = {}  # by the conditions they were made under
+        self.backend_selection: BackendSelection | None = None
+        self._like: Any = None  # outputs and answers of the loop, in their data types
+
+    def restart(self) -> None:
+        """Do nothing: no sample leaves anything to the next."""
+
+    @contextmanager
+    def adapted(self, inputs: Any, answer: Answer | None = None) -> Iterator[Adaptation]:
+        """Adapt to each sample and run the body, with the source weights in place.
+
+        Args:
+            inputs: what ``forward`` takes: tensors ``(B, ...)``, possibly nested. Never labels.
+            answer: what to run with each sample's adapted weights: inputs to outputs ``(B, ...)``
+                and what becomes :attr:`Adaptation.answers`. Default: the neutral forward pass.
+        """
+        with torch.inference_mode(False), torch.no_grad():  # samples taken out must be ordinary
+            adaptation = self._adapt(inputs, answer or Plain(self._forward))
+        yield adaptation
+
+    def _adapt(self, inputs: Any, answer: Answer) -> Adaptation:
+        if self._settings.steps == 0:
+            return self._source(inputs, answer)
+        if self._settings.gate is None:
+            return self._each(inputs, answer)
+        return self._gated(inputs, answer, self._settings.gate)
+
+    def _source(self, inputs: Any, answer: Answer) -> Adaptation:
+        """Predict with the source weights; measure the samples whose prediction is finite."""
+        with self._still.adapted(inputs, answer) as source:
+            pass
+        if source.reason is None or source.outputs is None:
+            return source
+        rows = source.outputs.isfinite().flatten(1).all(1).nonzero()[:, 0].tolist()
+        if not rows:
+            return source
+        with self._still.adapted(taken(inputs, rows), answer) as finite:
+            pass
+        both = replaced(source, finite, rows)
+        return replace(both, outputs=source.outputs, answers=source.answers)
+
+    def _gated(self, inputs: Any, answer: Answer, gate: float) -> Adaptation:
+        """Adapt to the samples beyond the gate; the others keep the source prediction."""
+        source = self._source(inputs, answer)
+        if source.distance_source is None:  # no sample is finite
+            return source
+        within = source.distance_source <= gate
+        rows = (~within.cpu() & ~source.skipped).nonzero()[:, 0].tolist()
+        source = replace(
+            source,
+            reliable=torch.zeros_like(within),
+            gated=within.cpu(),
+            distance_adapted=source.distance_adapted if self._settings.measure else None,
+        )
+        if not rows:
+            return source
+        return replaced(source, self._each(taken(inputs, rows), answer), rows)
+
+    def _each(self, inputs: Any, answer: Answer) -> Adaptation:
+        """Adapt to each sample by the backend that serves these conditions."""
+        size, conditions = batch_size(inputs), self._conditions(inputs)
+        known = self._known.get(conditions)
+        if known is None or not known.serves(size):
+            adaptation, known = self._selecting(inputs, answer)
+        elif known.backend == "loop":
+            adaptation = self._looped(inputs, answer)
+        else:
+            adaptation, known = self._at_once(inputs, answer, known)
+        self._known[conditions] = self.backend_selection = known
+        if known.backend == "loop" and self._vectorised is not None:
+            self._vectorised.release()  # type: ignore[attr-defined]
+        return adaptation
+
+    def _looped(self, inputs: Any, answer: Answer) -> Adaptation:
+        """Adapt to one sample after the other: the reference."""
+        return merged([self._one(inputs, i, answer) for i in range(batch_size(inputs))])
+
+    def _one(self, inputs: Any, index: int, answer: Answer) -> Adaptation:
+        with self._alone.adapted(taken(inputs, range(index, index + 1)), answer) as adaptation:
+            pass
+        self._like = tree_map(_empty, (adaptation.outputs, adaptation.answers))
+        return replace(adaptation, weights={})
+
+    def _at_once(
+        self, inputs: Any, answer: Answer, selection: BackendSelection
+    ) -> tuple[Adaptation, BackendSelection]:
+        """Adapt to many samples at once, to fewer where memory runs out; else one by one."""
+        parts: list[Adaptation] = []
+        size, start, chunk = batch_size(inputs), 0, selection.chunk_size
+        while start < size:
+            stop = min(start + chunk, size)
+            try:
+                parts.append(self._chunk(taken(inputs, range(start, stop)), answer))
+                start = stop
+            except Exception as error:  # of a batch unlike the one the selection was made by
+                if _out_of_memory(error) and stop - start > 1:
+                    chunk = max(1, (stop - start) // 2)
+                    self._halved(chunk)
+                    continue
+                looped = self._looped(inputs, answer)  # raises what is no fault of torch.func
+                return looped, _fallen_back(chunk, _in_words(error))
+        return merged(parts), replace(selection, chunk_size=chunk)
+
+    def _halved(self, chunk: int) -> None:
+        assert self._vectorised is not None
+        self._vectorised.release()  # type: ignore[attr-defined]
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"Memory ran out: no more than {chunk} sample(s) are adapted to at once from now on. "
+            f"Give chunk_size={chunk} to begin so, or a smaller memory.",
+            stacklevel=2,
+        )
+
+    def _chunk(self, inputs: Any, answer: Answer) -> Adaptation:
+        """Adapt to all samples by ``torch.func``; what goes wrong in the end keeps the source."""
+        assert self._vectorised is not None
+        snapshot = Snapshot(self._module)
+        with without_side_effects(snapshot, self._isolation):
+            snapshot.detach_parameters()
+            adaptation = self._vectorised(inputs, answer)
+        assert adaptation.outputs is not None
+        outputs, answers = cast_like((adaptation.outputs, adaptation.answers), self._like)
+        source = cast_like(adaptation.source_outputs, outputs)
+        adaptation = replace(adaptation, outputs=outputs, answers=answers, source_outputs=source)
+        bad = ~outputs.isfinite().flatten(1).all(1).cpu() & ~adaptation.skipped
+        if not bad.any():
+            return adaptation
+        rows = bad.nonzero()[:, 0].tolist()
+        kept = self._source(taken(inputs, rows), answer)
+        kept = replace(
+            kept,
+            skipped=torch.ones_like(kept.skipped),
+            reason="non-finite output",
+            distance_source=None,
+            distance_adapted=None,
+            reliable=None,
+        )
+        return replaced(adaptation, kept, rows)
+
+    # Backend selection
+
+    def _conditions(self, inputs: Any) -> Any:
+        """Return what a selection was made under; where it changes, another one is made."""
+        device = next(iter(self.selected.values())).device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        modes = tuple(layer.training for layer in self._module.modules())
+        return tuple(map(_kind, tree_leaves(inputs))), modes, autocast
+
+    def _selecting(self, inputs: Any, answer: Answer) -> tuple[Adaptation, BackendSelection]:
+        """Adapt to a batch, and select the backend meanwhile: what is tried is not done twice."""
+        reason = self._why_loop()
+        if reason is not None:
+            return self._looped(inputs, answer), BackendSelection("loop", 1, _ALWAYS, reason)
+        size, chunk = batch_size(inputs), self._chunk_size(inputs)
+        few, looping = [], float("inf")
+        for index in range(min(size, _LOOPED)):
+            one, seconds = _timed(partial(self._one, inputs, index, answer))
+            few.append(one)
+            looping = min(looping, seconds)
+        expected = merged(few)
+        many = taken(inputs, range(min(size, chunk)))
+        try:
+            found, seconds = _timed(partial(self._chunk, many, answer))
+        except Exception as error:  # torch.func has no class of errors of its own
+            if _out_of_memory(error) and batch_size(many) > 1:
+                asked = BackendSelection("vectorised", chunk, _LOOPED, "memory ran out at first")
+                return self._at_once(inputs, answer, asked)
+            looped = self._rest(inputs, answer, few)
+            return looped, _fallen_back(chunk, _in_words(error))
+        together = seconds / batch_size(many)
+        apart = _apart(expected, found)
+        if apart is None:
+            reason = "no finite sample yet to compare by"
+            return self._rest(inputs, answer, few), BackendSelection("loop", chunk, 0, reason)
+        if not apart[0] <= apart[1]:
+            cause = f"its outputs differ by {apart[0]:.2g}, where {apart[1]:.2g} may be rounding."
+            return self._rest(inputs, answer, few), _fallen_back(chunk, cause)
+        tried = min(batch_size(many), _MOST)
+        if self._settings.backend == "auto" and looping < together < _DOUBTFUL * looping:
+            found, seconds = _timed(partial(self._chunk, many, answer))
+            together = seconds / batch_size(many)
+        slower = self._settings.backend == "auto" and looping < together
+        reason = f"loop {1e3 * looping:.3g}, vectorised {1e3 * together:.3g} ms a sample, {tried}"
+        reason = f"{reason} at once" if self._settings.backend == "auto" else "as asked for"
+        selection = BackendSelection("loop" if slower else "vectorised", chunk, tried, reason)
+        rest = range(batch_size(many), size)
+        if not rest:
+            return found, selection
+        if slower:
+            return merged([found, self._looped(taken(inputs, rest), answer)]), selection
+        others, selection = self._at_once(taken(inputs, rest), answer, selection)
+        return merged([found, others]), selection
+
+    def _why_loop(self) -> str | None:
+        """Say why the loop is taken without a trial."""
+        if self._settings.backend == "loop":
+            return "as asked for"
+        if self._fast is None:
+            return "fast paths are turned off"
+        if self._vectorised is None:
+            return f"{type(self._settings.method).__name__} asks for further passes"
+        return None
+
+    def _rest(self, inputs: Any, answer: Answer, few: list[Adaptation]) -> Adaptation:
+        """Adapt to the samples after the first few, one by one."""
+        rest = range(len(few), batch_size(inputs))
+        return merged([*few, *(self._one(inputs, index, answer) for index in rest)])
+
+    def _chunk_size(self, inputs: Any) -> int:
+        """Return how many samples are adapted to at once."""
+        size = self._settings.chunk_size
+        if size != "auto":
+            return size
+        assert self._fast is not None
+        with self._fast.plain_attention(self._module):
+            count = partial(self._fast.bytes_kept, module=self._module)
+            kept = self._alone.bytes_of_step(taken(inputs, range(1)), count)
+        return int(self._fast.samples_at_once(self._settings, self.selected.values(), kept))
+
+
+def _fallen_back(chunk_size: int, cause: str) -> BackendSelection:
+    """Return the loop, for good, and warn why."""
+    cause = " ".join(cause.split())[:300]
+    warnings.warn(
+        f"The network cannot be vectorised, so samples are adapted to one by one. {cause} "
+        "(backend='loop' says so at once.)",
+        stacklevel=2,
+    )
+    return BackendSelection("loop", chunk_size, _ALWAYS, f"cannot be vectorised: {cause}")
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error says so: of an accelerator, of the CPU's allocator, of Python."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def _apart(expected: Adaptation, found: Adaptation) -> tuple[float, float] | None:
+    """Return by how much the outputs differ of samples that both have, and what is allowed."""
+    count = min(expected.skipped.numel(), found.skipped.numel())
+    kept = (expected.outputs, expected.source_outputs, found.outputs)
+    theirs, source, mine = (t[:count] for t in kept if t is not None)
+    finite = mine.isfinite() & theirs.isfinite() & source.isfinite()
+    if not finite.any():
+        return None
+    mine, theirs, source = (t[finite].double() for t in (mine, theirs, source))
+    spread = theirs.std(correction=0) + 1e-3 * theirs.abs().mean() + 1e-12
+    moved = (theirs - source).abs().max()
+    unit = _unit(expected.outputs, found.outputs)
+    share = _MOVEMENT if unit < _LOW else _ROUGHLY
+    allowed = torch.maximum(min(_ROUNDING * unit, 0.05) * spread, share * moved)
+    return float((mine - theirs).abs().max()), float(allowed)
+
+
+def _unit(*outputs: Tensor | None) -> float:
+    """Return the unit of rounding of the arithmetic that made these outputs."""
+    units = [_LOW if t.device.type != "cpu" else 0.0 for t in outputs if t is not None]
+    units += [torch.finfo(t.dtype).eps for t in outputs if t is not None]
+    for device in {t.device.type for t in outputs if t is not None}:
+        if torch.is_autocast_enabled(device):
+            units.append(torch.finfo(torch.get_autocast_dtype(device)).eps)
+    return max(units)
+
+
+def _timed(run: Callable[[], Adaptation]) -> tuple[Adaptation, float]:
+    """Return what comes of a run, and the seconds it took."""
+    _wait()
+    started = time.perf_counter()
+    result = run()
+    _wait()
+    return result, time.perf_counter() - started
+
+
+def _wait() -> None:
+    """Wait until the accelerator has done what it was told."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+
+
+def _kind(leaf: Any) -> Any:
+    """Return what inputs of a kind have in common, whatever their number."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape[1:], leaf.dtype, leaf.device
+    return type(leaf)
+
+
+def _empty(leaf: Any) -> Any:
+    return leaf.new_empty(0) if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,241 @@
+"""Restore: snapshot of a module, swapped weights, norm statistics, random state; all put back.
+
+Parameters are held by reference, not copied: adaptation puts *other* storage behind a parameter, so
+putting the first one back is exact and costs nothing. Buffers are small and may be written in
+place, so they are cloned.
+"""
+
+from __future__ import annotations
+
+import cmath
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from it3_lightning.engine.types import Isolation, NormStats
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all elements are finite: then so is their sum, unless it overflows.
+
+    >>> import torch
+    >>> all_finite(torch.full((2,), 3e38)), all_finite(torch.tensor([0.0, torch.nan]))
+    (True, False)
+    """
+    total = values.detach().sum() if values.numel() > 1 else values
+    return cmath.isfinite(total.item()) or bool(values.isfinite().all())
+
+
+class Snapshot:
+    """What a module was, to be put back bit for bit.
+
+    Attributes and gradients are kept by reference: what is written *into* them stays.
+
+    Args:
+        module: of which everything is noted; only buffers are copied.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> before = layer.weight.item()
+    >>> snapshot = Snapshot(layer)
+    >>> layer.weight.data = torch.ones(1, 1)
+    >>> snapshot.restore()
+    >>> layer.weight.item() == before
+    True
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        owners = list(module.modules())
+        self.parameters = list(
+            {id(p): p for owner in owners for p in _parameters_of(owner)}.values()
+        )
+        self._saved = [(p, p.data, p.requires_grad, p.grad) for p in self.parameters]
+        self._attributes = [(owner, dict(vars(owner))) for owner in owners]
+        self._buffers = [(owner, dict(owner._buffers), _copies(owner._buffers)) for owner in owners]
+
+    def restore(self) -> None:
+        """Put everything back, outside inference mode, so that no inference tensor stays."""
+        with torch.inference_mode(False):
+            self.restore_parameters()
+            self.restore_buffers()
+        self.restore_attributes()
+
+    def detach_parameters(self) -> None:
+        """Let no parameter need a gradient or have one, until it is put back."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def restore_attributes(self) -> None:
+        """Put back each attribute that was set, replaced or removed, and so every mode."""
+        for owner, before in self._attributes:
+            now = vars(owner)
+            same = list(now) == list(before)
+            if same and all(map(operator.is_, now.values(), before.values())):
+                continue
+            for name in [name for name in now if name not in before]:
+                del now[name]
+            now.update(before)
+
+    def restore_modes(self) -> None:
+        """Put each submodule back into training or evaluation mode, as it was."""
+        for owner, before in self._attributes:
+            mode = before.get("training")  # a compiled module keeps it elsewhere
+            if mode is not None and owner.training is not mode:
+                owner.training = mode
+
+    def restore_parameters(self) -> None:
+        """Put the first storage back behind each parameter, with its flags and its gradient."""
+        for parameter, data, _, _ in self._saved:
+            parameter.data = data
+        self.restore_flags()
+
+    def restore_flags(self) -> None:
+        """Put back ``requires_grad`` and ``.grad`` of each parameter."""
+        for parameter, _, requires_grad, gradient in self._saved:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+    def restore_buffers(self) -> None:
+        """Put each buffer's tensor back, and its values into it; remove new ones."""
+        for owner, tensors, values in self._buffers:
+            now = owner._buffers
+            for name in [name for name in now if name not in tensors]:
+                del now[name]
+            now.update(tensors)
+            for name, copy in values.items():
+                _write(tensors[name], copy)
+
+
+def _parameters_of(owner: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in owner._parameters.values() if parameter is not None]
+
+
+def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {k: t.detach().clone() for k, t in buffers.items() if t is not None and _writable(t)}
+
+
+def _writable(tensor: Tensor) -> bool:
+    """Whether it can be written in place: not where elements share memory, as after ``expand``."""
+    if tensor.layout != torch.strided:
+        return True
+    shape = zip(tensor.shape, tensor.stride(), strict=True)
+    return all(stride > 0 or size <= 1 for size, stride in shape)
+
+
+def _write(tensor: Tensor | None, values: Tensor) -> None:
+    if tensor is not None:
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.copy_(values)
+
+
+@contextmanager
+def undisturbed_rng() -> Iterator[None]:
+    """Put the CPU's generator and the current accelerator's back on leaving.
+
+    >>> before = torch.get_rng_state()
+    >>> with undisturbed_rng():
+    ...     _ = torch.rand(3)
+    >>> torch.equal(before, torch.get_rng_state())
+    True
+    """
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cpu, device = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if device is not None:
+            torch.cuda.set_rng_state(device)
+
+
+@contextmanager
+def without_side_effects(snapshot: Snapshot, isolation: Isolation = nullcontext) -> Iterator[None]:
+    """Undo what passes write, outside inference mode and with gradients on.
+
+    Args:
+        snapshot: of the module that runs within.
+        isolation: undoes what else its passes do, as logging.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), undisturbed_rng(), isolation():
+        try:
+            yield
+        finally:
+            snapshot.restore_buffers()
+            snapshot.restore_attributes()
+            snapshot.restore_flags()
+            torch.clear_autocast_cache()
+
+
+Site = tuple[nn.Module, str, str]
+"""A module, what it calls a parameter, and the parameter's name in the network."""
+
+
+def sites_of(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Site]:
+    """Return every place where given parameters are registered, tied ones included.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> sites_of(nn.Sequential(layer), {"0.bias": layer.bias})
+    [(Linear(in_features=1, out_features=1, bias=True), 'bias', '0.bias')]
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return [
+        (owner, key, names[id(parameter)])
+        for owner in module.modules()
+        for key, parameter in owner._parameters.items()
+        if id(parameter) in names
+    ]
+
+
+class Sites:
+    """Puts other tensors in every place where given parameters are registered.
+
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> sites = Sites(layer, {"weight": layer.weight})
+    >>> with sites.swapped({"weight": layer.weight.detach() + 1}):
+    ...     inside = layer.weight.requires_grad
+    >>> inside, layer.weight.requires_grad
+    (False, True)
+    """
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._sites = sites_of(module, parameters)
+
+    @contextmanager
+    def swapped(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put these tensors in the parameters' places; gradients stop at those that need none."""
+        before = [owner._parameters[key] for owner, key, _ in self._sites]
+        try:
+            for owner, key, name in self._sites:
+                owner._parameters[key] = tensors[name]  # type: ignore[assignment]
+            yield
+        finally:
+            for (owner, key, _), parameter in zip(self._sites, before, strict=True):
+                owner._parameters[key] = parameter
+
+
+@contextmanager
+def norm_statistics(module: nn.Module, norm_stats: NormStats) -> Iterator[None]:
+    """Let BatchNorm layers normalise by the batch at hand; running statistics are never written.
+
+    Args:
+        module: whose BatchNorm layers.
+        norm_stats: ``"source"`` leaves them as they are; ``"batch"`` uses the current batch.
+    """
+    layers = batch_norms(module) if norm_stats == "batch" else []
+    before = [(layer.training, layer.track_running_stats) for layer in layers]
+    try:
+        for layer in layers:
+            layer.training, layer.track_running_stats = True, False
+        yield
+    finally:
+        for layer, (training, tracking) in zip(layers, before, strict=True):
+            layer.training, layer.track_running_stats = training, tracking
+
+
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers of a module, of any dimension."""
+    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]

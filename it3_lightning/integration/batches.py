@@ -1,0 +1,143 @@
+"""Where a batch keeps inputs and target: in tuples, mappings, dataclasses, objects and graphs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from it3_lightning.utils.graphs import is_graph, label_of, relabelled, unlabelled
+
+INPUT_NAMES = ("input", "inputs", "image", "images", "x", "features", "data", "pixel_values")
+
+
+TARGET_NAMES = ("target", "targets", "label", "labels", "y", "mask", "masks", "class")
+
+
+def inputs_of(batch: Any) -> Any:
+    """Return the inputs of a batch: the first entry, or the one with a usual name.
+
+    A batch of graphs is its own input, and so is any graph in the inputs, without its target.
+
+    Raises:
+        ValueError: there is none.
+
+    >>> inputs_of({"image": 1, "label": 2})
+    1
+    """
+    if isinstance(batch, Tensor):
+        return batch
+    return unlabelled(batch if is_graph(batch) else _entry(batch, "inputs", INPUT_NAMES, 0))
+
+
+def target_of(batch: Any) -> Any:
+    """Return the target of a batch: the second entry, or the one with a usual name.
+
+    Raises:
+        ValueError: there is none.
+
+    >>> target_of((1, 2))
+    2
+    """
+    if is_graph(batch):
+        return _label(batch)
+    return _entry(batch, "target", TARGET_NAMES, 1)
+
+
+def with_inputs(batch: Any, inputs: Any) -> Any:
+    """Return a copy of the batch with other inputs; the given one is not changed.
+
+    Raises:
+        ValueError: the batch has no inputs.
+
+    >>> with_inputs([1, 2], 5)
+    [5, 2]
+    """
+    if isinstance(batch, Tensor):
+        return inputs
+    if is_graph(batch):
+        return relabelled(inputs, batch)
+    if hasattr(batch, "_replace"):  # a named tuple
+        return batch._replace(**{_field(batch, "inputs", INPUT_NAMES, 0): inputs})
+    if isinstance(batch, tuple | list):
+        _at(batch, "inputs", 0)
+        return type(batch)([inputs, *batch[1:]])
+    changed: Any = copy.copy(batch)
+    if isinstance(batch, Mapping):
+        changed[_name(batch, "inputs", INPUT_NAMES, list(batch))] = inputs
+        return changed
+    name = _field(batch, "inputs", INPUT_NAMES, 0)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return dataclasses.replace(batch, **{name: inputs})
+    setattr(changed, name, inputs)
+    return changed
+
+
+def _label(graph: Any) -> Any:
+    label = label_of(graph)
+    if label is None:
+        raise ValueError(_missing(graph, "target", "no y"))
+    return label
+
+
+def _entry(batch: Any, kind: str, names: tuple[str, ...], position: int) -> Any:
+    if isinstance(batch, Mapping):
+        return batch[_name(batch, kind, names, list(batch))]
+    if isinstance(batch, tuple | list) and not hasattr(batch, "_fields"):
+        return _at(batch, kind, position)
+    return getattr(batch, _field(batch, kind, names, position))
+
+
+def _at(batch: Sequence[Any], kind: str, position: int) -> Any:
+    if len(batch) > position:
+        return batch[position]
+    raise ValueError(_missing(batch, kind, f"{len(batch)} entries"))
+
+
+def _field(batch: Any, kind: str, names: tuple[str, ...], position: int) -> str:
+    """Return the name of an attribute; a named tuple without a usual name goes by position."""
+    if hasattr(batch, "_fields"):
+        fields = list(batch._fields)
+        usual = any(name in (*INPUT_NAMES, *TARGET_NAMES) for name in fields)
+        return _name(batch, kind, names, fields) if usual else str(_at(fields, kind, position))
+    if dataclasses.is_dataclass(batch):
+        return _name(batch, kind, names, [field.name for field in dataclasses.fields(batch)])
+    usual_names = (*INPUT_NAMES, *TARGET_NAMES)
+    present = [name for name in usual_names if getattr(batch, name, None) is not None]
+    return _name(batch, kind, names, present)
+
+
+def _name(batch: Any, kind: str, names: tuple[str, ...], present: list[Any]) -> str:
+    for name in names:
+        if name in present:
+            return name
+    raise ValueError(_missing(batch, kind, ", ".join(map(str, present)) or "no fields"))
+
+
+def _missing(batch: Any, kind: str, got: str) -> str:
+    return (
+        f"Cannot find the {kind} of a batch of type {type(batch).__name__} with {got}. Expected "
+        f"(inputs, target), or one of the names {', '.join(INPUT_NAMES)} and "
+        f"{', '.join(TARGET_NAMES)}. Override it3_inputs(batch) and it3_target(batch) otherwise."
+    )
+
+
+def normal(inputs: Any) -> Any:
+    """Return copies of inputs that can take part in a backward pass, as inference tensors cannot.
+
+    Always copies, so that a network that writes into its inputs spoils no batch. What else can
+    clone itself, as batches of graphs can, is cloned too.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return tree_map(_clone, inputs)
+
+
+def _clone(leaf: Any) -> Any:
+    """Return a copy of a tensor, or of another object that has a ``clone`` method."""
+    clone = getattr(leaf, "clone", None)
+    return clone() if callable(clone) and not isinstance(leaf, type) else leaf

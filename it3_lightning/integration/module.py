@@ -1,0 +1,300 @@
+"""Module with priors: what the library asks of one, adds to one, and takes any other one for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from it3_lightning.calibration import Calibration
+from it3_lightning.conditioning import Conditioning
+from it3_lightning.engine.selection import OWN
+from it3_lightning.integration import batches
+from it3_lightning.methods import TestTimeMethod
+from it3_lightning.priors import Prior
+from it3_lightning.priors.probabilities import OutputKind, probabilities
+from it3_lightning.utils.specs import built, spec
+
+
+def plain(value: Any) -> Any:
+    """Return a prior or a conditioning as what would make it again; all else stays.
+
+    So checkpoints hold plain data and load with ``weights_only=True``.
+
+    >>> from it3_lightning.priors import ClassPrior
+    >>> plain(ClassPrior(3))["class_path"], plain(3)
+    ('it3_lightning.priors.ClassPrior', 3)
+    """
+    return spec(value) if isinstance(value, Prior | Conditioning) else value
+
+
+@runtime_checkable
+class IT3Module(Protocol):
+    """A module that predicts with and without a prior."""
+
+    it3_prior: Prior
+
+    def it3_inputs(self, batch: Any) -> Any:
+        """Return the inputs of a batch, without its target."""
+
+    def predict_with(self, inputs: Any, prior: Tensor | None) -> Tensor:
+        """Return outputs ``(B, ...)`` given a prior in label space, or the neutral one."""
+
+    def it3_given(self, prior: Tensor | None) -> AbstractContextManager[None]:
+        """Condition every forward pass within on this prior, or on the neutral one."""
+
+
+def check_parts(module: object) -> None:
+    """Refuse a module that was given no prior or no conditioning.
+
+    Raises:
+        MisconfigurationException: one of its parts is ``None``.
+    """
+    parts = [
+        part for part in ("prior", "conditioning") if getattr(module, f"it3_{part}", 0) is None
+    ]
+    if parts:
+        name = type(module).__name__
+        raise MisconfigurationException(
+            f"{name} has no {' and no '.join(parts)}. Give both, for example "
+            f"{name}(..., prior=ClassPrior(10), conditioning=FeatureInjection('layer'))."
+        )
+
+
+class Conditioned(LightningModule):
+    """Adds a prior and its way into the network to the LightningModule it is mixed with.
+
+    Args:
+        prior: how labels and outputs become priors, or its ``class_path`` dict.
+        conditioning: how a prior enters the network, or its ``class_path`` dict.
+
+    Raises:
+        TypeError: ``prior`` or ``conditioning`` is something else.
+        ValueError: the conditioning names a layer that does not exist.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        prior: Prior | None = None,
+        conditioning: Conditioning | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = prior, conditioning
+        prior, conditioning = map(plain, given)  # what save_hyperparameters() finds here
+        super().__init__(*args, **kwargs)
+        self.it3_prior = built(given[0], Prior)  # type: ignore[type-abstract]
+        self.it3_conditioning = built(given[1], Conditioning)  # type: ignore[type-abstract]
+        self.it3_calibration = Calibration()
+        self._it3_attach(lazy=True)
+
+    # What a user calls or overrides
+
+    def it3_inputs(self, batch: Any) -> Any:
+        """Return the inputs of a batch; override for a batch of another shape."""
+        return batches.inputs_of(batch)
+
+    def it3_target(self, batch: Any) -> Any:
+        """Return the target of a batch; override for a batch of another shape."""
+        return batches.target_of(batch)
+
+    def it3_with_inputs(self, batch: Any, inputs: Any) -> Any:
+        """Return a copy of the batch with other inputs; override for a batch of another shape."""
+        return batches.with_inputs(batch, inputs)
+
+    def it3_forward(self, inputs: Any) -> Tensor:
+        """Return the network's outputs ``(B, ...)``; override where ``self(inputs)`` does not."""
+        outputs: Tensor = self(*inputs) if isinstance(inputs, tuple | list) else self(inputs)
+        return outputs
+
+    def predict_with(self, inputs: Any, prior: Tensor | None) -> Tensor:
+        """Run one forward pass on a prior, :math:`f(x, p)`.
+
+        Args:
+            inputs: of the network.
+            prior: ``(B, C, ...)`` in label space, as ``it3_prior`` makes it; ``None``: neutral.
+
+        Returns:
+            The network's outputs, ``(B, ...)``.
+        """
+        with self.it3_given(prior):
+            return self.it3_forward(inputs)
+
+    def it3_given(self, prior: Tensor | None) -> AbstractContextManager[None]:
+        """Condition every forward pass within on this prior, or on the neutral one (``None``)."""
+        return self.it3_parts()[1].given(prior)
+
+    def it3_parts(self) -> tuple[Prior, Conditioning]:
+        """Return prior and conditioning.
+
+        Raises:
+            MisconfigurationException: one of them was not given.
+        """
+        check_parts(self)
+        assert self.it3_prior is not None
+        assert self.it3_conditioning is not None
+        return self.it3_prior, self.it3_conditioning
+
+    # What Lightning calls
+
+    def configure_model(self) -> None:
+        """Attach the conditioning to what the module builds here."""
+        super().configure_model()
+        self._it3_attach(lazy=False)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights; a plain checkpoint may lack all ``it3_*`` keys, but no others.
+
+        What was kept before there was a calibration may lack that.
+        """
+        mine = OWN if not any(key.startswith(OWN) for key in state_dict) else "it3_calibration."
+        if strict:
+            own = {k: v for k, v in self.state_dict().items() if k.startswith(mine)}
+            state_dict = {**own, **state_dict}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the checkpoint plain data: priors and conditionings as ``class_path`` dicts."""
+        super().on_save_checkpoint(checkpoint)
+        hparams = checkpoint.get("hyper_parameters", {})
+        hparams.update({name: plain(value) for name, value in hparams.items()})
+
+    # How it works
+
+    def _it3_attach(self, *, lazy: bool) -> None:
+        """Attach the conditioning where it is complete; ``lazy``: its layers may still come."""
+        if self.it3_prior is None or self.it3_conditioning is None:
+            return
+        names = {name for name, _ in self.named_modules()}
+        if lazy and not names.issuperset(self.it3_conditioning.layers) and self._builds_later():
+            return
+        self.it3_conditioning.attach(self, self.it3_prior)
+
+    @classmethod
+    def _builds_later(cls) -> bool:
+        """Whether the module builds layers in a hook: ``configure_model`` or ``setup``."""
+        known = ("lightning.", "it3_lightning.")
+        own = [c for c in cls.__mro__ if not c.__module__.startswith(known)]
+        return any(name in vars(c) for c in own for name in ("configure_model", "setup"))
+
+
+_NEEDS_MIXIN = """Test-time adaptation needs a module that predicts with a prior; {name} does not.
+    wrong:  model = {name}(...)
+    right:  class IT3Net(IT3Mixin, {name}): pass
+            model = IT3Net(..., prior=ClassPrior(10), conditioning=FeatureInjection("layer"))"""
+
+
+_NEEDS_FORWARD = """{name} has no forward, so nothing tells how to predict from inputs alone.
+    wrong:  class IT3Net(IT3Mixin, {name}): pass
+    right:  class IT3Net(IT3Mixin, {name}):
+                def it3_forward(self, inputs):
+                    return self.net(inputs)  # as your steps do"""
+
+
+def checked_module(module: LightningModule, *, fitted: bool = True) -> IT3Module:
+    """Return the module as one that predicts with a prior.
+
+    Args:
+        module: of the Trainer.
+        fitted: whether its prior must know the targets already.
+
+    Raises:
+        MisconfigurationException: it cannot, or its prior does not know the targets yet.
+    """
+    if not isinstance(module, IT3Module):
+        raise MisconfigurationException(_NEEDS_MIXIN.format(name=type(module).__name__))
+    check_parts(module)
+    own = getattr(type(module), "it3_forward", None)
+    if type(module).forward is LightningModule.forward and own is Conditioned.it3_forward:
+        raise MisconfigurationException(_NEEDS_FORWARD.format(name=type(module).__name__))
+    if fitted and not module.it3_prior.fitted:
+        raise MisconfigurationException(
+            f"{type(module.it3_prior).__name__} does not know the mean and spread of the targets. "
+            "Give both to its constructor, train once, or load a checkpoint of a trained model."
+        )
+    return module
+
+
+class PlainModule:
+    """Any LightningModule, as what predicts without a prior.
+
+    Args:
+        module: as it is; its ``it3_inputs`` and ``it3_forward`` are used where it has them.
+        outputs: what it puts out: ``"logits"`` or ``"probabilities"`` of classes, ``(B, C, ...)``,
+            or one value per sample for class 1 of two.
+    """
+
+    def __init__(self, module: LightningModule, outputs: OutputKind) -> None:
+        self._module = module
+        self.it3_prior: Any = _Classes(outputs)
+
+    def it3_inputs(self, batch: Any) -> Any:
+        """Return the inputs of a batch."""
+        own = getattr(self._module, "it3_inputs", batches.inputs_of)
+        return own(batch)
+
+    def predict_with(self, inputs: Any, prior: Tensor | None) -> Tensor:
+        """Return outputs ``(B, ...)``; there is no prior to give."""
+        with self.it3_given(prior):
+            own = getattr(self._module, "it3_forward", None)
+            if own is not None:
+                outputs: Tensor = own(inputs)
+                return outputs
+            module = self._module
+            return module(*inputs) if isinstance(inputs, tuple | list) else module(inputs)  # type: ignore[no-any-return]
+
+    def it3_given(self, prior: Tensor | None) -> AbstractContextManager[None]:
+        """Do nothing; there is no prior to give.
+
+        Raises:
+            MisconfigurationException: one is given.
+        """
+        if prior is not None:
+            raise MisconfigurationException(_NEEDS_MIXIN.format(name=type(self._module).__name__))
+        return nullcontext()
+
+
+class _Classes:
+    """Outputs as probabilities, of as many classes as there are outputs."""
+
+    def __init__(self, outputs: OutputKind) -> None:
+        self._outputs: OutputKind = outputs
+
+    def from_output(self, output: Tensor) -> Tensor:
+        channels = output.shape[1] if output.ndim > 1 else 1
+        return probabilities(output, max(2, channels), self._outputs)
+
+
+def host_of(
+    module: LightningModule,
+    method: TestTimeMethod,
+    *,
+    outputs: OutputKind = "logits",
+    fitted: bool = True,
+) -> IT3Module:
+    """Return a module as what a method can predict with.
+
+    Args:
+        module: of the Trainer.
+        method: asks for a prior, or not.
+        outputs: what a module without a prior puts out.
+        fitted: whether its prior must know the targets already.
+
+    Raises:
+        MisconfigurationException: the method asks for a prior and the module cannot take one, its
+            prior does not know the targets yet, or nothing tells how to predict.
+    """
+    if method.needs_prior or isinstance(module, IT3Module):
+        return checked_module(module, fitted=fitted)
+    if type(module).forward is LightningModule.forward and not hasattr(module, "it3_forward"):
+        raise MisconfigurationException(
+            f"{type(module).__name__} has no forward, so nothing tells how to predict from inputs "
+            "alone. Give it one, or a method it3_forward(self, inputs)."
+        )
+    return PlainModule(module, outputs)

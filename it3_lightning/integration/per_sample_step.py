@@ -1,0 +1,357 @@
+"""Scope `sample` under a Trainer: the step runs once, and `self(...)` in it is intercepted.
+
+The step runs on the whole batch, with the source weights in place. What it asks the module for by
+``self(...)`` is computed with weights adapted to each sample, and answered in the structure that
+the module's ``forward`` returns.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from it3_lightning.engine import Adaptation, Settings, batch_size
+from it3_lightning.engine.restore import undisturbed_rng
+from it3_lightning.engine.trees import copied, taken
+from it3_lightning.engine.types import Answer, Plain
+from it3_lightning.integration.batches import normal
+from it3_lightning.integration.isolation import hooked_by, muted, patched
+from it3_lightning.integration.module import IT3Module
+from it3_lightning.integration.module_adapter import (
+    WhichPrediction,
+    adapter_of,
+    in_precision,
+    mean_prediction,
+    owned,
+)
+from it3_lightning.integration.output_tree import OutputTree
+from it3_lightning.utils.graphs import graph_count, is_graph
+
+_NEVER_ASKED = """{step} of {name} never called self(...), so nothing of it saw the adapted weights.
+    wrong:  logits = self.net(x)
+    right:  logits = self(x)  # with def forward(self, x): return self.net(x)
+scope='sample' answers self(...) with each sample's own weights. scope='batch' serves any step."""
+
+_BESIDE = """{step} of {name} ran {layer!r} by itself, and so with the source weights.
+scope='sample' answers only self(...) with each sample's own weights. scope='batch' serves any."""
+
+
+class Call(NamedTuple):
+    """A call of a module's ``forward``, all tensors ``(B, ...)``.
+
+    Args:
+        inputs: of the batch, which the weights adapt to.
+        args: of the call.
+        kwargs: of the call.
+        prior: that the caller gives; ``None``: none, or the neutral one.
+    """
+
+    inputs: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    prior: Tensor | None = None
+
+
+class PerSampleStep:
+    """Runs a step of scope ``"sample"``: its calls of ``self(...)`` are answered.
+
+    The weights adapt to what ``it3_inputs`` finds in the batch. A call with other arguments, such
+    as augmented views of as many samples, is answered with those weights; each such call adapts
+    anew. A call under ``self.it3_given(prior)``, as ``self.predict_with`` makes it, is answered
+    with that prior. What ``forward`` itself logs, counts or keeps on the module is not kept: it ran
+    for single samples, possibly inside ``torch.func``; log in the step.
+
+    Args:
+        module: whose step runs.
+        host: the same, as what predicts with a prior.
+        settings: how to adapt.
+        prediction: what ``self(...)`` returns: the ``"first"`` prediction, the ``"second"``, which
+            sees the first as its prior, or the ``"mean"`` of both.
+        step: name of the step.
+
+    Raises:
+        MisconfigurationException: the selection of parameters matches nothing, or the module has no
+            ``forward``.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        host: IT3Module,
+        settings: Settings,
+        *,
+        prediction: WhichPrediction = "first",
+        step: str = "step",
+    ) -> None:
+        self._names = {"step": step, "name": type(module).__name__}
+        if module.forward == LightningModule.forward.__get__(module):
+            raise MisconfigurationException(_NEVER_ASKED.format(**self._names))
+        self.adapter = adapter_of(module, host, settings, inputs_in=_inputs_in)
+        self._module = module
+        self._host = host
+        self._prediction = prediction
+        ids = {id(parameter) for parameter in self.adapter.selected.values()}
+        self._adapting = {
+            name: owner
+            for name, owner in list(module.named_modules())[1:]
+            if any(id(parameter) in ids for parameter in owner.parameters(recurse=False))
+        }
+
+    def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
+        """Run the step and return what it returned, and the adaptation to the inputs.
+
+        Raises:
+            MisconfigurationException: the step never calls the module.
+            ValueError: it calls it with another number of samples.
+        """
+        interception = _Interception(self._module, self._host, self._answer, normal(inputs))
+        with interception.listening(self._adapting):
+            output = step()
+        if not interception.answered:
+            raise MisconfigurationException(_NEVER_ASKED.format(**self._names))
+        if interception.ran:
+            rank_zero_warn(_BESIDE.format(**self._names, layer=interception.ran[0]))
+            self._adapting = {}  # once is enough
+        parts = [adaptation for *_, adaptation in interception.answered]
+        return output, replace(parts[0], seconds=sum(part.seconds for part in parts))
+
+    def _answer(
+        self, call: Call, given: bool, interception: _Interception
+    ) -> tuple[Any, Adaptation]:
+        """Return what ``forward`` returns with each sample's weights, and their adaptation.
+
+        Args:
+            call: to answer.
+            given: whether the caller gives a prior, which may be the neutral one.
+            interception: lets calls through meanwhile.
+
+        Raises:
+            ValueError: the call has another number of samples, or returns no samples.
+        """
+        self._check(call)
+        prediction = "first" if given else self._prediction
+        plain = prediction == "first" and call.prior is None
+        usual = plain and interception.reaches(call, lambda: self._neutral(call))
+
+        def answer(asked: Call) -> tuple[Tensor, OutputTree]:
+            outputs = self._neutral(asked)
+            value = interception.returned
+            if not usual:
+                value = self._predicted(asked, outputs, prediction)
+            return outputs, OutputTree.of(value, _samples(asked))
+
+        with self.adapter.adapted(call, _Neutral(self._neutral, answer) if usual else answer) as a:
+            tree: OutputTree = a.answers
+
+        def ordinary() -> list[Tensor]:
+            tensors: list[Tensor] = answer(taken(call, range(1)))[1].tensors
+            return tensors
+
+        tensors = in_precision(tree.tensors, ordinary, self.adapter, self._module)
+        return tree.filled(tensors), a
+
+    def _check(self, call: Call) -> None:
+        size = batch_size(call.inputs)
+        try:
+            asked = batch_size((call.args, call.kwargs))
+        except ValueError:
+            asked = 0
+        if size != asked:
+            raise ValueError(
+                f"{type(self._module).__name__} was called with {asked} samples in a batch of "
+                f"{size}. With scope='sample' each sample has weights of its own: call it on all "
+                "of them, once for each view, or use scope='batch'."
+            )
+
+    def _predicted(self, asked: Call, outputs: Tensor, prediction: WhichPrediction) -> Any:
+        """Return what ``forward`` returns; ``outputs`` are those of the neutral pass."""
+        if prediction == "first":
+            return self._called(asked, asked.prior)
+        second = self._called(asked, self._host.it3_prior.from_output(outputs))
+        if prediction == "second":
+            return second
+        return mean_prediction(self._host.it3_prior, self._called(asked, None), second)
+
+    def _neutral(self, asked: Call, prior: Tensor | None = None) -> Tensor:
+        return self._host.predict_with(asked.inputs, prior)
+
+    def _called(self, asked: Call, prior: Tensor | None) -> Any:
+        given = nullcontext() if prior is None else self._host.it3_given(prior)
+        args, kwargs = copied((asked.args, asked.kwargs))  # each pass may write into its own
+        with given, hooked_by(self._module, lambda hook: owned(hook, self._host)):
+            return self._module(*args, **kwargs)
+
+
+class _Interception:
+    """The calls that one step makes of a module, and what they were answered.
+
+    One flag says what a call of ``forward`` is: ``"answer"``: the step asks; ``"run"``: the engine
+    itself runs the network; ``"probe"``: only the arguments are wanted.
+
+    Args:
+        module: whose ``forward`` is intercepted.
+        host: the same, as what predicts with a prior.
+        answer: answers a call, given whether it comes with a prior.
+        inputs: of the batch.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        host: IT3Module,
+        answer: Callable[[Call, bool, _Interception], tuple[Any, Adaptation]],
+        inputs: Any,
+    ) -> None:
+        self._module = module
+        self._host = host
+        self._answer = answer
+        self._inputs = inputs
+        self._forward = module.forward
+        self._given = host.it3_given
+        self._mode: Literal["answer", "run", "probe"] = "answer"
+        self._hooks = ExitStack()  # lets no hook run on the step's own calls but the module's
+        self._priors: list[Tensor | None] = []  # given by the step, innermost last
+        self.answered: list[tuple[Any, Any, Adaptation]] = []
+        self.ran: list[str] = []  # adapting layers that the step ran by itself
+        self.returned: Any = None  # what the network's own forward returned last
+
+    @contextmanager
+    def listening(self, adapting: dict[str, nn.Module]) -> Iterator[None]:
+        """Intercept calls within, and note the adapting layers that run without one."""
+        forward = self.forward
+        if "torch._dynamo" in sys.modules:  # a compiled step runs it as it is
+            forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
+        with ExitStack() as stack:
+            for name, layer in adapting.items():
+                hook = layer.register_forward_pre_hook(self._note(name))
+                stack.callback(hook.remove)
+            stack.enter_context(patched(self._module, forward=forward, it3_given=self.given))
+            stack.callback(self._hooks.close)
+            self._keep_conditioning_out()
+            yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer a call; one that was answered before, with the same again."""
+        if self._mode == "probe":
+            raise _ReachedError(args, kwargs)
+        if self._mode == "run":
+            self.returned = self._forward(*args, **kwargs)
+            return self.returned
+        given = bool(self._priors)
+        call = Call(self._inputs, *normal((args, kwargs, self._priors[-1] if given else None)))
+        for former, answer, _ in self.answered:
+            if _same(former, (call[1:], given)):
+                return copy.deepcopy(answer)  # the step may write into it
+        with self._mode_of("run"):
+            answer, adaptation = self._answer(call, given, self)
+        self.answered.append(((call[1:], given), answer, adaptation))
+        return copy.deepcopy(answer)
+
+    @contextmanager
+    def given(self, prior: Tensor | None) -> Iterator[None]:
+        """Let the step's calls within be answered with a prior; pass on what the engine gives."""
+        if self._mode != "answer":
+            with self._given(prior):
+                yield
+            return
+        self._priors.append(prior)
+        try:
+            yield
+        finally:
+            self._priors.pop()
+
+    def reaches(self, call: Call, run: Callable[[], Any]) -> bool:
+        """Whether a pass calls ``forward`` with the arguments of a call."""
+        with torch.no_grad(), undisturbed_rng(), muted(self._module), self._mode_of("probe"):
+            try:
+                run()
+            except _ReachedError as reached:
+                asked = _by_name(self._forward, call.args, call.kwargs)
+                return _same(_by_name(self._forward, *reached.args), asked)
+        return False
+
+    @contextmanager
+    def _mode_of(self, mode: Literal["run", "probe"]) -> Iterator[None]:
+        before, self._mode = self._mode, mode
+        self._hooks.close()
+        if mode == "probe":
+            self._keep_conditioning_out()
+        try:
+            yield
+        finally:
+            self._mode = before
+            self._hooks.close()
+            if before == "answer":
+                self._keep_conditioning_out()
+
+    def _keep_conditioning_out(self) -> None:
+        """Let hooks of the conditioning on the module itself not run: they come with the engine."""
+        self._hooks.enter_context(hooked_by(self._module, lambda h: not owned(h, self._host)))
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if self._mode == "answer":
+                self.ran.append(name)
+
+        return hook
+
+
+@dataclass(frozen=True)
+class _Neutral(Plain):
+    """An answer whose pass is the first of a step: what cannot differ need not be computed."""
+
+    answer: Answer
+
+    def __call__(self, inputs: Any) -> tuple[Tensor, Any]:
+        return self.answer(inputs)
+
+
+class _ReachedError(BaseException):
+    """The ``forward`` of a module was reached; carries its arguments."""
+
+
+def _inputs_in(given: Any) -> Any:
+    """Return the inputs of a call; augmented views come without one."""
+    return given.inputs if isinstance(given, Call) else given
+
+
+def _samples(asked: Call) -> int | None:
+    """Return how many samples there are, or ``None``: outputs of graphs may be those of nodes."""
+    leaves = [leaf for leaf in tree_leaves(asked.inputs) if not isinstance(leaf, Tensor)]
+    return None if any(map(graph_count, leaves)) else batch_size(asked.inputs)
+
+
+def _by_name(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return arguments by name, however they are given.
+
+    Raises:
+        TypeError: the function does not take them.
+    """
+    return dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two structures of arguments are equal, to the last bit."""
+    (mine, structure), (theirs, other) = tree_flatten(a), tree_flatten(b)
+    return structure == other and all(map(_equal, mine, theirs))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        return alike and torch.equal(a, b)
+    if is_graph(a) and is_graph(b):
+        return _same([dict(store) for store in a.stores], [dict(store) for store in b.stores])
+    return a is b or (isinstance(a, str | int | float) and type(a) is type(b) and a == b)

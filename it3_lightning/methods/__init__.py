@@ -1,0 +1,35 @@
+"""Test-time methods, one file each: what is minimised without labels, and with which settings.
+
+A method sees the passes of a network over a batch (``base.Passes``) and says what to minimise. It
+does not know how weights move and come back, so another method is another file here. ``terms`` has
+the distances, filters and terms that methods share.
+"""
+
+from it3_lightning.methods.base import (
+    Objective,
+    Passes,
+    SecondPass,
+    TestTimeMethod,
+    TestTimeObjective,
+    as_method,
+)
+from it3_lightning.methods.idempotence import Idempotence
+from it3_lightning.methods.memo import MEMO
+from it3_lightning.methods.tent import Entropy, Tent
+from it3_lightning.methods.terms import agreeing, balance_term, confident
+
+__all__ = [
+    "MEMO",
+    "Entropy",
+    "Idempotence",
+    "Objective",
+    "Passes",
+    "SecondPass",
+    "Tent",
+    "TestTimeMethod",
+    "TestTimeObjective",
+    "agreeing",
+    "as_method",
+    "balance_term",
+    "confident",
+]

@@ -1,0 +1,175 @@
+"""Interface of test-time methods: what a method sees of a batch, returns, and may override."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+SecondPass = Callable[[Tensor], Tensor]
+"""``y1 = F(x, prior)``, in label space."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one evaluation of a loss gives.
+
+    Args:
+        measure: ``(B,)``, the quantity itself for every sample: what is logged as distance.
+        reliable: ``(B,)`` booleans, the samples whose measure is minimised.
+        batch_term: a scalar added to the mean over the reliable samples, or ``None``.
+        sample_term: ``(B,)``, added to the measure where it is minimised, or ``None``.
+    """
+
+    measure: Tensor
+    reliable: Tensor
+    batch_term: Tensor | None = None
+    sample_term: Tensor | None = None
+
+    @property
+    def moves(self) -> Tensor:
+        """``(B,)`` booleans, the samples that have something to minimise: all by a batch term."""
+        return self.reliable if self.batch_term is None else torch.ones_like(self.reliable)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to minimise: no reliable sample and no batch term."""
+        return self.batch_term is None and not bool(self.reliable.any())
+
+    def loss(self) -> Tensor:
+        """Return the scalar loss: the mean of the reliable samples' terms, and the batch term."""
+        weights = self.reliable.to(self.measure.dtype)
+        terms = self.measure if self.sample_term is None else self.measure + self.sample_term
+        kept = torch.where(self.reliable, terms, 0.0)
+        mean = kept.sum() / weights.sum().clamp_min(1)
+        return mean if self.batch_term is None else mean + self.batch_term
+
+    def detached(self) -> Objective:
+        """Return measure and filter alone, without the graph."""
+        measure = self.measure.detach()
+        return replace(self, measure=measure, batch_term=None, sample_term=None)
+
+
+class Passes(ABC):
+    """What a method may ask of the network on one batch.
+
+    Attributes:
+        inputs: of the network, tensors ``(B, ...)``, possibly nested.
+        outputs: ``f(x, 0)``, ``(B, ...)``, with its graph.
+        y0: the same in label space, ``(B, C, ...)``.
+    """
+
+    inputs: Any
+    outputs: Tensor
+    y0: Tensor
+
+    @abstractmethod
+    def second(self, prior: Tensor) -> Tensor:
+        """Return ``F(x, prior)`` of the anchor, in label space: gradients flow through it alone."""
+
+    @abstractmethod
+    def other(self, inputs: Any) -> Tensor:
+        """Return ``f(inputs, 0)`` in label space, of augmented views, say."""
+
+    @abstractmethod
+    def features(self, layer: str) -> Any:
+        """Return what one of the method's :attr:`~TestTimeMethod.layers` put out in this pass."""
+
+    @abstractmethod
+    def again(self) -> Passes:
+        """Return the passes over the same inputs with the weights as they are now."""
+
+
+class Steps(Protocol):
+    """The weights, as a method sees them."""
+
+    def step(self, loss: Tensor) -> None:
+        """Move the weights down the gradient of a loss, by the optimizer of the settings."""
+
+
+class TestTimeMethod(ABC):
+    """A test-time method: override what its paper changes, nothing else.
+
+    A method is one file: its class says what it minimises (:meth:`loss`) and which settings its
+    paper uses (:attr:`defaults`). Weights, restore, batches and logging are the engine's.
+    """
+
+    __test__: ClassVar[bool] = False  # its name is no test's
+    needs_prior: ClassVar[bool] = False
+    """Whether it asks for a second prediction; if not, it runs on any LightningModule."""
+    vmappable: ClassVar[bool] = False
+    """Whether :meth:`loss` asks for ``y0`` and ``second`` only: many samples can go at once."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Settings that the paper uses, by the names of :class:`~it3_lightning.engine.Settings`."""
+    layers: Sequence[str] = ()
+    """Names of the layers whose features it asks for."""
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether it looks at several samples at once, so that one alone makes no sense."""
+        return False
+
+    @abstractmethod
+    def loss(self, passes: Passes) -> Objective:
+        """Evaluate what is minimised on one batch."""
+
+    def step(self, passes: Passes, state: Steps) -> Objective:
+        """Take one step on one batch; return what it was taken by."""
+        objective = self.loss(passes)
+        if not objective.empty:
+            state.step(objective.loss())
+        return objective
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the method carries from batch to batch, as plain data."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to what :meth:`state_dict` returned."""
+        if state:
+            raise NotImplementedError(f"{type(self).__name__} has a state, but cannot load it.")
+
+
+class TestTimeObjective(Protocol):
+    """A callable in the place of a method: what is minimised, and no more."""
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether it looks at several samples at once, so that one alone makes no sense."""
+
+    def __call__(self, y0: Tensor, second: SecondPass) -> Objective:
+        """Evaluate at the first prediction ``(B, C, ...)``; ``second(y0)`` runs the anchor."""
+
+
+TestTimeObjective.__test__ = False  # type: ignore[attr-defined]  # its name is no test's
+
+
+@dataclass(frozen=True)
+class CallableMethod(TestTimeMethod):
+    """A plain callable ``(y0, second) -> Objective`` as a method.
+
+    Args:
+        objective: the callable, with an attribute ``needs_batch``.
+    """
+
+    objective: TestTimeObjective
+    needs_prior: ClassVar[bool] = True
+    vmappable: ClassVar[bool] = True
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether the callable looks at several samples at once."""
+        return self.objective.needs_batch
+
+    def loss(self, passes: Passes) -> Objective:
+        """Call it."""
+        return self.objective(passes.y0, passes.second)
+
+
+def as_method(objective: TestTimeMethod | TestTimeObjective) -> TestTimeMethod:
+    """Return a method as it is, and a plain callable as a method."""
+    return objective if isinstance(objective, TestTimeMethod) else CallableMethod(objective)

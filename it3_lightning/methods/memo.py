@@ -1,0 +1,81 @@
+r"""MEMO: the entropy of the mean prediction over augmented views of one input, one step, episodic.
+
+:math:`\ell(\theta; x) = H\left(\frac{1}{B} \sum_{i=1}^{B} p_\theta(y \mid \tilde x_i)\right)`, with
+:math:`\tilde x_i = a_i(x)` views of the input (Zhang, Levine and Finn, NeurIPS 2022, eq. 1 and 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torchvision.transforms import v2
+
+from it3_lightning.methods.base import Objective, Passes, TestTimeMethod
+from it3_lightning.methods.terms import check_classes, cross_entropy
+
+View = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class MEMO(TestTimeMethod):
+    """Marginal entropy minimisation with one test point (Zhang et al., NeurIPS 2022).
+
+    Every sample of a batch adapts by itself (``scope="sample"``). It needs no prior: any
+    LightningModule will do.
+
+    Args:
+        views: number of augmented views ``B`` of each input.
+        augment: makes a view of inputs ``(B, ...)``, as transforms of torchvision do. Default:
+            :func:`crop_and_flip`, for images.
+
+    Raises:
+        ValueError: fewer than one view.
+
+    >>> MEMO().defaults["scope"]
+    'sample'
+    """
+
+    views: int = 32
+    augment: View | None = None
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "scope": "sample",
+        "backend": "loop",
+        "optimizer": "sgd",
+        "lr": 5e-3,
+    }
+
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise ValueError(f"Expected at least one view, got {self.views}.")
+
+    def loss(self, passes: Passes) -> Objective:
+        """Evaluate the entropy of the mean prediction over the views."""
+        check_classes("MEMO", passes.y0)
+        augment = crop_and_flip if self.augment is None else self.augment
+        total = sum(passes.other(augment(passes.inputs)) for _ in range(self.views))
+        mean = torch.as_tensor(total) / self.views
+        measure = cross_entropy(mean, mean)
+        return Objective(measure, torch.ones_like(measure, dtype=torch.bool))
+
+
+def crop_and_flip(inputs: Any) -> Any:
+    """Return images moved by up to an eighth of their size, half of them mirrored.
+
+    Args:
+        inputs: images ``(B, C, H, W)``, possibly nested; other leaves are handed on.
+    """
+    return tree_map(_moved, inputs)
+
+
+def _moved(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or leaf.ndim != 4 or not leaf.is_floating_point():
+        return leaf
+    size = list(leaf.shape[-2:])
+    crop = v2.RandomCrop(size, padding=[side // 8 for side in reversed(size)])
+    moved: Tensor = v2.RandomHorizontalFlip()(crop(leaf))
+    return moved

@@ -1,0 +1,10 @@
+"""Learning to use a prior: jointly with the network, or post-hoc on a frozen one.
+
+``mixin`` is what users mix into their module, ``dual_pass`` the loss and its settings, ``post_hoc``
+the frozen network, its source checkpoint and what prepares fitting.
+"""
+
+from it3_lightning.training.dual_pass import DualPass, RandomNoise
+from it3_lightning.training.mixin import IT3Mixin
+
+__all__ = ["DualPass", "IT3Mixin", "RandomNoise"]

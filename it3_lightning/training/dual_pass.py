@@ -1,0 +1,314 @@
+"""Dual pass: the training loss with the label's prior and without; its settings and input noise."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from it3_lightning.integration.isolation import muted
+from it3_lightning.integration.module import Conditioned
+from it3_lightning.priors import Prior
+from it3_lightning.utils.graphs import chosen_graphs, graph_count, is_graph, map_nodes
+from it3_lightning.utils.specs import Described, built, spec
+
+
+class RandomNoise(nn.Module):
+    """Adds Gaussian noise whose size is drawn per sample from ``U(0, size)``.
+
+    Args:
+        size: largest standard deviation of the noise, in units of the inputs.
+        low: values are clamped to at least this, where given.
+        high: values are clamped to at most this, where given.
+
+    Shapes:
+        floating tensors ``(B, ...)``, possibly nested; others pass unchanged. In batches of graphs:
+        the floating node features, with one size per graph; edges stay as they are.
+
+    Raises:
+        ValueError: ``size`` is negative, or ``low`` above ``high``.
+
+    >>> noisy = RandomNoise(10.0, low=0.0, high=1.0)(torch.full((2, 100), 0.5))
+    >>> noisy.min().item(), noisy.max().item()
+    (0.0, 1.0)
+    """
+
+    def __init__(self, size: float = 0.2, *, low: float | None = None, high: float | None = None):
+        super().__init__()
+        if size < 0:
+            raise ValueError(f"Expected size >= 0, got {size}.")
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"Expected low <= high, got {low} and {high}.")
+        self.size, self.low, self.high = size, low, high
+
+    def init_args(self) -> dict[str, Any]:
+        """Return the constructor's arguments, for checkpoints."""
+        return {"size": self.size, "low": self.low, "high": self.high}
+
+    def forward(self, inputs: Any) -> Any:
+        """Return noisy copies."""
+        return tree_map(self._noisy, inputs)
+
+    def _noisy(self, values: Any) -> Any:
+        if is_graph(values):
+            sizes = self.size * torch.rand(graph_count(values) or 1)
+            return map_nodes(values, lambda x, graphs: self._added(x, sizes.to(x)[graphs]))
+        if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim == 0:
+            return values
+        sizes = torch.rand(values.shape[0], device=values.device, dtype=values.dtype)
+        return self._added(values, self.size * sizes)
+
+    def _added(self, values: Tensor, sizes: Tensor) -> Tensor:
+        """Add noise of the size ``(rows,)`` to each row."""
+        noisy = values + sizes.reshape(-1, *[1] * (values.ndim - 1)) * torch.randn_like(values)
+        clamped = self.low is not None or self.high is not None
+        return noisy.clamp(self.low, self.high) if clamped else noisy
+
+
+def called(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a step with as many positional arguments as it takes: ``batch_idx`` is optional.
+
+    >>> called(lambda batch: batch, 1, 2)
+    1
+    """
+    kinds = [p.kind for p in inspect.signature(step).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return step(*args, **kwargs)
+    takes = sum(
+        k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        for k in kinds
+    )
+    return step(*args[:takes], **kwargs)
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """Return the loss in what a step returned: a tensor, a mapping with ``"loss"``, or ``None``.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if output is None or isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+        loss: Tensor = output["loss"]
+        return loss
+    raise TypeError(
+        "Expected training_step to return a loss tensor, a dict with a tensor 'loss', or None, got "
+        f"{type(output).__name__}."
+    )
+
+
+def with_loss(output: Any, loss: Tensor | None) -> Any:
+    """Return a step's output with another loss in it.
+
+    >>> with_loss({"loss": 1, "preds": 2}, None) is None
+    True
+    """
+    if loss is None or not isinstance(output, Mapping):
+        return loss
+    return {**output, "loss": loss}
+
+
+@dataclass(frozen=True)
+class DualPass:
+    r"""Settings of :math:`L = \ell(f(x, 0), y) + w\,\ell(f(x, p), y)`, ``p`` the label's prior.
+
+    Args:
+        label_weight: weight ``w`` of the passes that see a prior.
+        passes: ``"dual"``: every sample goes through both passes; ``"single"``: one pass, each
+            sample sees its prior or the neutral one at random, at half the cost.
+        neutral_share: share of samples that see the neutral prior in a single pass.
+        own_share: share of samples whose prior is the network's own prediction, not the label.
+        third_pass: add a pass in which every prior is the network's own prediction.
+        perturb_prior: blur the label's prior by a random amount; with exact labels the network
+            learns to copy its prior, which is worthless at test time.
+        perturb_inputs: a transform of the inputs in the label pass.
+
+    Raises:
+        ValueError: a weight is negative or a share outside [0, 1].
+    """
+
+    label_weight: float = 1.0
+    passes: Literal["dual", "single"] = "dual"
+    neutral_share: float = 0.5
+    own_share: float = 0.0
+    third_pass: bool = False
+    perturb_prior: bool = True
+    perturb_inputs: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.label_weight < 0:
+            raise ValueError(f"Expected label_weight >= 0, got {self.label_weight}.")
+        for name in ("neutral_share", "own_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Expected {name} in [0, 1], got {getattr(self, name)}.")
+        if self.passes not in ("dual", "single"):
+            raise ValueError(f"Expected passes 'dual' or 'single', got {self.passes!r}.")
+
+    def prior(self, prior: Prior, target: Any, own: Callable[[], Tensor]) -> Tensor:
+        """Return the priors of the label pass, ``(B, C, ...)``.
+
+        Args:
+            prior: brings targets and outputs into label space.
+            target: of the batch.
+            own: runs the network on the inputs and returns its prediction in label space.
+        """
+        given = prior.from_target(target)
+        if self.perturb_prior:
+            given = prior.perturb(given)
+        if self.own_share == 0:
+            return given
+        theirs = own()
+        chosen = torch.rand(given.shape[0], device=given.device) < self.own_share
+        return torch.where(chosen.reshape(-1, *[1] * (given.ndim - 1)), theirs.to(given), given)
+
+    def present(self, batch_size: int, device: torch.device) -> Tensor:
+        """Return which samples see their prior in a single pass, ``(B,)`` booleans."""
+        return torch.rand(batch_size, device=device) >= self.neutral_share
+
+    def init_args(self) -> dict[str, Any]:
+        """Return the settings as plain data, less a perturbation that is not from this library.
+
+        >>> DualPass(label_weight=0.5).init_args()["label_weight"]
+        0.5
+        """
+        args = {field.name: getattr(self, field.name) for field in fields(self)}
+        known = isinstance(self.perturb_inputs, Described)
+        return {**args, "perturb_inputs": spec(self.perturb_inputs) if known else None}
+
+    @classmethod
+    def of(cls, given: DualPass | Mapping[str, Any] | None, *, post_hoc: bool) -> DualPass:
+        """Return given settings, also where :meth:`init_args` describes them, or the default.
+
+        Raises:
+            ValueError: a single pass, post-hoc.
+        """
+        if given is None:
+            return cls(own_share=0.5, perturb_inputs=RandomNoise()) if post_hoc else cls()
+        settings = given if isinstance(given, DualPass) else cls(**_with_objects(given))
+        if post_hoc and settings.passes == "single":
+            raise ValueError(
+                "Expected passes='dual' with train='conditioning', got 'single': a frozen network "
+                "learns nothing on the neutral prior, so no sample need be spent on it."
+            )
+        return settings
+
+
+def _with_objects(args: Mapping[str, Any]) -> dict[str, Any]:
+    perturbation: Any = args.get("perturb_inputs")
+    if isinstance(perturbation, Mapping):
+        perturbation = built(perturbation, nn.Module)
+    return {**args, "perturb_inputs": perturbation}
+
+
+Step = Callable[[Any], Any]
+
+
+def run_passes(
+    module: Conditioned, settings: DualPass, batch: Any, step: Step, *, frozen: bool
+) -> tuple[Any, Tensor | None]:
+    """Run a step on all its passes; a frozen network learns nothing from the neutral one.
+
+    Args:
+        module: to train.
+        settings: of the label pass.
+        batch: with inputs and target.
+        step: takes a batch and returns a loss, a mapping with ``"loss"``, or ``None``.
+        frozen: whether only the conditioning learns.
+
+    Returns:
+        What the step returned on the neutral priors, and the loss of all passes; ``None`` where a
+        pass was skipped by returning ``None``.
+    """
+    if settings.passes == "single":
+        return _single_pass(module, settings, batch, step)
+    losses = [_label_pass(module, settings, batch, step)]
+    if settings.third_pass:
+        losses.append(_own_pass(module, batch, step))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        output = _given(module, None, step, batch)
+    neutral = loss_of(output)
+    found = [loss for loss in losses if loss is not None]
+    if neutral is None or len(found) < len(losses):
+        return output, None
+    with_priors = torch.stack(found).sum()
+    return output, with_priors if frozen else neutral + settings.label_weight * with_priors
+
+
+class _SkippedError(Exception):
+    """The step returned ``None``, so it may not have run the network."""
+
+
+def _given(
+    module: Conditioned, prior: Tensor | None, step: Step, batch: Any, present: Tensor | None = None
+) -> Any:
+    """Run the step on a prior; a step that skips the batch need not run the network."""
+    try:
+        with module.it3_parts()[1].given(prior, present):
+            output = step(batch)
+            if output is None:
+                raise _SkippedError
+    except _SkippedError:
+        return None
+    return output
+
+
+def _label_pass(module: Conditioned, settings: DualPass, batch: Any, step: Step) -> Tensor | None:
+    """Run the step on perturbed inputs and the label's perturbed prior, without a trace."""
+    given, prior = _label_prior(module, settings, batch)
+    with muted(module):
+        return loss_of(_given(module, prior, step, given))
+
+
+def _own_pass(module: Conditioned, batch: Any, step: Step) -> Tensor | None:
+    """Run the step on the module's own prediction as prior, without a trace."""
+    prior = _own(module, module.it3_inputs(batch))
+    with muted(module):
+        return loss_of(_given(module, prior, step, copy.copy(batch)))
+
+
+def _single_pass(
+    module: Conditioned, settings: DualPass, batch: Any, step: Step
+) -> tuple[Any, Tensor | None]:
+    """Run the step once, each sample on its prior or on the neutral one."""
+    given, prior = _label_prior(module, settings, batch)
+    present = settings.present(prior.shape[0], prior.device)
+    shown, structure = tree_flatten(module.it3_inputs(given))
+    plain = tree_leaves(module.it3_inputs(batch))
+    leaves = [_chosen(present, a, b) for a, b in zip(shown, plain, strict=True)]
+    mixed = module.it3_with_inputs(batch, tree_unflatten(leaves, structure))
+    output = _given(module, prior, step, mixed, present)
+    return output, loss_of(output)
+
+
+def _label_prior(module: Conditioned, settings: DualPass, batch: Any) -> tuple[Any, Tensor]:
+    """Return the batch of the label pass, which the step may change, and its priors."""
+    prior = module.it3_parts()[0]
+    given = copy.copy(batch)
+    if settings.perturb_inputs is not None:
+        given = module.it3_with_inputs(batch, settings.perturb_inputs(module.it3_inputs(batch)))
+    inputs = module.it3_inputs(given)
+    return given, settings.prior(prior, module.it3_target(batch), lambda: _own(module, inputs))
+
+
+def _own(module: Conditioned, inputs: Any) -> Tensor:
+    """Return the module's own prediction in label space, without a gradient or a trace."""
+    with torch.no_grad(), muted(module):
+        prior = module.it3_parts()[0].from_output(module.predict_with(inputs, None))
+    torch.clear_autocast_cache()  # weights cast without a gradient must not serve the other passes
+    return prior
+
+
+def _chosen(present: Tensor, a: Any, b: Any) -> Any:
+    """Take ``a`` where a prior is present and ``b`` where not; other leaves than samples: ``a``."""
+    if a is not b and is_graph(a):
+        return chosen_graphs(present, a, b)
+    if a is b or not isinstance(a, Tensor) or a.shape[:1] != present.shape:
+        return a
+    return torch.where(present.reshape(-1, *[1] * (a.ndim - 1)), a, b)

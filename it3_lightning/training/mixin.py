@@ -1,0 +1,212 @@
+"""`IT3Mixin`: the dual-pass training loss for any LightningModule, which stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Self
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from it3_lightning.conditioning import Conditioning
+from it3_lightning.engine import batch_size
+from it3_lightning.engine.selection import OWN
+from it3_lightning.integration.module import Conditioned, plain
+from it3_lightning.priors import Prior
+from it3_lightning.training.dual_pass import DualPass, called, run_passes, with_loss
+from it3_lightning.training.post_hoc import Fitting, Frozen, check_step
+
+Train = Literal["joint", "conditioning", "off"]
+
+
+LossFn = Callable[[Tensor, Any], Tensor]
+
+
+def _adam(parameters: Any) -> torch.optim.Optimizer:
+    """Make the optimizer of post-hoc training where none is given."""
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+class IT3Mixin(Conditioned):
+    r"""Trains a LightningModule to predict with a prior of the label and without one.
+
+    ``class IT3Net(IT3Mixin, LitNet): pass`` trains ``LitNet`` by its own ``training_step``, run
+    once with the label as prior (silently: nothing it logs, counts or collects on the module is
+    kept) and once with the neutral prior:
+    :math:`L = \ell(f(x, 0), y) + w\,\ell(f(x, p(y)), y)` (Durasov et al., IT3, ICML 2025).
+    All other arguments go to ``LitNet``. Both passes of joint training move the running statistics
+    of BatchNorm layers, as published; post-hoc none does. Activation checkpointing must not enclose
+    a layer where the prior enters: recomputed in the backward pass, it would miss the prior.
+
+    Args:
+        prior: how labels and outputs become priors.
+        conditioning: how a prior enters the network.
+        train: ``"joint"``: all weights learn both passes, as published; ``"conditioning"``: the
+            network is frozen, in evaluation mode, and only the conditioning learns (post-hoc),
+            its loss logged as ``it3/label_loss``;
+            ``"off"``: the plain module. Default: ``"conditioning"`` where a ``source_checkpoint``
+            is given, else ``"joint"``.
+        source_checkpoint: an ordinary checkpoint of the network, loaded when a Trainer first fits,
+            tests or predicts; not where a checkpoint of the module itself was loaded before.
+        dual_pass: settings of the label pass. Post-hoc default: half of the priors the network's
+            own prediction, inputs perturbed by :class:`~it3_lightning.RandomNoise`.
+        conditioning_optimizer: makes the optimizer of post-hoc training; default Adam, 1e-3. It
+            cannot be kept in a checkpoint.
+
+    Raises:
+        TypeError: ``prior`` or ``conditioning`` is something else.
+        ValueError: ``train`` is unknown or loads no checkpoint, the conditioning names a layer that
+            does not exist, or a single pass is asked for where the network does not learn.
+        MisconfigurationException: before any batch: prior or conditioning are missing (also when a
+            checkpoint is loaded), or fitting finds a ``training_step`` that cannot be run twice.
+    """
+
+    it3_frozen: Frozen | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        prior: Prior | None = None,
+        conditioning: Conditioning | None = None,
+        train: Train | None = None,
+        source_checkpoint: str | None = None,
+        dual_pass: DualPass | None = None,
+        conditioning_optimizer: OptimizerCallable | None = None,
+        **kwargs: Any,
+    ) -> None:
+        parts, settings, optimizer = (prior, conditioning), dual_pass, conditioning_optimizer
+        # What save_hyperparameters() of the base finds here is data; a function has none.
+        prior, conditioning = map(plain, parts)
+        dual_pass = settings.init_args() if isinstance(settings, DualPass) else settings  # type: ignore[assignment]
+        conditioning_optimizer = None
+        super().__init__(*args, prior=parts[0], conditioning=parts[1], **kwargs)
+        mode = train or ("conditioning" if source_checkpoint else "joint")
+        if mode not in ("joint", "conditioning", "off"):
+            raise ValueError(f"Expected train 'joint', 'conditioning' or 'off', got {train!r}.")
+        if mode == "off" and source_checkpoint is not None:
+            raise ValueError(
+                "train='off' loads no source_checkpoint. Give the plain module's checkpoint to the "
+                "Trainer, ckpt_path=..., or leave out train."
+            )
+        self.it3_train: Train = mode
+        self.it3_source_checkpoint = source_checkpoint
+        self.it3_source_due = source_checkpoint is not None
+        self.it3_dual_pass = DualPass.of(settings, post_hoc=mode == "conditioning")
+        self.it3_optimizer: OptimizerCallable = optimizer or _adam
+        self.it3_frozen = None
+
+    def it3_loss(self, batch: Any, loss_fn: LossFn) -> Tensor:
+        """Return the dual-pass loss of a batch, for a ``training_step`` of one's own.
+
+        Args:
+            batch: with inputs and target.
+            loss_fn: ``(outputs, target) -> scalar``.
+        """
+        target = self.it3_target(batch)
+
+        def step(given: Any) -> Tensor:
+            return loss_fn(self.it3_forward(self.it3_inputs(given)), target)
+
+        loss = self._it3_passes(batch, step)[1]
+        if loss is None:
+            raise ValueError("Expected loss_fn to return a scalar tensor, got None.")
+        return loss
+
+    # What Lightning calls
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own step on both priors and return it with the loss of both."""
+        step = super().training_step
+        if self.it3_train == "off":
+            return called(step, batch, *args, **kwargs)
+        output, loss = self._it3_passes(batch, lambda b: called(step, b, *args, **kwargs))
+        if self.it3_train == "conditioning" and loss is not None:
+            size = batch_size(self.it3_inputs(batch))
+            self.log("it3/label_loss", loss.detach(), on_epoch=True, batch_size=size)
+        return with_loss(output, loss)
+
+    def configure_model(self) -> None:
+        """Attach the conditioning; check the training and freeze the network post-hoc."""
+        if self.it3_train != "off":
+            self.it3_parts()
+        super().configure_model()
+        if not self._it3_fitting:
+            return
+        if type(self).training_step is IT3Mixin.training_step:
+            check_step(self, super().training_step)
+        if self.it3_train == "conditioning":
+            self.it3_freeze()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the settings of the label pass as plain data."""
+        super().on_save_checkpoint(checkpoint)
+        hparams = checkpoint.get("hyper_parameters", {})
+        hparams.update({k: v.init_args() for k, v in hparams.items() if isinstance(v, DualPass)})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take a checkpoint with priors for what it is: the network need not be loaded again."""
+        super().on_load_checkpoint(checkpoint)
+        if any(name.startswith(OWN) for name in checkpoint.get("state_dict", ())):
+            self.it3_source_due = False
+
+    def configure_optimizers(self) -> Any:
+        """Return the module's own optimizers; post-hoc, one of the conditioning alone."""
+        if self.it3_train == "conditioning":
+            return self.it3_optimizer(self.it3_parts()[1].parameters())
+        return super().configure_optimizers()
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Add what prepares fitting with priors and cleans up after it, once for each Trainer."""
+        own = super().configure_callbacks()
+        if self.it3_train == "off" or not (self._it3_fitting or self.it3_source_due):
+            return own
+        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, Fitting) for callback in present):
+            return own
+        return [*([own] if isinstance(own, Callback) else own), Fitting()]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; a frozen network stays in evaluation mode."""
+        super().train(mode)
+        if self.it3_frozen is not None:
+            self.it3_frozen.stay_in_eval()
+        return self
+
+    # How it works
+
+    def it3_freeze(self) -> None:
+        """Freeze the network, unless it is frozen."""
+        if self.it3_frozen is None:
+            self.it3_frozen = Frozen(self, self.it3_parts()[1])
+
+    def it3_thaw(self) -> None:
+        """Undo the freezing of post-hoc training."""
+        if self.it3_frozen is not None:
+            self.it3_frozen.thaw()
+            self.it3_frozen = None
+
+    @contextmanager
+    def it3_trainable(self) -> Iterator[None]:
+        """Let a frozen network's parameters need gradients within, as they do after fitting."""
+        if self.it3_frozen is None:
+            yield
+            return
+        self.it3_frozen.require_grad(True)
+        try:
+            yield
+        finally:
+            self.it3_frozen.require_grad(False)
+
+    @property
+    def _it3_fitting(self) -> bool:
+        """Whether a Trainer is about to fit the module on priors."""
+        trainer = self._trainer
+        return trainer is not None and trainer.state.fn == "fit" and self.it3_train != "off"
+
+    def _it3_passes(self, batch: Any, step: Callable[[Any], Any]) -> tuple[Any, Tensor | None]:
+        """Run a step on all passes of the training; return its output and the loss of all."""
+        frozen = self.it3_train == "conditioning"
+        return run_passes(self, self.it3_dual_pass, batch, step, frozen=frozen)
