@@ -1,22 +1,34 @@
-"""Distances of every split: against two passes and a step by hand, on every kind of data module."""
+"""Distances of every split: against passes and steps by hand, and scikit-learn on their AUROC."""
 
 import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from test_benchmark import digits, make_model
-from test_segmentation import seeded
+from helpers.benchmark_runs import digits, make_model
+from helpers.task_runs import seeded
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from it3_lightning import FeatureInjection, IT3Mixin, MaskPrior, ValuePrior
-from it3_lightning.benchmark.distances import ADAPTED, SOURCE, STATISTICS, Distances, measured
-from it3_lightning.benchmark.kind import Kind
-from it3_lightning.benchmark.recipe import Recipe
-from it3_lightning.benchmark.rows import Row, rows_for
-from it3_lightning.benchmark.splits import splits
+from it3_lightning.benchmark import Results
+from it3_lightning.benchmark.config import Recipe
+from it3_lightning.benchmark.distances import (
+    ADAPTED,
+    CONFIDENCE,
+    DISTANCE,
+    SOURCE,
+    STATISTICS,
+    measured,
+    separations,
+    splits,
+)
+from it3_lightning.benchmark.report import separation
+from it3_lightning.benchmark.results import Distances
+from it3_lightning.benchmark.rows import Kind, Row, rows_for
 from it3_lightning.data import (
     AirfoilDataModule,
     BundledDataModule,
@@ -28,7 +40,8 @@ from it3_lightning.data.images.augmentation import Augmented
 from it3_lightning.data.images.base import Images
 from it3_lightning.distances import get_distance
 from it3_lightning.networks import MLP, GraphNet
-from it3_lightning.tasks import IT3Regressor, IT3Segmenter
+from it3_lightning.objectives import Idempotence
+from it3_lightning.tasks import IT3Classifier, IT3Regressor, IT3Segmenter
 
 CPU = torch.device("cpu")
 Found = dict[tuple[str, str], list[float]]
@@ -163,22 +176,19 @@ def test_a_closed_iterator_leaves_the_data_module_as_it_was() -> None:
     assert (during, data.severity) == (1, 3)
 
 
-# Which samples
-
-
-def names(data: ShiftedData, size: int = 10) -> list[str]:
+def names_of(data: ShiftedData, size: int = 10) -> list[str]:
     return [name for name, _ in splits(data, size)]
 
 
 def test_every_severity_is_there_whatever_the_data_module_is_set_to(airfoil_data: Path) -> None:
     seen = ["train", "validation", "clean"]
     graded = [f"{name}/{level}" for level in range(1, 6) for name in ("zeroed", "gaussian_noise")]
-    assert names(table()) == [*seen, *graded]
+    assert names_of(table()) == [*seen, *graded]
     every = table()
     every.severity = "all"
-    assert names(every) == [*seen, *graded]
-    assert names(airfoils(airfoil_data)) == [*seen, "shape_1", "shape_5", "noise"]
-    assert names(DigitsDataModule(shifts=[])) == seen
+    assert names_of(every) == [*seen, *graded]
+    assert names_of(airfoils(airfoil_data)) == [*seen, "shape_1", "shape_5", "noise"]
+    assert names_of(DigitsDataModule(shifts=[])) == seen
 
 
 class WithOthers(DigitsDataModule):
@@ -194,7 +204,7 @@ class WithOthers(DigitsDataModule):
 
 def test_tests_on_other_samples_come_once() -> None:
     data = WithOthers(shifts=["fog"])
-    assert names(data)[3:] == [*(f"fog/{level}" for level in range(1, 6)), "unseen"]
+    assert names_of(data)[3:] == [*(f"fog/{level}" for level in range(1, 6)), "unseen"]
 
 
 def gathered(loader: Iterable[Any]) -> Tensor:
@@ -259,3 +269,38 @@ def test_severity_all_tests_on_each_severity_in_turn(data: ShiftedData) -> None:
     data.severity = "most"  # type: ignore[assignment]
     with pytest.raises(ValueError, match="severity"):
         data.setup("test")
+
+
+def drawn() -> IT3Classifier:
+    torch.manual_seed(0)
+    model = make_model()
+    for parameter in model.it3_parts()[1].parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+def scores(model: IT3Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return squared L2 distances and 1 - confidence, in plain torch."""
+    with torch.no_grad():
+        y0 = model(images).softmax(1)
+        y1 = model.predict_with(images, y0).softmax(1)
+    return (y0 - y1).square().sum(1), 1 - y0.max(1).values
+
+
+def test_separation_is_the_area_under_the_curve_of_distances_and_confidences() -> None:
+    model, data = drawn(), digits()
+    found = {
+        record.row: record.score
+        for record in separations({"post-hoc": model}, data, Idempotence("l2"))
+    }
+    clean, shifted = (torch.cat([x for x, _ in loader]) for loader in data.test_dataloader())
+    target = np.repeat([0, 1], [len(clean), len(shifted)])
+    for index, name in enumerate((DISTANCE, CONFIDENCE)):
+        both = torch.cat([scores(model, clean)[index], scores(model, shifted)[index]])
+        expected = 100 * roc_auc_score(target, both.numpy())
+        assert found[name] == pytest.approx(expected, abs=0.02)
+
+
+def test_a_model_without_a_second_prediction_has_no_distance() -> None:
+    assert separations({"ordinary": drawn()}, digits(), Idempotence()) == []
+    assert separation(Results("acc", [])) == []

@@ -1,4 +1,4 @@
-"""Shows what tuning found: an aligned table, ``tuning.md``, and the lines to put into a file."""
+"""Report of tuning: an aligned table, ``tuning.md``, and the lines to put into a configuration."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from it3_lightning.benchmark.cell import Cell
-from it3_lightning.benchmark.choosing import Verdict, is_clean
-from it3_lightning.benchmark.tuned import Tuned
-from it3_lightning.display import fitting
+from it3_lightning.benchmark.rendering import fitting
+from it3_lightning.benchmark.results import Cell
+from it3_lightning.benchmark.tune import Tuned
+from it3_lightning.benchmark.tune_rules import Verdict, is_clean
 
 _TITLES = ("at test time", "gain", "clean", "least", "on", "verdict")
 

@@ -1,4 +1,4 @@
-"""What results are shown in: a console as wide as its tables, a page that needs nothing else."""
+"""Rendering: a console as wide as its tables, Markdown tables, and HTML in a single file."""
 
 from __future__ import annotations
 
