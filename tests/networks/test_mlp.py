@@ -1,4 +1,4 @@
-"""Networks around networks."""
+"""Multilayer perceptrons written out in plain torch, and networks in the units of their target."""
 
 import pytest
 import torch
@@ -6,6 +6,28 @@ from torch import nn
 
 from it3_lightning import ClassPrior, FeatureInjection
 from it3_lightning.networks import MLP, Rescaled
+
+
+def test_batch_norm_layers_follow_the_hidden_ones() -> None:
+    torch.manual_seed(0)
+    network = MLP(3, 2, (4, 5), batch_norm=True, output_mean=7.0, output_std=3.0)
+    x = torch.randn(9, 3)
+    names = [name for name, _ in network.named_children()]
+    assert names == ["layer0", "norm0", "layer1", "norm1", "head"]
+    hidden = x
+    for index in range(2):
+        hidden = network.get_submodule(f"layer{index}")(hidden)
+        hidden = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-5).sqrt()
+        hidden = hidden.clamp_min(0)
+    expected = 7 + 3 * (hidden @ network.head.weight.T + network.head.bias)
+    torch.testing.assert_close(network(x), expected)
+
+
+def test_a_network_without_hidden_layers_or_deviation_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one hidden layer"):
+        MLP(3, 1, ())
+    with pytest.raises(ValueError, match="output_std > 0, got 0"):
+        MLP(3, 1, output_std=0)
 
 
 def test_outputs_are_in_the_units_of_the_target_and_gradients_with_them() -> None:

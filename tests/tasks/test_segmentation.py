@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.task_runs import seeded
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +23,7 @@ from it3_lightning import (
     MaskPrior,
 )
 from it3_lightning.tasks import Completeness, IT3Segmenter, Quality, Segmenter
-from it3_lightning.tasks.mask_losses import dice_loss, mask_loss
+from it3_lightning.tasks.segmentation import dice_loss, mask_loss
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 STILL = partial(torch.optim.SGD, lr=0.0)
@@ -55,14 +56,6 @@ def samples(count: int = 10, classes: int = 1, seed: int = 0) -> tuple[Tensor, T
 
 def loader(count: int = 10, classes: int = 1, seed: int = 0, batch: int = 4) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*samples(count, classes, seed)), batch_size=batch)
-
-
-def seeded(module: Any, seed: int = 0) -> Any:
-    """Draw every parameter anew, the embedder's too, which starts at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        parameter.data.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return module
 
 
 def with_priors(
