@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from it3_lightning.benchmark import Benchmark, Tuning
-from it3_lightning.benchmark.overview import overview
-from it3_lightning.benchmark.progress import quiet
+from it3_lightning.benchmark.report import overview, show
+from it3_lightning.benchmark.run import quiet
+from it3_lightning.benchmark.tune_report import show_tuning
 from it3_lightning.data import ShiftedData
-from it3_lightning.parser import Parser
-from it3_lightning.report import show
-from it3_lightning.tuning_report import show_tuning
+
+_EXTRAS: Mapping[str, str] = MappingProxyType(
+    {"segmentation_models_pytorch": "vision", "timm": "vision"}
+)
+"""Packages that configurations name as a ``class_path``, and the extra that brings each."""
 
 
 class IT3CLI(LightningCLI):
@@ -27,6 +32,27 @@ class IT3CLI(LightningCLI):
         """Add the settings of the benchmark and of tuning."""
         parser.add_class_arguments(Benchmark, "benchmark")
         parser.add_class_arguments(Tuning, "tune")
+
+
+class _Parser(LightningArgumentParser):
+    """LightningCLI's parser, with a hint where an optional package is missing."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Refuse the arguments; say how to install a missing package that they name."""
+        super().error(_with_hint(message), ex)
+
+
+def _with_hint(message: str) -> str:
+    r"""Return a message with the way to install the optional package whose import it says failed.
+
+    >>> _with_hint("No module named 'timm'")
+    "No module named 'timm'\nInstall it with: pip install 'it3_lightning[vision]'"
+    """
+    for package, extra in _EXTRAS.items():
+        missing = f"No module named '{package}'", f"import of {package} halted"
+        if any(text in message for text in missing):
+            return f"{message}\nInstall it with: pip install 'it3_lightning[{extra}]'"
+    return message
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -120,7 +146,7 @@ def _cli(arguments: list[str], command: str | None = None) -> IT3CLI:
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             run=command is None,
-            parser_class=Parser,
+            parser_class=_Parser,
             parser_kwargs={"description": __doc__},
         )
     finally:

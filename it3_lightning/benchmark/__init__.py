@@ -3,7 +3,6 @@
 from it3_lightning.benchmark.results import Record, Results
 from it3_lightning.benchmark.rows import Row, rows_for
 from it3_lightning.benchmark.run import Benchmark
-from it3_lightning.benchmark.tune import Tuning
-from it3_lightning.benchmark.tuned import Tuned
+from it3_lightning.benchmark.tune import Tuned, Tuning
 
 __all__ = ["Benchmark", "Record", "Results", "Row", "Tuned", "Tuning", "rows_for"]

@@ -1,14 +1,36 @@
-"""Shows the idempotence distances of a benchmark: histograms, and tables of what they say."""
+"""Report of the idempotence distances: histograms, line by line, and tables of what they say."""
 
 from __future__ import annotations
 
 import html
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from it3_lightning.benchmark.distance_figure import figure
-from it3_lightning.benchmark.distance_table import beyond_table, lines, median_table
-from it3_lightning.benchmark.results import Results
-from it3_lightning.display import as_html, as_markdown, svg
+import numpy as np
+from numpy.typing import NDArray
 
+from it3_lightning.benchmark.distances import ADAPTED, SOURCE, STATISTICS
+from it3_lightning.benchmark.rendering import as_html, as_markdown, svg
+from it3_lightning.benchmark.results import (
+    LEVEL,
+    Cell,
+    Distances,
+    Line,
+    Results,
+    limit,
+    lines,
+    names,
+    pooled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Edges = NDArray[np.float64]
 _TITLE = "Idempotence distance of training, validation and test samples"
 _CAPTION = (
     "One histogram a line, each as high as its highest bin; a severity has equally many samples of "
@@ -18,6 +40,28 @@ _CAPTION = (
 _BEYOND = (
     "Samples whose distance exceeds that of 95 % of the validation samples, with the same weights, "
     "in percent."
+)
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_BINS = 48
+_HEIGHT = 0.86  # of a line's highest bin; lines are 1 apart
+_ENDS = (0.005, 0.995)  # the quantiles at the ends of the axis
+_BLACK, _GREY = "#222222", "#777777"
+_STYLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(  # colours of Okabe and Ito
+    {
+        SOURCE: {"label": "as trained", "color": _BLACK, "lw": 1.1},
+        STATISTICS: {
+            "label": "batch statistics, weights as trained",
+            "color": "#D55E00",
+            "lw": 1.1,
+            "ls": (0, (3, 1.5)),
+        },
+        ADAPTED: {
+            "label": f"adapted ({ADAPTED})",
+            "color": "#0072B2",
+            "alpha": 0.35,
+            "fill": True,
+        },
+    }
 )
 
 
@@ -49,6 +93,80 @@ def as_page(results: Results) -> str:
     return f"<h2>{_TITLE}</h2><p>{_CAPTION}</p><div class=plot>{drawn}</div>{shown}"
 
 
+def median_table(found: Sequence[Line]) -> tuple[list[list[str]], str]:
+    """Return the medians, with titles, and the power of ten that they are multiples of.
+
+    It is the one that makes the smallest of them a number from 1 to 1,000: they span decades.
+    """
+    known = [line.median.mean for line in found if line.median.mean > 0]
+    power = _power(min(known, default=1.0))
+    unit = 10.0**power
+    cells = _table(
+        found, lambda line: f"{Cell(line.median.mean / unit, line.median.std / unit):.1f}"
+    )
+    return cells, "1" if power == 0 else f"10{str(power).translate(_RAISED)}"
+
+
+def beyond_table(found: Sequence[Line]) -> list[list[str]]:
+    """Return the samples beyond the usual distances, in percent, with titles."""
+    return _table(found, lambda line: f"{line.beyond:.1f}")
+
+
+def figure(distances: Sequence[Distances], *, unit: str = "") -> Figure:
+    """Return histograms of all lines, a column for each training, with the same bins in a column.
+
+    Each line is as high as its highest bin; an upright stroke in its colour and style marks the
+    median. What lies beyond the axis, exact zeros too, is in its outermost bins.
+
+    Args:
+        distances: of a benchmark; seeds, and the shifts of a severity, are pooled.
+        unit: name of the distance, for the axis.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    order, groups = names(distances), pooled(distances)
+    columns = list(dict.fromkeys(each.training for each in distances))
+    drawn = Figure(figsize=(10, 1.4 + 0.52 * len(order)), layout="constrained")
+    grid = drawn.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, training in zip(grid, columns, strict=True):
+        mine = {(r, n): [*chain(*v.values())] for (t, r, n), v in groups.items() if t == training}
+        edges = bins([value for values in mine.values() for value in values])
+        for place, name in enumerate(order):
+            values = {row: mine[row, name] for row in _STYLES if (row, name) in mine}
+            _line(axes, values, edges, -place)
+        _limit(axes, mine.get((SOURCE, "validation"), ()))
+        _finish(axes, order, f"{training}: idempotence distance {unit}".strip())
+        _ticks(axes, edges)
+    _legend(drawn, grid)
+    return drawn
+
+
+def bins(values: Sequence[float]) -> Edges:
+    """Return the edges of bins that are equally wide on a logarithmic axis.
+
+    >>> edges = bins([0.01, 0.1, 1.0])
+    >>> len(edges), [round(float(edge), 4) for edge in (edges[0], edges[-1])]
+    (49, [0.0109, 0.991])
+    """
+    known = np.asarray([value for value in values if value > 0], dtype=np.float64)
+    low, high = np.quantile(known, _ENDS) if known.size else (0.1, 1.0)
+    return np.geomspace(low, max(high, 1.1 * low), _BINS + 1)
+
+
+def counted(values: Sequence[float], edges: Edges) -> Edges:
+    """Return the share of the values in each bin; the outermost hold what lies beyond them too.
+
+    >>> counted([0.0, 1.5, 1.6, 9.0], np.array([1.0, 2.0, 3.0]))
+    array([0.75, 0.25])
+    """
+    inside = np.clip(values, edges[0], edges[-1])
+    shares: Edges = np.histogram(inside, edges)[0] / len(values)
+    return shares
+
+
 def _tables(results: Results) -> list[tuple[str, list[list[str]]]]:
     """Return the tables with their titles."""
     found = lines(results.distances)
@@ -65,3 +183,71 @@ def _distance(results: Results, form: str = "({})") -> str:
     settings = results.about.get("settings", {}).get("benchmark", {})
     name = settings.get("recipe", {}).get("distance")
     return form.format(name) if name else ""
+
+
+def _table(found: Sequence[Line], cell: Callable[[Line], str]) -> list[list[str]]:
+    order = list(dict.fromkeys(line.name for line in found))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for line in found:
+        rows.setdefault((line.training, line.row), {})[line.name] = cell(line)
+    body = [[*key, *(cells.get(name, "") for name in order)] for key, cells in rows.items()]
+    return [["training", "at test time", *order], *body]
+
+
+def _power(number: float) -> int:
+    """Return the power of ten, a multiple of three, in whose units a number is 1 to 1,000.
+
+    >>> _power(0.041)
+    -3
+    """
+    return 3 * math.floor(math.log10(number) / 3)
+
+
+def _line(axes: Axes, values: Mapping[str, Sequence[float]], edges: Edges, base: float) -> None:
+    """Draw the histograms of a line above a base, the adapted one behind, and their medians."""
+    shares = {row: counted(given, edges) for row, given in values.items()}
+    largest = max((share.max() for share in shares.values()), default=1.0)
+    axes.axhline(base, color=_BLACK, lw=0.5)
+    for row, share in reversed(shares.items()):
+        style = _STYLES[row]
+        axes.stairs(base + _HEIGHT * share / largest, edges, baseline=base, **style)
+        median = np.clip(np.median(values[row]), edges[0], edges[-1])
+        colour, way = style["color"], style.get("ls", "-")
+        axes.plot([median, median], [base, base + _HEIGHT], color=colour, ls=way, lw=1.8)
+
+
+def _limit(axes: Axes, validation: Sequence[float]) -> None:
+    """Mark what most validation samples lie within, with the weights as trained."""
+    if validation:
+        text = f"{100 * LEVEL:.0f} % of validation samples, as trained, lie to the left"
+        axes.axvline(limit(validation), color=_GREY, ls=":", lw=1.4, label=text)
+
+
+def _finish(axes: Axes, order: Sequence[str], title: str) -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_yticks([0.3 - place for place in range(len(order))], order)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(0.95 - len(order), 1.0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _ticks(axes: Axes, edges: Edges) -> None:
+    """Label as many places of the axis as can be read: powers of ten, or numbers between them."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if edges[-1] < 100 * edges[0]:
+        narrow = edges[-1] < 5 * edges[0]
+        axes.xaxis.set_major_locator(MaxNLocator(4) if narrow else LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+
+
+def _legend(drawn: Figure, grid: Sequence[Axes]) -> None:
+    pairs = [pair for axes in grid for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles = {text: handle for handle, text in pairs}
+    words = [str(style["label"]) for style in _STYLES.values()]
+    order = sorted(handles, key=lambda text: words.index(text) if text in words else len(words))
+    shown = [handles[text] for text in order]
+    drawn.legend(shown, order, loc="outside upper center", ncols=2, frameon=False, fontsize=9)

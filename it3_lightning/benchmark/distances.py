@@ -1,58 +1,44 @@
-"""The idempotence distance of every split's samples, before and after adaptation, kept in files.
+"""Idempotence distances: measured on every split, kept in files, and judged as shift detectors.
 
-It is small on data like that of training and grows with shift (Durasov et al., IT3, ICML 2025, and
-ZigZag, TMLR 2024); adaptation makes it smaller.
+The distance is small on data like that of training and grows with shift (Durasov et al., IT3, ICML
+2025, and ZigZag, TMLR 2024); adaptation makes it smaller. As a detector of shift it stands beside
+the confidence, by the area under the ROC curve: 50 is no separation at all.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import binary_auroc
 
+from it3_lightning.benchmark.config import BenchmarkSettings
+from it3_lightning.benchmark.results import Distances, Record
 from it3_lightning.benchmark.rows import Row, Training
-from it3_lightning.benchmark.splits import splits
 from it3_lightning.data import ShiftedData
+from it3_lightning.data.loading import sampled
+from it3_lightning.data.severities import SEVERITIES
 from it3_lightning.engine import Settings
+from it3_lightning.methods import Idempotence
 from it3_lightning.predictor import IT3Predictor
+from it3_lightning.priors import ClassPrior
 from it3_lightning.training.mixin import IT3Mixin
 
-if TYPE_CHECKING:
-    from it3_lightning.benchmark.run import Benchmark
-
 SOURCE, STATISTICS, ADAPTED = "source", "batch statistics", "default objective, episodic"
+DISTANCE, CONFIDENCE = "distance", "1 - confidence"
 _DIGITS = 6  # significant ones that a file holds: float32 has about as many
-
-
-@dataclass(frozen=True)
-class Distances:
-    """Distances of the samples of one split, with the weights of one row.
-
-    Args:
-        training: which trained model.
-        row: what happens at test time: ``"source"``, ``"batch statistics"`` (where there are
-            BatchNorm layers) or ``"default objective, episodic"``.
-        seed: of training, split and shifts.
-        split: ``"train"``, ``"validation"``, or the name of a test with its severity, ``"fog/3"``.
-        values: one distance per sample, in units of the recipe's distance; those that are not
-            finite are left out.
-    """
-
-    training: str
-    row: str
-    seed: int
-    split: str
-    values: tuple[float, ...]
+_Loader = DataLoader[Any]
 
 
 def keep_distances(
-    benchmark: Benchmark,
+    benchmark: BenchmarkSettings,
     models: Mapping[Training, IT3Mixin],
     rows: Iterable[Row],
     data: ShiftedData,
@@ -79,6 +65,11 @@ def kept_distances(folder: Path, seeds: Sequence[int]) -> list[Distances]:
     return [Distances(**{**entry, "values": tuple(entry["values"])}) for entry in found]
 
 
+def distances_file(folder: Path, seed: int) -> Path:
+    """Return where the distances of a seed are written."""
+    return folder / f"distances_seed_{seed}.json"
+
+
 def measured(
     models: Mapping[Training, IT3Mixin],
     rows: Iterable[Row],
@@ -92,7 +83,7 @@ def measured(
         models: by training; the ordinary one knows no second prediction.
         rows: of the benchmark, among them the default objective, episodic, of each training.
         data: with the seed set.
-        size: samples of a split, see :func:`~it3_lightning.benchmark.splits.splits`; 0: none.
+        size: samples of a split, see :func:`splits`; 0: none.
         device: where to measure.
     """
     if size == 0:
@@ -110,6 +101,57 @@ def measured(
         for training, home in homes.items():
             models[training].to(home)
     return found
+
+
+def splits(data: ShiftedData, size: int) -> Generator[tuple[str, _Loader]]:
+    """Yield name and loader of some samples of every split; one severity at a time is in memory.
+
+    The names are ``"train"``, ``"validation"``, ``"clean"``, then those of the shifts, with their
+    severity where they have one: ``"fog/1"`` to ``"fog/5"``. Classes are as frequent as they are,
+    batches those of tests. All shifts of a severity share its samples in equal parts, whole
+    batches at that, and at least one of each.
+
+    Args:
+        data: as it is to be left; close the iterator if it is not used up.
+        size: samples of a split, of a severity, and of any other shift: at most this many, but for
+            the last sentence above.
+    """
+    before = data.severity, data.stream
+    data.stream = "equal"
+    try:
+        clean = data.test_dataloader()[0]
+        batch_size = clean.batch_size or 1
+
+        def some(loader: _Loader, most: int = size) -> _Loader:
+            return sampled(loader, most, batch_size=batch_size, seed=data.seed)
+
+        yield "train", some(data.plain_train_dataloader())
+        yield "validation", some(data.val_dataloader())
+        yield "clean", some(clean)
+        batches = size // batch_size // max(len(data.shifts), 1)
+        for name, loader in _shifted(data):
+            graded = "/" in name
+            yield name, some(loader, max(batches, 1) * batch_size if graded else size)
+    finally:
+        data.severity, data.stream = before
+
+
+def separations(
+    models: Mapping[Training, IT3Mixin], data: ShiftedData, objective: Idempotence
+) -> list[Record]:
+    """Return a record for each training on priors, shift and score, in percent.
+
+    Args:
+        models: by training; the ordinary one knows no second prediction.
+        data: clean and shifted samples, with the stream and the seed set.
+        objective: measures the distance.
+    """
+    return [
+        record
+        for training, model in models.items()
+        if training != "ordinary"
+        for record in _of_model(model, training, data, objective)
+    ]
 
 
 class _Meter:
@@ -157,6 +199,52 @@ def _numbers(distance: Tensor) -> tuple[float, ...]:
     return tuple(float(f"{value:.{_DIGITS}g}") for value in known)
 
 
-def distances_file(folder: Path, seed: int) -> Path:
-    """Return where the distances of a seed are written."""
-    return folder / f"distances_seed_{seed}.json"
+def _shifted(data: ShiftedData) -> Iterator[tuple[str, _Loader]]:
+    """Yield the loaders of every shift at every severity, and once those that have none."""
+    if data.severity is None:
+        yield from list(zip(data.test_names, data.test_dataloader(), strict=True))[1:]
+        return
+    for severity in SEVERITIES:
+        data.severity = severity
+        loaders = dict(zip(data.test_names, data.test_dataloader(), strict=True))
+        yield from ((f"{name}/{severity}", loaders[name]) for name in data.shifts)
+    yield from ((name, loaders[name]) for name in data.test_names[1:] if name not in data.shifts)
+
+
+def _of_model(
+    model: IT3Mixin, training: Training, data: ShiftedData, objective: Idempotence
+) -> list[Record]:
+    predictor = IT3Predictor(model, Settings(objective=objective, steps=0))
+    clean, *shifted = [_scores(predictor, model, loader) for loader in data.test_dataloader()]
+    return [
+        Record(
+            training, name, data.stream, data.seed, shift, _auroc(clean[name], its[name]), 0.0, 0
+        )
+        for shift, its in zip(data.test_names[1:], shifted, strict=True)
+        for name in clean
+    ]
+
+
+def _scores(predictor: IT3Predictor, model: IT3Mixin, loader: object) -> dict[str, Tensor]:
+    """Return scores ``(N,)`` of a loader's samples: the larger, the less like the training data."""
+    prior, parts = model.it3_parts()[0], dict[str, list[Tensor]]()
+    for batch in loader:  # type: ignore[attr-defined]
+        prediction = predictor(model.it3_inputs(batch))
+        parts.setdefault(DISTANCE, []).append(prediction.distance.cpu())
+        if isinstance(prior, ClassPrior):
+            most = prior.from_output(prediction.outputs).amax(1)
+            confidence = most.reshape(len(most), -1).mean(1)
+            parts.setdefault(CONFIDENCE, []).append(1 - confidence.cpu())
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def _auroc(clean: Tensor, shifted: Tensor) -> float:
+    """Return the area under the ROC curve, in percent.
+
+    >>> _auroc(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0]))
+    100.0
+    """
+    scores = torch.cat([clean, shifted]).double()
+    target = torch.cat([torch.zeros(len(clean)), torch.ones(len(shifted))]).long()
+    known = scores.isfinite()
+    return 100 * float(binary_auroc((scores / (1 + scores))[known], target[known]))

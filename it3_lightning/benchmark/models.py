@@ -1,24 +1,45 @@
-"""The trained models of a seed: kept in the output folder, trained where they are not there."""
+"""Trained models of a seed: cached in the output folder under a fingerprint, else trained."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+import platform
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import lightning
 import torch
+import torchmetrics
+import torchvision
+from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor
 
+from it3_lightning.benchmark.config import BenchmarkSettings
 from it3_lightning.benchmark.rows import Training
-from it3_lightning.benchmark.settings import BenchmarkSettings
-from it3_lightning.benchmark.training import MakeModel, Models, Say, fresh, train_models
 from it3_lightning.data import ShiftedData
-from it3_lightning.training.post_hoc import network_weights
+from it3_lightning.training.dual_pass import DualPass
+from it3_lightning.training.mixin import IT3Mixin, Train
+from it3_lightning.training.post_hoc import load_source, network_weights
+from it3_lightning.utils.specs import spec
 
-State = Mapping[str, Tensor]
-_TRAININGS: tuple[Training, ...] = ("ordinary", "joint", "post-hoc")
+MakeModel = Callable[[], LightningModule]
+Say = Callable[[str], None]
+Models = dict[Training, IT3Mixin]
+_State = Mapping[str, Tensor]
+_MODES: Mapping[Training, Train] = MappingProxyType(
+    {"ordinary": "off", "joint": "joint", "post-hoc": "conditioning"}
+)
+_NO_SETTINGS = ("seeds", "output", "threads", "higher_is_better", "decimals")  # change no score
+_SET_BY_RUN = ("seed", "stream")
+_TRAINED_BY = ("epochs", "posthoc_epochs", "pretrained", "joint", "posthoc", "precision")
+_NOT_TRAINED_ON = ("evaluate_on", "shifts", "severity", "eval_batch_size", "num_workers")
 
 
 def models_of(
@@ -50,7 +71,7 @@ def models_of(
     if kept.get("fingerprint") == fingerprint:
         say(f"seed {seed}: models from {file}")
         return _with_states(settings, seed, make_model, kept["states"])
-    models = train_models(settings, seed, make_model, data, say)
+    models = _train_models(settings, seed, make_model, data, say)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")  # what is interrupted leaves no half of a file
     torch.save({"fingerprint": fingerprint, "states": _states(models)}, part)
@@ -58,18 +79,122 @@ def models_of(
     return models
 
 
-def _states(models: Models) -> dict[str, State]:
+def _train_models(
+    settings: BenchmarkSettings, seed: int, make_model: MakeModel, data: ShiftedData, say: Say
+) -> Models:
+    """Return the three trained models of a seed, each from the same first weights.
+
+    Args:
+        settings: of the training.
+        seed: of weights and order.
+        make_model: returns a fresh model with priors.
+        data: to train on, with equal classes.
+        say: is told what is being trained.
+    """
+
+    def fitted(training: Training, epochs: int, network: IT3Mixin | None = None) -> IT3Mixin:
+        say(f"seed {seed}: training, {training}")
+        model = _fresh(settings, seed, make_model, training)
+        if network is not None:
+            model.load_state_dict(network_weights(network.state_dict()))
+        if epochs:
+            settings.trainer(max_epochs=epochs).fit(model, datamodule=data)
+        return model
+
+    given = settings.pretrained or settings.ckpt_path is not None
+    ordinary = fitted("ordinary", 0 if given else 2 * settings.epochs)
+    if settings.ckpt_path is not None:
+        load_source(ordinary, settings.ckpt_path)
+    joint = fitted("joint", settings.epochs)
+    # What a prior knows of the training targets: every row that adapts asks for it.
+    ordinary.it3_parts()[0].load_state_dict(joint.it3_parts()[0].state_dict())
+    posthoc = fitted("post-hoc", settings.posthoc_epochs, ordinary)
+    return {"ordinary": ordinary, "joint": joint, "post-hoc": posthoc}
+
+
+def _fresh(
+    settings: BenchmarkSettings, seed: int, make_model: MakeModel, training: Training
+) -> IT3Mixin:
+    """Return a model before its training: the first weights are those of the seed."""
+    seed_everything(seed, verbose=False)
+    model = with_priors(make_model())
+    if training == "post-hoc":
+        model.it3_dual_pass = DualPass.of(settings.posthoc, post_hoc=True)
+    elif training == "joint" and settings.joint is not None:
+        model.it3_dual_pass = settings.joint
+    elif model.it3_train == "conditioning":
+        model.it3_dual_pass = DualPass()
+    model.it3_train = _MODES[training]
+    return model
+
+
+def with_priors(model: LightningModule) -> IT3Mixin:
+    """Return a model as one that predicts with priors.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: prior or conditioning are missing.
+    """
+    if not isinstance(model, IT3Mixin):
+        raise TypeError(
+            f"The benchmark needs a module with IT3Mixin, got {type(model).__name__}: "
+            f"class IT3Net(IT3Mixin, {type(model).__name__}): pass"
+        )
+    model.it3_parts()
+    return model
+
+
+def about(
+    benchmark: BenchmarkSettings, model: IT3Mixin, data: ShiftedData, configuration: object = None
+) -> dict[str, Any]:
+    """Return plain data: ``"settings"``, ``"training"``, ``"seeds"`` and ``"versions"``.
+
+    The settings tell whether kept scores still hold, the training whether kept models do.
+
+    Args:
+        benchmark: settings.
+        model: whose layers, sizes and settings.
+        data: whose public attributes.
+        configuration: what else the model was made from.
+    """
+    own = asdict(benchmark)
+    shared = {
+        "model": _described(model),
+        "configuration": configuration,
+        "checkpoint": _digest(benchmark.ckpt_path),
+    }
+    attributes = {"class": type(data).__name__, **_plain_attributes(data)}
+    settings = {
+        "benchmark": {k: v for k, v in own.items() if k not in _NO_SETTINGS},
+        "data": attributes,
+        **shared,
+    }
+    training = {
+        "benchmark": {k: own[k] for k in _TRAINED_BY},
+        "data": {k: v for k, v in attributes.items() if k not in _NOT_TRAINED_ON},
+        "versions": {"it3_lightning": version("it3_lightning"), "torch": torch.__version__},
+        **shared,
+    }
+    return {
+        "settings": _plain(settings),
+        "training": _plain(training),
+        "seeds": list(benchmark.seeds),
+        "versions": _versions(),
+    }
+
+
+def _states(models: Models) -> dict[str, _State]:
     """Return the states by training; the post-hoc network is the ordinary one, and kept once."""
-    states: dict[str, State] = {training: models[training].state_dict() for training in models}
+    states: dict[str, _State] = {training: models[training].state_dict() for training in models}
     network = network_weights(states["post-hoc"])
     states["post-hoc"] = {k: v for k, v in states["post-hoc"].items() if k not in network}
     return states
 
 
 def _with_states(
-    settings: BenchmarkSettings, seed: int, make_model: MakeModel, states: Mapping[str, State]
+    settings: BenchmarkSettings, seed: int, make_model: MakeModel, states: Mapping[str, _State]
 ) -> Models:
-    models = {training: fresh(settings, seed, make_model, training) for training in _TRAININGS}
+    models = {training: _fresh(settings, seed, make_model, training) for training in _MODES}
     network = network_weights(states["ordinary"])
     for training, model in models.items():
         more = network if training == "post-hoc" else {}
@@ -86,3 +211,49 @@ def _read(file: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError):
         return {}
     return content
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "torchmetrics": torchmetrics.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def _plain(values: Any) -> Any:
+    """Return the values as a JSON file gives them back."""
+    return json.loads(json.dumps(values, default=_without_address))
+
+
+def _described(model: IT3Mixin) -> dict[str, Any]:
+    """Return what tells two models apart: layers, sizes, settings, optimizer, prior."""
+    attributes = {k: v for k, v in vars(model).items() if k[0] != "_" and not isinstance(v, dict)}
+    return {
+        "layers": repr(model),
+        "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
+        "attributes": {k: _without_address(v) for k, v in attributes.items()},
+        "hparams": {k: _without_address(v) for k, v in dict(model.hparams).items()},
+        "parts": [spec(model.it3_prior), spec(model.it3_conditioning)],
+    }
+
+
+def _without_address(value: Any) -> str:
+    """Return a representation that is the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _digest(path: str | None) -> str | None:
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _plain_attributes(data: ShiftedData) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(data).items()
+        if not name.startswith("_")
+        and name not in _SET_BY_RUN
+        and isinstance(value, int | float | str | tuple | list | Path)
+    }

@@ -1,22 +1,119 @@
-"""Scores of a benchmark: one record per row, stream, seed and shift; their means; files of them."""
+"""Results of a benchmark: scores and distances as records, their means over seeds, and files.
+
+A line of distances is a line of their figure: training, validation or clean samples, a severity
+with all of its shifts together, or another shift by itself.
+"""
 
 from __future__ import annotations
 
+import csv
+import json
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from it3_lightning.benchmark.cell import Cell
-from it3_lightning.benchmark.distances import Distances
-from it3_lightning.benchmark.files import write
-from it3_lightning.benchmark.record import Record
+import torch
+
 from it3_lightning.benchmark.rows import Row
 from it3_lightning.data import mean_corruption_error
-from it3_lightning.data.severities import SEVERITIES
+from it3_lightning.data.severities import SEVERITIES, parted
 
-__all__ = ["Record", "Results"]
+LEVEL = 0.95  # of the validation samples lie within the usual distances
+_FIRST = {"train": "training samples", "validation": "validation", "clean": "clean"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean over seeds and standard deviation over seeds (0 for one seed).
+
+    >>> print(Cell.of([1.0, 3.0]))
+    2.0 ± 1.4
+    """
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Cell:
+        """Summarise one value per seed."""
+        numbers = list(values)
+        spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+        return cls(statistics.fmean(numbers), spread)
+
+    def __format__(self, spec: str) -> str:
+        """Write both numbers so; a sign in front of the mean alone."""
+        return f"{self.mean:{spec or '.1f'}} ± {self.std:{spec.lstrip('+') or '.1f'}}"
+
+    def __str__(self) -> str:
+        return f"{self}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One score.
+
+    Args:
+        training: which trained model.
+        row: what happened at test time.
+        stream: ``"equal"`` or ``"unequal"`` classes.
+        seed: of training, split and shifts.
+        shift: its name; ``"clean"`` for none.
+        score: in the units of the metric.
+        ms_per_sample: milliseconds of adaptation per sample; 0 where nothing adapts.
+        adapted: number of weights that adapt.
+    """
+
+    training: str
+    row: str
+    stream: str
+    seed: int
+    shift: str
+    score: float
+    ms_per_sample: float
+    adapted: int
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Distances of the samples of one split, with the weights of one row.
+
+    Args:
+        training: which trained model.
+        row: what happens at test time: ``"source"``, ``"batch statistics"`` (where there are
+            BatchNorm layers) or ``"default objective, episodic"``.
+        seed: of training, split and shifts.
+        split: ``"train"``, ``"validation"``, or the name of a test with its severity, ``"fog/3"``.
+        values: one distance per sample, in units of the recipe's distance; those that are not
+            finite are left out.
+    """
+
+    training: str
+    row: str
+    seed: int
+    split: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """The distances of a line with the weights of a row, over seeds.
+
+    Args:
+        training: which trained model.
+        row: what happens at test time.
+        name: of the line.
+        median: in units of the distance.
+        beyond: samples whose distance exceeds that of 95 % of the validation samples, with the same
+            weights and the same seed, in percent.
+    """
+
+    training: str
+    row: str
+    name: str
+    median: Cell
+    beyond: Cell
 
 
 @dataclass
@@ -148,7 +245,100 @@ class Results:
 
     def save(self, folder: Path) -> None:
         """Write ``results.csv`` and ``results.json``."""
-        write(self, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "results.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Record)])
+            writer.writeheader()
+            writer.writerows(asdict(record) for record in self.records)
+        content = {
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            "decimals": self.decimals,
+            "about": self.about,
+            "table": [_summary(self, row) for row in self.rows],
+            "records": [asdict(record) for record in self.records],
+            "separations": [asdict(record) for record in self.separations],
+            "distances": [asdict(line) for line in lines(self.distances)],
+        }
+        (folder / "results.json").write_text(json.dumps(content, indent=1))
 
     def _shifted(self) -> list[str]:
         return [shift for shift in self.shifts if shift != "clean"]
+
+
+def _name_of(split: str) -> str:
+    """Return the line that a split belongs to.
+
+    >>> [_name_of(split) for split in ("train", "fog/3", "shape_2")]
+    ['training samples', 'severity 3', 'shape 2']
+    """
+    _, severity = parted(split)
+    if severity is not None:
+        return f"severity {severity}"
+    return _FIRST.get(split, split.replace("_", " "))
+
+
+def names(distances: Iterable[Distances]) -> list[str]:
+    """Return the lines in their order: training to clean, severities, what has none."""
+
+    def place(split: str) -> tuple[int, int]:
+        severity = parted(split)[1]
+        first = [*_FIRST].index(split) if split in _FIRST else len(_FIRST)
+        return first, len(SEVERITIES) + 1 if severity is None else severity
+
+    splits = sorted(dict.fromkeys(each.split for each in distances), key=place)
+    return list(dict.fromkeys(map(_name_of, splits)))
+
+
+def pooled(distances: Iterable[Distances]) -> dict[tuple[str, str, str], dict[int, list[float]]]:
+    """Return the distances by training, row and line, and within these by seed."""
+    found: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    for each in distances:
+        if each.values:
+            seeds = found.setdefault((each.training, each.row, _name_of(each.split)), {})
+            seeds.setdefault(each.seed, []).extend(each.values)
+    return found
+
+
+def limit(values: Sequence[float]) -> float:
+    """Return what 95 % of some distances lie within.
+
+    >>> limit([0.0, 1.0])
+    0.95
+    """
+    return float(torch.tensor(values, dtype=torch.float64).quantile(LEVEL))
+
+
+def lines(distances: Sequence[Distances]) -> list[Line]:
+    """Return all lines with every row, by row."""
+    groups, order = pooled(distances), names(distances)
+    found = []
+    for training, row in dict.fromkeys((each.training, each.row) for each in distances):
+        known = groups.get((training, row, _FIRST["validation"]), {})
+        limits = {seed: limit(values) for seed, values in known.items()}
+        for name in order:
+            seeds = groups.get((training, row, name), {})
+            both = [(v, limits[seed]) for seed, v in seeds.items() if seed in limits]
+            if both:
+                median = Cell.of(statistics.median(values) for values, _ in both)
+                beyond = Cell.of(_percent(v > most for v in values) for values, most in both)
+                found.append(Line(training, row, name, median, beyond))
+    return found
+
+
+def _summary(results: Results, row: Row) -> dict[str, Any]:
+    summary: dict[str, Any] = {"training": row.training, "row": row.name}
+    for stream in results.streams:
+        gain, error = results.gain(row, stream), results.corruption_error(row, stream)
+        summary[stream] = {
+            "clean": asdict(results.clean(row, stream)),
+            "shifted": asdict(results.shifted(row, stream)),
+            "gain": None if gain is None else asdict(gain),
+            **({} if error is None else {"mean_corruption_error": asdict(error)}),
+        }
+    summary["ms_per_sample"] = results.milliseconds(row)
+    return summary
+
+
+def _percent(true: Iterable[bool]) -> float:
+    return 100 * statistics.fmean(true)

@@ -1,25 +1,35 @@
-"""Runs a benchmark seed by seed: trains, scores every row, and goes on where it stopped."""
+"""Benchmark loop: trains, scores every row seed by seed, and goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from it3_lightning.benchmark.about import about
-from it3_lightning.benchmark.distances import distances_file, keep_distances, kept_distances
-from it3_lightning.benchmark.kind import Kind
-from it3_lightning.benchmark.models import models_of
-from it3_lightning.benchmark.progress import Progress, quiet, threads
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from it3_lightning.benchmark.config import BenchmarkSettings
+from it3_lightning.benchmark.distances import (
+    distances_file,
+    keep_distances,
+    kept_distances,
+    separations,
+)
+from it3_lightning.benchmark.models import MakeModel, Models, about, models_of, with_priors
 from it3_lightning.benchmark.results import Record, Results
-from it3_lightning.benchmark.rows import Row, rows_for
-from it3_lightning.benchmark.scoring import scored
-from it3_lightning.benchmark.separation import separations
-from it3_lightning.benchmark.settings import BenchmarkSettings
-from it3_lightning.benchmark.training import MakeModel, Models, with_priors
+from it3_lightning.benchmark.rows import Kind, Row, rows_for
 from it3_lightning.data import ShiftedData
+from it3_lightning.engine.selection import select
 from it3_lightning.methods import Idempotence
+from it3_lightning.training.mixin import IT3Mixin
 
 _KEPT = ("records", "separations")  # of a seed, in its file
 
@@ -120,6 +130,138 @@ class Benchmark(BenchmarkSettings):
                 progress.advance()
         data.stream = self.streams[0]  # type: ignore[assignment]
         return records, separations(models, data, Idempotence(self.recipe.distance))
+
+
+def scored(
+    settings: BenchmarkSettings,
+    row: Row,
+    model: IT3Mixin,
+    data: ShiftedData,
+    *,
+    batches: int | None = None,
+) -> list[Record]:
+    """Return a record for each loader of the data.
+
+    Args:
+        settings: of the Trainer and of the metric.
+        row: what happens at test time.
+        model: of the row's training.
+        data: clean and shifted samples, with the stream and the seed set.
+        batches: the most of each loader; ``None``: all.
+    """
+    callback = row.callback()
+    callbacks = [] if callback is None else [callback]
+    trainer = settings.trainer(callbacks=callbacks, limit_test_batches=batches)
+    logged = trainer.test(model, datamodule=data, verbose=False)
+    adapts = row.settings is not None and row.settings.steps > 0
+    chosen = select(model, row.settings.parameters) if adapts and row.settings else {}
+    time = 0.0 if callback is None else callback.summary.ms_per_sample
+    adapted = sum(p.numel() for p in chosen.values())
+    return [
+        Record(
+            row.training,
+            row.name,
+            data.stream,
+            data.seed,
+            shift,
+            _score_in(scores, settings.metric, percent=settings.percent),
+            time,
+            adapted,
+        )
+        for shift, scores in zip(data.test_names, logged, strict=True)
+    ]
+
+
+def _score_in(scores: Mapping[str, Any], metric: str, *, percent: bool) -> float:
+    """Return the score in what a loader's ``test_step`` logged.
+
+    Raises:
+        ValueError: it is not there.
+
+    >>> _score_in({"test_acc/dataloader_idx_1": 0.5}, "test_acc", percent=True)
+    50.0
+    """
+    for key, value in scores.items():
+        if key.partition("/dataloader_idx_")[0] == metric:
+            return float(value) * (100 if percent else 1)
+    raise ValueError(
+        f"test_step logged no {metric!r}, but {', '.join(scores)}. Set benchmark.metric "
+        "to one of them."
+    )
+
+
+class Progress:
+    """A bar over the evaluations of all seeds, with a line that says what is being done.
+
+    Args:
+        seeds: number of seeds.
+        evaluations: rows times streams, per seed.
+    """
+
+    def __init__(self, seeds: int, evaluations: int) -> None:
+        self._bar = Bar(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._task = self._bar.add_task("starting", total=seeds * evaluations)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.say("done")
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Say what is being done."""
+        self._bar.update(self._task, description=text)
+
+    def advance(self) -> None:
+        """Count one evaluation."""
+        self._bar.advance(self._task)
+
+    def skip(self, text: str, evaluations: int) -> None:
+        """Count evaluations that were there already."""
+        self._bar.update(self._task, description=text, advance=evaluations)
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Let torch use this many threads on the CPU within; ``None``: as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's notices about every run of a Trainer out of the way."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        warnings.filterwarnings("ignore", ".*`tensorboardX` has been removed.*")
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _read(kept: dict[str, Any]) -> tuple[list[Record], list[Record]]:

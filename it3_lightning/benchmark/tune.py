@@ -1,25 +1,30 @@
-"""Chooses how to adapt, on validation samples under other shifts than those of the reports."""
+"""Grid search for a recipe, on validation samples under other shifts than those of the reports."""
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-from it3_lightning.benchmark.about import about
-from it3_lightning.benchmark.candidates import Candidate, Grid
-from it3_lightning.benchmark.choosing import Gains, Rule, is_clean
-from it3_lightning.benchmark.kind import Kind
-from it3_lightning.benchmark.progress import Progress, quiet, threads
-from it3_lightning.benchmark.rows import Row
-from it3_lightning.benchmark.search import Search
-from it3_lightning.benchmark.settings import BenchmarkSettings
-from it3_lightning.benchmark.training import MakeModel, with_priors
-from it3_lightning.benchmark.tuned import Tuned
+import yaml
+
+from it3_lightning.benchmark.config import BenchmarkSettings, Recipe
+from it3_lightning.benchmark.models import MakeModel, Models, about, models_of, with_priors
+from it3_lightning.benchmark.results import Record
+from it3_lightning.benchmark.rows import Kind, Row, Training
+from it3_lightning.benchmark.run import Progress, quiet, scored, threads
+from it3_lightning.benchmark.tune_rules import Candidate, Gains, Grid, Rule, Verdict, is_clean
 from it3_lightning.data import ShiftedData
 from it3_lightning.engine import Settings
+
+_Scores = dict[str, dict[str, list[float]]]
+"""By row and by name of the samples, one for each seed."""
+_SHARED = ("optimizer", "distance", "parameters", "reliability", "sharpen")  # by all modes
+_OWN_LR = {"episodic": ("episodic_lr", "episodic_steps"), "online": ("lr", "steps")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +79,7 @@ class Tuning:
             still = _unadapted(self.training, kind)
             rounds = (len(still) + len(candidates)) * len(settings.streams)
             with Progress(len(settings.seeds), rounds) as progress:
-                search = Search(settings, make_model, data, facts, progress, self.batches)
+                search = _Search(settings, make_model, data, facts, progress, self.batches)
                 unadapted = search.scores(still)
                 base = max(still, key=lambda row: settings.sign * _shifted(unadapted[row.name]))
                 start = base.settings or Settings(steps=0, measure=False)
@@ -110,6 +115,197 @@ class Tuning:
         )
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """All candidates of a search, and which one the rule chooses.
+
+    Args:
+        title: name of the score, and its direction where smaller is better.
+        decimals: of scores and gains.
+        training: which one it was chosen for.
+        seeds: of the models.
+        shifts: that it was chosen under.
+        base: the strongest unadapted row.
+        before: its scores by name of the samples, one for each seed.
+        candidates: ways to adapt.
+        verdicts: of the rule, in the same order.
+        tolerated: the loss that is tolerated.
+        rule: that chose.
+    """
+
+    title: str
+    decimals: int
+    training: Training
+    seeds: tuple[int, ...]
+    shifts: tuple[str, ...]
+    base: Row
+    before: Mapping[str, Sequence[float]]
+    candidates: tuple[Candidate, ...]
+    verdicts: tuple[Verdict, ...]
+    tolerated: float
+    rule: Rule
+
+    @property
+    def ranked(self) -> list[tuple[Candidate, Verdict]]:
+        """Candidates that may be chosen first, and among equals those that gain more."""
+        pairs = list(zip(self.candidates, self.verdicts, strict=True))
+        return sorted(pairs, key=lambda p: (p[1].harmless and p[1].gains, p[1].gain.mean))[::-1]
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The candidate that the rule chooses; ``None``: adapt nothing."""
+        index = self.rule.chosen(self.verdicts)
+        return None if index is None else self.candidates[index]
+
+    def chosen_of(self, mode: str, like: Recipe | None = None) -> Candidate | None:
+        """Return what the rule chooses among the candidates of a mode.
+
+        Args:
+            mode: of the candidates.
+            like: whose objective and parameters they must have; ``None``: any.
+        """
+        own = [
+            i
+            for i, candidate in enumerate(self.candidates)
+            if candidate.mode == mode and (like is None or _alike(candidate.recipe, like))
+        ]
+        index = self.rule.chosen([self.verdicts[i] for i in own])
+        return None if index is None else self.candidates[own[index]]
+
+    def yaml(self) -> str:
+        """Return the lines to put into a configuration: the callback, and the benchmark's recipe.
+
+        The recipe has the objective and the parameters of the best candidate that takes a step, and
+        the learning rate of the best one with these in each mode. A mode in which none may be
+        chosen is left out.
+        """
+        callback = {"class_path": "it3_lightning.IT3TestTimeCallback", "init_args": self._args()}
+        lines: dict[str, Any] = {"trainer": {"callbacks": [callback]}}
+        if recipe := self._recipe():
+            lines["benchmark"] = {"recipe": recipe}
+        return str(yaml.safe_dump(lines, sort_keys=False, default_flow_style=None))
+
+    def _args(self) -> dict[str, Any]:
+        """Return the arguments of the callback."""
+        still = self.base.settings
+        norm_stats = "source" if still is None else still.norm_stats
+        if self.chosen is None or self.chosen.mode == "none":
+            prediction = "first" if self.chosen is None else self.chosen.prediction
+            return {"steps": 0, "norm_stats": norm_stats, "prediction": prediction}
+        settings = self.chosen.settings(still or Settings(steps=0))
+        objective = self.chosen.recipe.objective
+        return {
+            "scope": settings.scope,
+            "steps": settings.steps,
+            "optimizer": settings.optimizer,
+            "lr": settings.lr,
+            "parameters": settings.parameters,
+            "reset": settings.reset,
+            "anchor": settings.anchor,
+            "norm_stats": settings.norm_stats,
+            "prediction": self.chosen.prediction,
+            "objective": {
+                "class_path": "it3_lightning.Idempotence",
+                "init_args": {
+                    "distance": objective.distance,
+                    "reliability": objective.reliability,
+                    "sharpen": objective.sharpen,
+                },
+            },
+        }
+
+    def _recipe(self) -> dict[str, Any]:
+        moving = [c for mode in ("episodic", "online", "sample") if (c := self.chosen_of(mode))]
+        gains = {c: v.gain.mean for c, v in zip(self.candidates, self.verdicts, strict=True)}
+        if not moving:
+            return {}
+        best = max(moving, key=lambda candidate: gains[candidate]).recipe
+        recipe = {name: getattr(best, name) for name in _SHARED}
+        for mode, (lr, steps) in _OWN_LR.items():
+            if own := self.chosen_of(mode, like=best):
+                recipe |= {lr: getattr(own.recipe, lr), steps: getattr(own.recipe, steps)}
+        if own := self.chosen_of("sample", like=best):
+            recipe["sample_lr"] = own.recipe.sample_lr
+        return recipe
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Scores rows on all seeds and streams, keeping what was scored before.
+
+    Args:
+        settings: seeds, streams, metric and Trainer.
+        make_model: returns a fresh model with priors.
+        data: set to what is to be scored on, but for seed and stream.
+        facts: of :func:`~it3_lightning.benchmark.models.about`.
+        progress: is told.
+        batches: the most of each loader; ``None``: all.
+    """
+
+    settings: BenchmarkSettings
+    make_model: MakeModel
+    data: ShiftedData
+    facts: dict[str, Any]
+    progress: Progress
+    batches: int | None = None
+
+    def scores(self, rows: Sequence[Row]) -> _Scores:
+        """Return the scores of rows of one training."""
+        found: _Scores = {row.name: {} for row in rows}
+        for seed in self.settings.seeds:
+            kept = _Kept(self._file(seed), self._fingerprint())
+            models = None
+            for row, stream in ((r, s) for s in self.settings.streams for r in rows):
+                key = json.dumps([repr(row), stream, self.batches])
+                if key not in kept.records:
+                    models = models or self._models(seed)
+                    self.progress.say(f"seed {seed}, {stream} classes: {row.name}")
+                    self.data.seed, self.data.stream = seed, stream  # type: ignore[assignment]
+                    model = models[row.training]
+                    records = scored(self.settings, row, model, self.data, batches=self.batches)
+                    kept.add(key, records)
+                self.progress.advance()
+                for record in kept.records[key]:
+                    name = self._name(record)
+                    found[row.name].setdefault(name, []).append(record.score)
+        return found
+
+    def _models(self, seed: int) -> Models:
+        say, training = self.progress.say, self.facts["training"]
+        return models_of(self.settings, seed, self.make_model, self.data, say, training)
+
+    def _file(self, seed: int) -> Path:
+        return Path(self.settings.output) / "tuning" / f"seed_{seed}.json"
+
+    def _fingerprint(self) -> str:
+        """Return all that a score depends on besides its row."""
+        parts = [self.facts["training"], self.facts["settings"]["data"], self.settings.metric]
+        return json.dumps(parts, sort_keys=True)
+
+    def _name(self, record: Record) -> str:
+        several = len(self.settings.streams) > 1
+        return f"{record.shift}, {record.stream}" if several else record.shift
+
+
+class _Kept:
+    """Records of one seed by row and stream, in a file."""
+
+    def __init__(self, file: Path, fingerprint: str) -> None:
+        self._file, self._fingerprint = file, fingerprint
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        rows = content["rows"] if content.get("fingerprint") == fingerprint else {}
+        self.records = {key: [Record(**r) for r in records] for key, records in rows.items()}
+
+    def add(self, key: str, records: list[Record]) -> None:
+        """Keep the records of a row, and write the file."""
+        self.records[key] = records
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        rows = {key: [asdict(record) for record in own] for key, own in self.records.items()}
+        part = self._file.with_suffix(".part")
+        part.write_text(json.dumps({"fingerprint": self._fingerprint, "rows": rows}))
+        part.replace(self._file)
+
+
 @contextmanager
 def _to_tune_on(data: ShiftedData) -> Iterator[None]:
     """Let the data test on validation samples under its tuning shifts within."""
@@ -143,3 +339,7 @@ def _shifted(scores: dict[str, list[float]]) -> float:
     return statistics.fmean(
         statistics.fmean(values) for name, values in scores.items() if not is_clean(name)
     )
+
+
+def _alike(one: Recipe, other: Recipe) -> bool:
+    return all(getattr(one, name) == getattr(other, name) for name in _SHARED)

@@ -1,7 +1,6 @@
 """Ready LightningModules around a network: plain ones, and the same with priors."""
 
-from it3_lightning.tasks.auroc import AUROC
-from it3_lightning.tasks.classification import Classifier, IT3Classifier
+from it3_lightning.tasks.classification import AUROC, Classifier, IT3Classifier
 from it3_lightning.tasks.regression import IT3Regressor, Regressor
 from it3_lightning.tasks.road_scores import Completeness, Correctness, Quality, RelaxedScore
 from it3_lightning.tasks.segmentation import IT3Segmenter, Segmenter

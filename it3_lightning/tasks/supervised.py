@@ -1,4 +1,4 @@
-"""What all tasks share: a network, a loss, an optimizer; batches of ``(inputs, target)``."""
+"""Base class of the tasks: a network, a loss, an optimizer; batches of ``(inputs, target)``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from it3_lightning.integration.batches import inputs_of, target_of
-from it3_lightning.tasks.sizes import check_sizes
 
 
 class Supervised(LightningModule):
@@ -53,7 +53,7 @@ class Supervised(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse a network of other sizes than the data."""
         super().setup(stage)
-        check_sizes(self)
+        _check_sizes(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss."""
@@ -114,4 +114,31 @@ class Supervised(LightningModule):
                 on_epoch=True,
                 batch_size=len(target),
                 metric_attribute="_running",
+            )
+
+
+def _check_sizes(module: LightningModule) -> None:
+    """Compare a module's sizes with those of its Trainer's data module, where both tell them.
+
+    ``network.in_features`` belongs to ``num_features`` of the data; ``network.out_features`` and
+    ``it3_prior.channels`` belong to ``num_outputs``.
+
+    Args:
+        module: with a ``network``, attached to a Trainer.
+
+    Raises:
+        MisconfigurationException: they differ.
+    """
+    data = getattr(module._trainer, "datamodule", None)
+    for part, size, wanted in (
+        ("network", "in_features", "num_features"),
+        ("network", "out_features", "num_outputs"),
+        ("it3_prior", "channels", "num_outputs"),
+    ):
+        got = getattr(getattr(module, part, None), size, None)
+        expected = getattr(data, wanted, None) if isinstance(got, int) else None
+        if isinstance(expected, int) and expected != got:
+            raise MisconfigurationException(
+                f"Expected {part}.{size} to be {expected}, the {wanted} of {type(data).__name__}, "
+                f"got {got}. Write {expected} where {part.removeprefix('it3_')} is made."
             )

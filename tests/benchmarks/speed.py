@@ -18,7 +18,7 @@ from costs.page import page
 from costs.results import Results, machine
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from it3_lightning.benchmark.progress import threads
+from it3_lightning.benchmark.run import threads
 
 
 def jobs(extent: Extent, device: torch.device) -> list[Job]:

@@ -8,7 +8,7 @@ from costs import plots, tables
 from costs.items import Row
 from costs.results import Results
 from costs.tables import Sheet
-from it3_lightning.display import document
+from it3_lightning.benchmark.rendering import document
 
 _STYLE = """
 table.named th:nth-child(2), table.named td:nth-child(2) { text-align: right; }

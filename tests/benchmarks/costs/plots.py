@@ -8,7 +8,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from costs.curves import ENGINES
 from costs.results import Results
-from it3_lightning.display import svg
+from it3_lightning.benchmark.rendering import svg
 
 _COLOURS = dict(zip(ENGINES, ("#1f6fb4", "#d1495b", "#2a9d6f", "#e39a2d"), strict=True))
 _VERDICTS = {"ok": "#1f6fb4", "missed": "#d1495b", "": "#8a94a0"}

@@ -10,7 +10,7 @@ from rich.table import Table
 from costs.curves import ENGINES
 from costs.items import Row
 from costs.results import Results
-from it3_lightning.display import fitting
+from it3_lightning.benchmark.rendering import fitting
 
 
 @dataclass(frozen=True)

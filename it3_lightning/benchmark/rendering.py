@@ -1,0 +1,95 @@
+"""Rendering: a console as wide as its tables, Markdown tables, and HTML in a single file."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+th { border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom; }
+tr.first td { border-top: 1px solid var(--line); }
+tr:hover { background: var(--soft); }
+.wide { overflow-x: auto; } .small { font-size: .85rem; }
+.small th, .small td { padding: .25rem .4rem; }
+.plot svg { width: 100%; height: auto; background: #fff; }
+pre { background: var(--soft); overflow-x: auto; padding: .8rem; }
+"""
+
+
+def fitting(*tables: Table) -> Console:
+    """Return a console as wide as the tables need: one that wraps cannot be read."""
+    console = Console()
+    needed = max(Console(width=400).measure(each).maximum for each in tables)
+    return Console(width=needed) if needed > console.width else console
+
+
+def document(title: str, body: str, *, style: str = "") -> str:
+    """Return one HTML page that needs nothing else.
+
+    Args:
+        title: of the page.
+        body: HTML.
+        style: CSS besides that of all pages.
+
+    >>> document("Results", "<h1>None</h1>").count("<h1>None</h1>")
+    1
+    """
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        f"<meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
+        f"<style>{_STYLE}{style}</style>{body}</html>"
+    )
+
+
+def as_markdown(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0, 1)) -> str:
+    """Return a table in Markdown, its columns aligned; the first row has the titles.
+
+    Args:
+        rows: of cells.
+        left: indices of the columns of words; those of numbers are aligned to the right.
+
+    >>> print(as_markdown([["at", "test", "score"], ["a", "b", "1.0"]]))
+    | at  | test | score |
+    | --- | ---- | ----: |
+    | a   | b    |   1.0 |
+    """
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    ruler = ["-" * w if at in left else "-" * (w - 1) + ":" for at, w in enumerate(widths)]
+    return "\n".join(_padded(cells, widths, left) for cells in [rows[0], ruler, *rows[1:]])
+
+
+def _padded(cells: Sequence[str], widths: Sequence[int], left: Collection[int]) -> str:
+    pairs = enumerate(zip(cells, widths, strict=True))
+    return f"| {' | '.join(c.ljust(w) if at in left else c.rjust(w) for at, (c, w) in pairs)} |"
+
+
+def as_html(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in HTML; the first row has the titles."""
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in rows[0])
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows[1:])
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as SVG, ready to stand in a page; the same figure as the same text."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "it3"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,246 @@
+"""Report of a benchmark: an aligned table, an HTML page with plots, several results compared."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from it3_lightning.benchmark.distance_report import as_page, as_text, picture
+from it3_lightning.benchmark.rendering import as_html, as_markdown, document, fitting, svg
+from it3_lightning.benchmark.results import Cell, Results
+from it3_lightning.benchmark.rows import Row
+
+_TOLD = "Telling shifted from clean samples: area under the ROC curve, in percent; 50 is chance."
+_FILES = ("distances.svg", "page.html", "results.csv", "results.json", "table.md")
+_STREAMS = ("equal", "unequal")
+
+
+def show(results: Results, folder: Path) -> None:
+    """Print the table; write ``table.md``, ``page.html``, ``distances.svg`` into the folder."""
+    shown = table(results)
+    console = fitting(shown)
+    console.print(shown)
+    parts = [f"{results.title}; a gain is an improvement.", markdown(results)]
+    parts += [f"Gain by shift, {s} classes:\n\n{by_shift(results, s)}" for s in results.streams]
+    if told := separation(results):
+        parts.append(f"{_TOLD}\n\n{as_markdown(told)}")
+    parts += as_text(results)
+    (folder / "table.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "page.html").write_text(page(results))
+    if drawn := picture(results):
+        (folder / "distances.svg").write_text(drawn)
+    files = sorted(name for name in _FILES if (folder / name).is_file())
+    console.print(f"Written to {folder}: {', '.join(files)}")
+
+
+def page(results: Results) -> str:
+    """Return one HTML page: the table, a plot by shift, and what it was made with."""
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in headers(results))
+    body, before = "", ""
+    for row in results.rows:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in line(results, row))
+        body += f"<tr{' class=first' if row.training != before else ''}>{cells}</tr>\n"
+        before = row.training
+    plots = "".join(
+        f"<h2>Gain by shift, {stream} classes</h2><div class=plot>{_plot(results, stream)}</div>"
+        for stream in results.streams
+    )
+    if told := separation(results):
+        plots += f"<h2>{_TOLD}</h2><div class=wide>{as_html(told)}</div>"
+    plots += as_page(results)
+    about = html.escape("\n".join(f"{k}: {v}" for k, v in _facts(results).items()))
+    return document(
+        "IT3 benchmark",
+        f"<h1>IT3 benchmark: {html.escape(results.title)}</h1>"
+        f"<p>Mean ± standard deviation over seeds {results.seeds}. <em>shifts</em>: mean over "
+        f"{', '.join(s for s in results.shifts if s != 'clean')}. <em>gain</em>: the "
+        "improvement over the same model with batch statistics (its source where it has no "
+        "BatchNorm or each sample is by itself), on the mean of the shifts; <em>worst shift</em>: "
+        "the smallest such gain.</p>"
+        f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+        f"</div>{plots}<h2>Made with</h2><pre>{about}</pre>",
+    )
+
+
+def table(results: Results) -> Table:
+    """Return the aligned table of all rows; gains are over the same model's batch statistics."""
+    shown = Table(title=f"{results.title}, mean ± std over seeds {results.seeds}")
+    for index, title in enumerate(headers(results)):
+        shown.add_column(title, justify="left" if index < 2 else "right", no_wrap=True)
+    before = ""
+    for row in results.rows:
+        if before and before != row.training:
+            shown.add_section()
+        before = row.training
+        shown.add_row(*line(results, row))
+    return shown
+
+
+def markdown(results: Results) -> str:
+    """Return the table in Markdown."""
+    return as_markdown([headers(results), *(line(results, row) for row in results.rows)])
+
+
+def headers(results: Results) -> list[str]:
+    """Return the column titles of the table."""
+    per_stream = [
+        title
+        for stream in results.streams
+        for title in (f"{stream}: clean", "shifts", "gain", "worst shift", *_error_title(results))
+    ]
+    return ["training", "at test time", *per_stream, "ms/sample"]
+
+
+def line(results: Results, row: Row) -> list[str]:
+    """Return the cells of one row, as text."""
+    cells, style = [row.training, row.name], f".{results.decimals}f"
+    for stream in results.streams:
+        gain, worst = results.gain(row, stream), results.worst(row, stream)
+        error = results.corruption_error(row, stream)
+        cells += [
+            format(results.clean(row, stream), style),
+            format(results.shifted(row, stream), style),
+            "" if gain is None else format(gain, f"+{style}"),
+            "" if worst is None else f"{worst[1]:+{style}} {worst[0]}",
+            *([] if error is None else [format(error, style)]),
+        ]
+    time = results.milliseconds(row)
+    return [*cells, f"{time:.2f}" if time >= 0.005 else ""]
+
+
+def by_shift(results: Results, stream: str) -> str:
+    """Return a table in Markdown: the gain over the baseline on each shift, mean over seeds."""
+    titles = ["training", "at test time", *results.shifts]
+    rows = [titles]
+    for row in results.rows:
+        gains = [results.gain(row, stream, shift) for shift in results.shifts]
+        cells = [f"{gain.mean:+.{results.decimals}f}" for gain in gains if gain is not None]
+        if cells:
+            rows.append([row.training, row.name, *cells])
+    return as_markdown(rows)
+
+
+def separation(results: Results) -> list[list[str]]:
+    """Return a table: how well the distance tells each shift from clean samples, and its titles.
+
+    The area under the ROC curve in percent, 50 for not at all, for the distance of the un-adapted
+    network and beside it for the confidence of its prediction.
+    """
+    shifts = list(dict.fromkeys(record.shift for record in results.separations))
+    pairs = dict.fromkeys((record.training, record.row) for record in results.separations)
+    rows = [[*pair, *(str(results.separation(*pair, s)) for s in shifts)] for pair in pairs]
+    return [["training", "score", *shifts], *rows] if rows else []
+
+
+def overview(folders: Sequence[Path]) -> str:
+    """Return what every way to predict gains in several benchmarks, in aligned Markdown.
+
+    One table for each training: a line for each benchmark and stream, a column for each way. Scores
+    of the unadapted ways are those on the shifted samples.
+
+    Args:
+        folders: outputs of ``it3 benchmark``; a table's lines are named after them.
+
+    Raises:
+        FileNotFoundError: a folder holds no ``results.json``.
+    """
+    read = {folder.name: _results_in(folder) for folder in folders}
+    trainings = _in_order(entry["training"] for found in read.values() for entry in found["table"])
+    return "\n\n".join(
+        f"**{training}**\n\n{as_markdown(_ways(read, training), left=(0,))}"
+        for training in trainings
+    )
+
+
+def _error_title(results: Results) -> list[str]:
+    """Return the title of the mean corruption error, where there is a baseline for it."""
+    return [] if results.baseline_errors is None else ["mCE (lower is better)"]
+
+
+def _facts(results: Results) -> dict[str, Any]:
+    settings = results.about.get("settings", {})
+    return {
+        **results.about.get("versions", {}),
+        **settings.get("benchmark", {}),
+        **settings.get("data", {}),
+    }
+
+
+def _plot(results: Results, stream: str) -> str:
+    """Return an SVG of gains by shift, a line per row that adapts; a note without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "<p>Install <code>it3_lightning[plots]</code> for the plot.</p>"
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color="black", lw=0.8)
+    for row in results.rows:
+        if row.training == "joint" or "published" in row.name:
+            continue
+        gains = [results.gain(row, stream, shift) for shift in results.shifts]
+        if None not in gains:
+            means = [gain.mean for gain in gains if gain is not None]
+            style = {"ordinary": ":", "post-hoc": "-"}[row.training]
+            label = f"{row.training}: {row.name}"
+            axes.plot(results.shifts, means, style, marker="o", ms=3, lw=1.4, label=label)
+    axes.set_ylabel("gain over the unadapted model")
+    axes.tick_params(axis="x", rotation=30)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return svg(figure)
+
+
+def _results_in(folder: Path) -> dict[str, Any]:
+    file = folder / "results.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"Expected results.json in {folder}, as it3 benchmark writes it, found none. Run it3 "
+            f"benchmark with --benchmark.output {folder} first."
+        )
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def _ways(read: dict[str, dict[str, Any]], training: str) -> list[list[str]]:
+    """Return a table's lines of cells, the head first."""
+    of_training = {
+        name: {entry["row"]: entry for entry in found["table"] if entry["training"] == training}
+        for name, found in read.items()
+    }
+    ways = _in_order(way for entries in of_training.values() for way in entries)
+    lines = [["benchmark", "score", "clean", *ways]]
+    for name, entries in of_training.items():
+        decimals = read[name].get("decimals", 1)
+        for stream in _STREAMS:
+            if stream not in next(iter(entries.values()), {}):
+                continue
+            clean = _cell(entries["source"][stream]["clean"])
+            cells = [_shown(entries.get(way), stream, decimals) for way in ways]
+            label = name if stream == "equal" else f"{name}, {stream}"
+            lines.append([label, read[name]["metric"], f"{clean:.{decimals}f}", *cells])
+    return lines
+
+
+def _shown(entry: dict[str, Any] | None, stream: str, decimals: int) -> str:
+    """Return the gain of a way, or its score where it adapts nothing."""
+    if entry is None:
+        return ""
+    gain = entry[stream]["gain"]
+    if gain is None:
+        return f"{_cell(entry[stream]['shifted']):.{decimals}f}"
+    return f"{_cell(gain):+.{decimals}f}"
+
+
+def _cell(saved: dict[str, float]) -> Cell:
+    return Cell(saved["mean"], saved["std"])
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))

@@ -1,0 +1,129 @@
+"""Models of a benchmark: trained once, kept as states, and what they and their scores depend on."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.benchmark_runs import benchmark, digits, make_model
+from lightning.pytorch import Trainer, seed_everything
+
+from it3_lightning import ClassPrior, DualPass, FeatureInjection
+from it3_lightning.benchmark import Results, Row
+from it3_lightning.benchmark.config import Recipe
+from it3_lightning.benchmark.models import about
+from it3_lightning.data import DigitsDataModule
+from it3_lightning.networks import MLP, SmallCNN
+from it3_lightning.tasks import Classifier, IT3Classifier
+
+
+def test_kept_scores_hold_only_for_the_same_model(tmp_path: Path) -> None:
+    def settings(**args: Any) -> str:
+        given = {
+            "prior": ClassPrior(10),
+            "conditioning": FeatureInjection("network.dense1"),
+            **args,
+        }
+        model = IT3Classifier(SmallCNN(1, 10, 8, width=4, hidden=16), **given)
+        return json.dumps(about(benchmark(tmp_path), model, digits())["settings"], sort_keys=True)
+
+    assert settings() == settings()
+    changes: list[dict[str, Any]] = [
+        {"prior": ClassPrior(10, neutral="uniform")},
+        {"conditioning": FeatureInjection("network.dense1", mode="film")},
+        {"dual_pass": DualPass(own_share=0.5)},
+        {"optimizer": functools.partial(torch.optim.SGD, lr=0.1)},
+    ]
+    assert len({settings(), *(settings(**change) for change in changes)}) == 5
+
+
+def test_a_model_without_the_mixin_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"class IT3Net\(IT3Mixin, Classifier\): pass"):
+        benchmark(tmp_path).run(lambda: Classifier(MLP(64, 10)), digits())
+
+
+def test_post_hoc_source_row_equals_the_ordinary_one_exactly(
+    finished: tuple[Path, Results],
+) -> None:
+    _, results = finished
+    for name in ("source", "batch statistics"):
+        for stream in ("equal", "unequal"):
+            for shift in ("clean", "contrast"):
+                ordinary, posthoc = (
+                    results.scores(Row(training, name), stream, [shift])
+                    for training in ("ordinary", "post-hoc")
+                )
+                assert ordinary == posthoc
+
+
+def test_a_pretrained_model_is_not_trained_ordinarily(tmp_path: Path) -> None:
+    results = benchmark(tmp_path, pretrained=True).run(make_model, digits())
+    seed_everything(0, verbose=False)  # the weights it came with
+    model = make_model().eval()
+    with torch.no_grad():
+        right = [model(x).argmax(1) == y for x, y in digits().test_dataloader()[0]]
+    score = results.scores(Row("ordinary", "source"), "equal", ["clean"])[0]
+    assert score == pytest.approx(100 * torch.cat(right).float().mean().item())
+
+
+def test_another_recipe_trains_nothing_and_leaves_the_other_rows_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = functools.partial(
+        benchmark, tmp_path, rows="all", metric="test_loss", percent=False, higher_is_better=False
+    )
+    first = losses().run(make_model, digits())
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
+    second = losses(recipe=Recipe(adam_episodic_lr=0.05)).run(make_model, digits())
+    assert len(first.records) == len(second.records)
+    changed = set()
+    for before, after in zip(first.records, second.records, strict=True):
+        assert (before.row, before.shift) == (after.row, after.shift)
+        if before.score != after.score:
+            changed.add(before.row)
+    assert "published objective, episodic" in changed
+    assert all("episodic" in row or "each sample" in row for row in changed)
+
+
+def test_other_samples_to_evaluate_on_train_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark(tmp_path).run(make_model, digits())
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
+    data = digits()
+    data.evaluate_on, data.shifts, data.severity = "validation", ("shear",), 2
+    results = benchmark(tmp_path).run(make_model, data)
+    assert results.shifts == ["clean", "shear"]
+
+
+def test_what_training_depends_on_trains_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark(tmp_path).run(make_model, digits())
+    fits, fit = [], Trainer.fit
+
+    def counted(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        fits.append(trainer.max_epochs)
+        fit(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "fit", counted)
+    benchmark(tmp_path, epochs=2).run(make_model, digits())
+    assert fits == [4, 2, 1]
+    smaller = DigitsDataModule(shifts=("contrast",), severity=4, train_size=150, test_size=120)
+    benchmark(tmp_path, epochs=2).run(make_model, smaller)
+    assert len(fits) == 6
+
+
+def test_kept_models_are_states_alone_and_a_damaged_file_trains_again(tmp_path: Path) -> None:
+    first = benchmark(tmp_path).run(make_model, digits())
+    file = tmp_path / "models" / "seed_0.ckpt"
+    states = torch.load(file, weights_only=True)["states"]
+    assert set(states) == {"ordinary", "joint", "post-hoc"}
+    assert all(name.startswith("it3_") for name in states["post-hoc"])
+    assert states["joint"].keys() == make_model().state_dict().keys()
+    file.write_bytes(file.read_bytes()[:1000])
+    (tmp_path / "seed_0.json").unlink()
+    again = benchmark(tmp_path).run(make_model, digits())
+    assert [r.score for r in again.records] == [r.score for r in first.records]

@@ -1,0 +1,142 @@
+"""Reports of a benchmark: lines, gains by shift, the page, and several benchmarks side by side."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.benchmark_runs import benchmark, cells, digits, make_model, toy_results
+
+from it3_lightning.benchmark import Results
+from it3_lightning.benchmark.distances import CONFIDENCE, DISTANCE
+from it3_lightning.benchmark.report import (
+    by_shift,
+    headers,
+    line,
+    markdown,
+    overview,
+    page,
+    separation,
+    table,
+)
+from it3_lightning.cli import main
+
+
+def test_where_lower_is_better_a_gain_is_how_much_lower() -> None:
+    results = toy_results()
+    results.higher_is_better, results.decimals = False, 2
+    gain, worst = results.gain(results.rows[2], "equal"), results.worst(results.rows[2], "equal")
+    assert gain is not None
+    assert worst is not None
+    assert gain.mean == worst[1] == pytest.approx(-4.0)
+    assert line(results, results.rows[2])[2:6] == [
+        "90.00 ± 1.41",
+        "64.00 ± 1.41",
+        "-4.00 ± 1.41",
+        "-4.00 noise",
+    ]
+    assert cells(by_shift(results, "equal"))[2:] == [["ordinary", "Tent", "+0.00", "-4.00"]]
+    assert str(table(results).title).startswith("acc (lower is better)")
+    assert "<h1>IT3 benchmark: acc (lower is better)</h1>" in page(results)
+
+
+def test_every_line_of_the_table_has_a_cell_for_every_title() -> None:
+    results = toy_results()
+    assert all(len(line(results, row)) == len(headers(results)) for row in results.rows)
+    assert markdown(results).count("\n") == len(results.rows) + 1
+    assert "+4.0 ± 1.4" in markdown(results)
+
+
+def test_gains_by_shift_are_means_over_seeds_and_leave_unadapted_rows_out() -> None:
+    found = cells(by_shift(toy_results(), "equal"))
+    assert found[2:] == [["ordinary", "Tent", "+0.0", "+4.0"]]  # clean: -1 and +1, noise: 3 and 5
+
+
+def test_page_holds_the_table_and_its_plots(finished: tuple[Path, Results]) -> None:
+    text = page(finished[1])
+    assert text.split("<h2>")[0].count("<tr") == len(finished[1].rows) + 1
+    assert text.count("<svg") == 3
+    assert "http" not in text.partition("<svg")[0]  # one file, nothing loaded from elsewhere
+
+
+def test_benchmark_reports_the_separation_and_keeps_it(tmp_path: Path) -> None:
+    def run() -> Results:
+        return benchmark(tmp_path).run(make_model, digits())
+
+    first, second = run(), run()  # the second time from the file
+    titles, *rows = separation(first)
+    assert titles == ["training", "score", "contrast"]
+    assert [row[:2] for row in rows] == [
+        [training, name] for training in ("joint", "post-hoc") for name in (DISTANCE, CONFIDENCE)
+    ]
+    assert rows == separation(second)[1:]
+    assert all(f"<td>{row[2]}</td>" in page(first) for row in rows)
+
+
+def entry(training: str, row: str, **streams: tuple[float, float, float | None]) -> dict[str, Any]:
+    """One line of a results.json: clean and shifted score, and gain, by stream."""
+    cells = {
+        stream: {
+            "clean": {"mean": clean, "std": 0.1},
+            "shifted": {"mean": shifted, "std": 0.2},
+            "gain": None if gain is None else {"mean": gain, "std": 0.3},
+        }
+        for stream, (clean, shifted, gain) in streams.items()
+    }
+    return {"training": training, "row": row, **cells, "ms_per_sample": 0.0}
+
+
+def written(folder: Path, metric: str, decimals: int, *table: dict[str, Any]) -> Path:
+    folder.mkdir()
+    content = {"metric": metric, "decimals": decimals, "table": table}
+    (folder / "results.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Two benchmarks, one with two streams and one more way to predict."""
+    return [
+        written(
+            tmp_path / "digits",
+            "test_acc",
+            1,
+            entry("ordinary", "source", equal=(97, 77, None), unequal=(96, 76, None)),
+            entry("post-hoc", "source", equal=(97, 77, None), unequal=(96, 76, None)),
+            entry("post-hoc", "batch statistics", equal=(97, 80, None), unequal=(96, 79, None)),
+            entry("post-hoc", "adapted", equal=(97, 81, 1.0), unequal=(96, 78, -1.0)),
+        ),
+        written(
+            tmp_path / "boston",
+            "test_mae",
+            3,
+            entry("ordinary", "source", equal=(2.5, 3.9, None)),
+            entry("post-hoc", "source", equal=(2.5, 3.9, None)),
+            entry("post-hoc", "adapted", equal=(2.4, 3.8, 0.0125)),
+        ),
+    ]
+
+
+def test_a_line_for_each_benchmark_and_stream(folders: list[Path]) -> None:
+    ordinary, posthoc = overview(folders).split("**post-hoc**")
+    assert ordinary.startswith("**ordinary**")
+    head, _, *lines = cells(posthoc.strip())
+    assert head == ["benchmark", "score", "clean", "source", "batch statistics", "adapted"]
+    assert lines == [
+        ["digits", "test_acc", "97.0 ± 0.1", "77.0 ± 0.2", "80.0 ± 0.2", "+1.0 ± 0.3"],
+        ["digits, unequal", "test_acc", "96.0 ± 0.1", "76.0 ± 0.2", "79.0 ± 0.2", "-1.0 ± 0.3"],
+        ["boston", "test_mae", "2.500 ± 0.100", "3.900 ± 0.200", "", "+0.013 ± 0.300"],
+    ]
+    assert len({len(line) for line in posthoc.strip().splitlines()}) == 1  # aligned
+
+
+def test_the_command_prints_the_tables(
+    folders: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["compare", *map(str, folders)])
+    assert capsys.readouterr().out.strip() == overview(folders)
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"Expected results.json in .*Run it3 benchmark"):
+        overview([tmp_path])

@@ -1,0 +1,121 @@
+"""Rows of a benchmark: which there are for a kind of model, and in what they differ."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.benchmark_runs import benchmark, digits
+
+from it3_lightning import FeatureInjection, IT3TestTimeCallback, MaskPrior, ValuePrior
+from it3_lightning.benchmark import Row, rows_for
+from it3_lightning.benchmark.config import Recipe
+from it3_lightning.benchmark.rows import Kind
+from it3_lightning.data import BundledDataModule
+from it3_lightning.engine import Settings
+from it3_lightning.methods import Entropy, Idempotence
+from it3_lightning.networks import MLP
+from it3_lightning.tasks import IT3Regressor, IT3Segmenter
+
+
+def test_a_distance_of_probabilities_is_refused_for_values(tmp_path: Path) -> None:
+    def make() -> IT3Regressor:
+        conditioning = FeatureInjection("network.layer0")
+        return IT3Regressor(MLP(10, 1), prior=ValuePrior(), conditioning=conditioning)
+
+    with pytest.raises(ValueError, match=r"distance l1 or l2 for a model of values, got 'js'"):
+        benchmark(tmp_path, metric="test_mae").run(make, BundledDataModule("diabetes"))
+
+
+def test_distances_of_distributions_are_refused_for_masks_of_one_channel(tmp_path: Path) -> None:
+    def masks() -> IT3Segmenter:
+        return IT3Segmenter(
+            torch.nn.Conv2d(3, 1, 1),
+            prior=MaskPrior(),
+            conditioning=FeatureInjection("network"),
+        )
+
+    with pytest.raises(
+        ValueError, match=r"l1 or l2 for a model of values, got .js.* MaskPrior to 2"
+    ):
+        benchmark(tmp_path).run(masks, digits())
+
+
+def test_rows_without_classes_have_no_entropy_and_no_balance() -> None:
+    names = {row.name for row in rows_for(Recipe(), Kind(classes=False, batch_norm=False))}
+    assert not any("entropy" in n or "Tent" in n or "balance" in n for n in names)
+    assert "batch statistics" not in names
+
+
+def test_rows_of_maps_have_entropy_but_no_balance() -> None:
+    rows = rows_for(Recipe(), Kind(classes=True, batch_norm=True, balanced=False))
+    names = {row.name for row in rows}
+    assert {"Tent", "filtered entropy, online", "default objective, episodic"} <= names
+    assert not any("balance" in name for name in names)
+
+
+def test_filtered_entropy_and_filtered_distance_differ_in_the_objective_alone() -> None:
+    rows = {
+        (r.training, r.name): r for r in rows_for(Recipe(), Kind(classes=True, batch_norm=True))
+    }
+    entropy = rows["ordinary", "filtered entropy, online"].settings
+    default = rows["post-hoc", "filtered distance + entropy, online"].settings
+    assert entropy is not None
+    assert default is not None
+    assert isinstance(entropy.objective, Entropy)
+    assert isinstance(default.objective, Idempotence)
+    for name in ("steps", "lr", "optimizer", "parameters", "reset", "norm_stats"):
+        assert getattr(entropy, name) == getattr(default, name)
+    assert entropy.objective.reliability == default.objective.reliability
+
+
+def test_source_row_runs_without_a_callback() -> None:
+    assert Row("ordinary", "source").callback() is None
+
+
+def test_a_row_callback_carries_all_its_settings() -> None:
+    for row in rows_for(Recipe(lr=0.3, balance=0.7), Kind(classes=True, batch_norm=True)):
+        callback = row.callback()
+        if row.settings is not None:
+            assert isinstance(callback, IT3TestTimeCallback)
+            assert callback.settings == row.settings
+
+
+def test_a_rows_gate_is_refused_since_a_callbacks_is_another() -> None:
+    with pytest.raises(ValueError, match=r"without a gate, got gate=0\.9: a distance"):
+        Row("joint", "gated", Settings(gate=0.9))
+
+
+def test_values_have_no_rows_that_do_the_same() -> None:
+    rows = rows_for(Recipe(distance="l1"), Kind(classes=False, batch_norm=False, values=True))
+    assert [row.name for row in rows if row.training == "joint"] == [
+        "source",
+        "second prediction",
+        "mean prediction",
+        "published objective, episodic",
+        "published objective, online",
+        "default objective, episodic",
+        "default objective, online",
+        "default objective, mean prediction",
+        "published objective, each sample",
+        "default objective, each sample",
+    ]
+    same = Recipe(distance="l1", optimizer="adam", lr=1e-4, episodic_lr=1e-3, sample_lr=1e-3)
+    rows = rows_for(same, Kind(classes=False, batch_norm=False, values=True))
+    assert not any("published" in row.name for row in rows)
+
+
+def test_rows_of_classes_differ_as_far_as_the_recipe_does() -> None:
+    kind = Kind(classes=True, batch_norm=True)
+    as_published = Recipe(optimizer="adam", lr=1e-4, reliability=None)
+    names = {row.name for row in rows_for(as_published, kind)}
+    assert "published objective, online" not in names  # it is the default objective, then
+    assert "published objective, online" in {row.name for row in rows_for(Recipe(), kind)}
+
+
+def test_only_the_default_objective_takes_steps_of_polyak() -> None:
+    rows = rows_for(Recipe(), Kind(classes=True, batch_norm=True))
+    moving = [row for row in rows if row.settings is not None and row.settings.steps]
+    assert {row.settings.optimizer for row in moving if row.settings} == {"adam", "polyak"}
+    for row in moving:
+        assert row.settings is not None
+        assert (row.settings.optimizer == "polyak") is row.name.startswith("default")
