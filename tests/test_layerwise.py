@@ -125,7 +125,7 @@ def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_PIECE", 16)
 
 
-def adapted(net: nn.Module, inputs: Any, batches: int = 1, **given: Any) -> Adaptation:
+def adapted(net: nn.Module, inputs: Any, batches: int = 2, **given: Any) -> Adaptation:
     """Adapt vectorised; the first batch is compared, those after it rely on what was found."""
     published = {"objective": Idempotence("l2", None), "lr": 0.01, "backend": "vectorised"}
     made = Settings(**{"scope": "sample", **published, **given})
@@ -166,7 +166,7 @@ def test_large_weights_are_used_up_in_pieces_and_equal_each_sample_alone(
     kind: str, spy: Spy
 ) -> None:
     net, inputs = KINDS[kind].build(), KINDS[kind].batch(5)
-    adaptation = adapted(net, inputs, batches=2)
+    adaptation = adapted(net, inputs, batches=3)
     assert spy.batches >= 2
     assert_alone(adaptation, net, inputs)
 
@@ -285,7 +285,7 @@ def test_what_the_rules_do_not_know_of_is_left_to_torch_func(
     body: Callable[[], nn.Module], spy: Spy
 ) -> None:
     net, inputs = drawn(Conditioned(body())), images(2)
-    adaptation = adapted(net, inputs, batches=2)
+    adaptation = adapted(net, inputs, batches=3)
     assert not spy.batches
     assert_alone(adaptation, net, inputs)
 
@@ -332,7 +332,7 @@ class Switching(nn.Module):
 @pytest.mark.usefixtures("everything_is_large")
 def test_a_layer_that_is_not_called_keeps_its_weights(spy: Spy) -> None:
     net, inputs = drawn(Conditioned(Switching())), images(3)
-    adaptation = adapted(net, inputs, batches=2)
+    adaptation = adapted(net, inputs, batches=3)
     assert spy.batches
     assert_alone(adaptation, net, inputs)
 

@@ -271,8 +271,10 @@ class BatchAdapter:
             state, _ = self._state()
             state.enter()
             self.network.restart()
+            weights = AnchoredWeights()
+            weights.version, weights.anchor, weights.anchor_version = SOURCE, state.anchor, None
             try:
-                kept: int = count(lambda: self._method.loss(self._passes(inputs, state)))
+                kept: int = count(lambda: self._method.loss(self._passes(inputs, weights)))
             except Skip:
                 return 0
             finally:

@@ -12,6 +12,7 @@ step of Adam is as long on clean samples as on shifted ones.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -224,25 +225,32 @@ class OnlyStep:
         if not gradients:
             return {}, loss
         source = {name: full_precision(p.detach()) for name, p in parameters.items()}
-        weights, given = [source[name] for name in gradients], list(gradients.values())
+        del found, pairs
         if self._rule.first_step is not None:
-            moved = self._rule.first_step(weights, given, self._lr)
+            weights = [source[name] for name in gradients]
+            moved = self._rule.first_step(weights, list(gradients.values()), self._lr)
         else:
-            moved = self._by_length(list(source.values()), weights, given, loss.detach())
-        norm = torch.nn.utils.get_total_norm(moved)
+            moved = self._by_length(source, gradients, loss.detach())
         kept = {n: m.to(parameters[n].dtype) for n, m in zip(gradients, moved, strict=True)}
-        return kept, norm
+        return kept, torch.nn.utils.get_total_norm(list(kept.values()))
 
     def _by_length(
-        self, every: list[Tensor], weights: list[Tensor], gradients: list[Tensor], loss: Tensor
+        self, source: dict[str, Tensor], gradients: dict[str, Tensor], loss: Tensor
     ) -> list[Tensor]:
-        """Return weights moved by gradients of a length that depends on every weight's norm."""
+        """Return weights moved by gradients of a length that depends on every weight's norm.
+
+        The gradients become the weights, so that no other memory is needed.
+        """
         assert self._rule.length is not None
-        norm = torch.nn.utils.get_total_norm(gradients)
-        size = torch.nn.utils.get_total_norm(every).to(norm)
+        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        size = torch.nn.utils.get_total_norm(list(source.values())).to(norm)
         scale = self._rule.length(loss.to(norm), norm.square(), size, self._lr)
-        moved = [gradient * -scale.to(gradient.device) for gradient in gradients]
-        torch._foreach_add_(moved, weights)
+        users = Counter(g.untyped_storage().data_ptr() for g in gradients.values())
+        moved = []
+        for name, gradient in gradients.items():
+            shared = users[gradient.untyped_storage().data_ptr()] > 1 or 0 in gradient.stride()
+            own = gradient.clone(memory_format=torch.contiguous_format) if shared else gradient
+            moved.append(own.mul_(-scale.to(own.device)).add_(source[name]))
         return moved
 
 

@@ -146,6 +146,7 @@ class PerSampleStep:
         usual = plain and interception.reaches(call, lambda: self._neutral(call))
 
         def answer(asked: Call) -> tuple[Tensor, OutputTree]:
+            interception.returned = None
             outputs = self._neutral(asked)
             value = interception.returned
             if not usual:
@@ -225,7 +226,7 @@ class _Interception:
         self._priors: list[Tensor | None] = []  # given by the step, innermost last
         self.answered: list[tuple[Any, Any, Adaptation]] = []
         self.ran: list[str] = []  # adapting layers that the step ran by itself
-        self.returned: Any = None  # what the network's own forward returned last
+        self.returned: Any = None  # what the network's own forward returned first in a pass
 
     @contextmanager
     def listening(self, adapting: dict[str, nn.Module]) -> Iterator[None]:
@@ -247,8 +248,9 @@ class _Interception:
         if self._mode == "probe":
             raise _ReachedError(args, kwargs)
         if self._mode == "run":
-            self.returned = self._forward(*args, **kwargs)
-            return self.returned
+            value = self._forward(*args, **kwargs)
+            self.returned = value if self.returned is None else self.returned
+            return value
         given = bool(self._priors)
         call = Call(self._inputs, *normal((args, kwargs, self._priors[-1] if given else None)))
         for former, answer, _ in self.answered:

@@ -69,8 +69,9 @@ class FusedStep(OnlyStep):
             weights = [p.detach() for p in small.values()]
             gradients = [full_precision(p.grad) for p in small.values() if p.grad is not None]
             full = self._first_step([full_precision(w) for w in weights], gradients, self._lr)
-            moved |= {n: m.to(w.dtype) for n, m, w in zip(small, full, weights, strict=True)}
-            sums += torch._foreach_norm(full)
+            kept = {n: m.to(w.dtype) for n, m, w in zip(small, full, weights, strict=True)}
+            moved |= kept
+            sums += torch._foreach_norm(list(kept.values()))
         for parameter in small.values():
             parameter.grad = None
         ordered = {name: moved[name] for name in parameters if name in moved}

@@ -136,7 +136,6 @@ class Compiled:
 
 FirstStep = Callable[[list[Tensor], list[Tensor], float], list[Tensor]]
 
-_SUMS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # what overflows is a weight
 _OWN = 4  # tensors of a weight's size of an optimizer that is not known by name
 _TRANSIENT = 2  # of what backward keeps: what it makes of it meanwhile
 _LARGE = 1 << 15  # elements of a weight that does not stay in the cache until it is moved
@@ -263,7 +262,7 @@ class Stacked:
             moved[name] = torch.empty_like(gradient, dtype=source.dtype) if apart else gradient
             for rows, out in zip(*map(_in_pieces, (gradient, moved[name])), strict=True):
                 self._write(source, rows, out=out)
-            sums.append(moved[name].flatten(1).sum(1, dtype=_SUMS.get(source.dtype)))
+            sums.append(_by_sample(full_precision(moved[name])))
         self.weights, self.dim = {name: moved[name] for name in self._source}, 0
         return torch.stack(sums).sum(0)
 
