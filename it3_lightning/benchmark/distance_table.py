@@ -15,8 +15,8 @@ import torch
 
 from it3_lightning.benchmark.cell import Cell
 from it3_lightning.benchmark.distances import Distances
-from it3_lightning.data.airfoils.levels import LEVELS
-from it3_lightning.data.severities import parted
+from it3_lightning.data.ranges import LEVELS
+from it3_lightning.data.shifts import parted
 
 LEVEL = 0.95  # of the validation samples lie within the usual distances
 _FIRST = {"train": "training samples", "validation": "validation", "clean": "clean"}

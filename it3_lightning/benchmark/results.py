@@ -14,7 +14,7 @@ from it3_lightning.benchmark.files import write
 from it3_lightning.benchmark.record import Record
 from it3_lightning.benchmark.rows import Row
 from it3_lightning.data import mean_corruption_error
-from it3_lightning.data.severities import SEVERITIES
+from it3_lightning.data.shifts import SEVERITIES
 
 __all__ = ["Record", "Results"]
 

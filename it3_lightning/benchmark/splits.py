@@ -8,8 +8,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from it3_lightning.data import ShiftedData
-from it3_lightning.data.loading import sampled
-from it3_lightning.data.severities import SEVERITIES
+from it3_lightning.data.sampling import sampled
+from it3_lightning.data.shifts import SEVERITIES
 
 Loader = DataLoader[Any]
 
