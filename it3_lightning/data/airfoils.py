@@ -71,12 +71,6 @@ class ProfileSet:
         angle: Of attack, in degrees.
         reynolds: Reynolds number, by the chord.
         model_size: Of NeuralFoil's network: the larger, the more exact and the slower.
-
-    Raises:
-        ValueError: A setting is out of its range.
-
-    >>> ProfileSet(count=2).parameters().shape
-    torch.Size([2, 3])
     """
 
     count: int = 2000

@@ -52,9 +52,6 @@ class ShiftedData(LightningDataModule):
     Attributes:
         severity: Of the shifts, 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for
             each, whose test names end in ``/1`` to ``/5``. None where shifts have no severity.
-
-    Raises:
-        ValueError: A setting is out of its range, or the data has too few samples for it.
     """
 
     SHIFTS: ClassVar[tuple[str, ...]] = ()

@@ -176,9 +176,6 @@ def _read_batches(folder: Path, names: Sequence[str]) -> ImageSet:
 def _read_batch(path: Path) -> ImageSet:
     """Read a pickled batch; only arrays, lists and text are unpickled: no file can run code.
 
-    It is a dictionary with ``data``, uint8 ``(N, 3072)``, red then green then blue, each row by
-    row, and ``labels``, a list of ``N`` integers from 0 to 9.
-
     Source: A. Krizhevsky, the page of the CIFAR-10 dataset, "python version".
     """
     try:
@@ -217,10 +214,6 @@ def _check_classes(path: Path, labels: NDArray[Any], count: int) -> None:
 
 def _read_corrupted(folder: Path, name: str, severity: int, labels: Tensor) -> ImageSet:
     """Read one severity of one corruption of CIFAR-10-C; the file is mapped, not loaded.
-
-    The folder holds ``{name}.npy``, uint8 ``(5 N, 32, 32, 3)``: ``N`` test images at severity 1,
-    the same at severity 2, and so on, and ``labels.npy``, integers ``(5 N,)``, which must be those
-    of the clean test images.
 
     Source: D. Hendrycks and T. Dietterich (ICLR 2019), ``make_cifar_c.py``.
     """

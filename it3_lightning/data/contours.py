@@ -69,13 +69,7 @@ def contours(parameters: Tensor, nodes: int = 64) -> Tensor:
 
 
 def normals(profiles: Tensor) -> Tensor:
-    """Return the outward unit normals of contours ``(B, N, 2)``, from each node's two neighbours.
-
-    Example:
-        >>> profile = contours(torch.tensor([[0.0, 0.4, 0.12]]), nodes=8)
-        >>> normals(profile)[0, 4, 0].item()  # at the leading edge, against the flow
-        -1.0
-    """
+    """Return the outward unit normals of contours ``(B, N, 2)``, from each node's two neighbours."""
     along = profiles.roll(-1, dims=1) - profiles.roll(1, dims=1)
     outward = torch.stack([along[..., 1], -along[..., 0]], dim=2)
     units: Tensor = outward / outward.norm(dim=2, keepdim=True).clamp_min(1e-12)
@@ -118,12 +112,6 @@ def rotation(contours: Tensor, size: float, generator: Generator) -> Tensor:
         contours: ``(B, N, 2)``.
         size: largest angle in degrees; each profile draws its own from ``U(-size, size)``.
         generator: source of the angles.
-
-    Example:
-        >>> tail = torch.tensor([[[1.0, 0.0]]])
-        >>> turned = rotation(tail, 90.0, torch.Generator().manual_seed(0))
-        >>> round((turned - torch.tensor([0.25, 0.0])).norm().item(), 6)
-        0.75
     """
     draws = torch.rand(len(contours), generator=generator, dtype=contours.dtype)
     angles = math.radians(size) * (2 * draws - 1)
@@ -186,12 +174,6 @@ class ContourGraphs(Dataset[tuple[Any, Tensor]]):
 
     Raises:
         ImportError: torch_geometric is not installed.
-
-    Example:
-        >>> square = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]]])
-        >>> graph, target = ContourGraphs(square, torch.tensor([[7.0]]))[0]
-        >>> graph.edge_attr[:2].tolist()
-        [[1.0, 0.0], [0.0, 1.0]]
     """
 
     def __init__(self, contours: Tensor, targets: Tensor) -> None:
@@ -225,24 +207,14 @@ class ContourGraphs(Dataset[tuple[Any, Tensor]]):
 
 
 def ring(nodes: int) -> Tensor:
-    """Return the edges of a closed contour, ``(2, 2 * nodes)``: forth, then back.
-
-    >>> ring(3)
-    tensor([[0, 1, 2, 1, 2, 0],
-            [1, 2, 0, 0, 1, 2]])
-    """
+    """Return the edges of a closed contour, ``(2, 2 * nodes)``: forth, then back."""
     here = torch.arange(nodes)
     there = here.roll(-1)
     return torch.stack([torch.cat([here, there]), torch.cat([there, here])])
 
 
 def steps(contours: Tensor, edges: Tensor) -> Tensor:
-    """Return each edge's way from its first to its second node, in mean steps, ``(N, edges, 2)``.
-
-    >>> square = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]]])
-    >>> steps(square, ring(4))[0, 0]
-    tensor([1., 0.])
-    """
+    """Return each edge's way from its first to its second node, in mean steps, ``(N, edges, 2)``."""
     forth = contours.roll(-1, dims=1) - contours
     mean = forth.norm(dim=2).mean(dim=1)[:, None, None]
     ways: Tensor = (contours[:, edges[1]] - contours[:, edges[0]]) / mean

@@ -179,11 +179,7 @@ def _read_idx_set(kind: type[MNIST], root: Path) -> tuple[ImageSet, ImageSet]:
 
 
 def _idx_files(kind: type[MNIST], root: Path) -> list[Path] | None:
-    """Return images and labels to train on, then those to test on, from the first folder.
-
-    The names are ``train-images-idx3-ubyte`` or ``train-images.idx3-ubyte`` and the like, as they
-    are or with ``.gz``; a plain file goes first.
-    """
+    """Return images and labels to train on, then those to test on, from the first folder."""
     for folder in (root, root / kind.__name__ / "raw"):
         found = [_first_form(folder, name) for name in _IDX_FILES]
         files = [file for file in found if file is not None]

@@ -194,10 +194,7 @@ def _seeded_globally(seed: int) -> Iterator[None]:
 
 
 def _cropped(resize: int, size: int) -> Decoder:
-    """Return what brings the shorter side to ``resize`` pixels and cuts the middle out.
-
-    With 256 and 224 this is the usual evaluation on ImageNet.
-    """
+    """Return what brings the shorter side to ``resize`` pixels and cuts the middle out."""
     return Decoder(Compose([Resize([resize]), CenterCrop([size]), PILToTensor()]))
 
 
@@ -207,9 +204,6 @@ def synsets() -> dict[str, int]:
 
     Raises:
         ImportError: timm, which lists them, is not installed.
-
-    >>> synsets()["n01440764"], synsets()["n15075141"]  # tench, toilet paper
-    (0, 999)
     """
     try:
         from timm.data.imagenet_info import ImageNetInfo
@@ -255,12 +249,7 @@ def _listing(folder: Path) -> tuple[list[str], Tensor]:
 
 
 def _corrupted_folder(folder: Path, name: str, severity: int) -> Path:
-    """Return where ImageNet-C has a corruption at a severity.
-
-    The folder holds ``gaussian_noise`` and the like, by themselves or in ``noise``, ``blur``,
-    ``weather``, ``digital`` and ``extra``, as the archives are called; these hold the severities
-    ``1`` to ``5``, and these the synset folders.
-    """
+    """Return where ImageNet-C has a corruption at a severity."""
     for place in (folder / name, *sorted(folder.glob(f"*/{name}"))):
         if (place / str(severity)).is_dir():
             return place / str(severity)

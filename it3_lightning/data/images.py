@@ -83,9 +83,6 @@ class ImageSet(Images):
         images: ``(N, C, H, W)``, uint8, or floating point in [0, 1].
         labels: ``(N,)``, int64, or ``(N, K)``, float32.
 
-    Raises:
-        ValueError: A shape, dtype, range or length is another.
-
     Example:
         >>> images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
         >>> batch = ImageSet(images, torch.arange(3)).__getitems__([1, 2])
@@ -257,8 +254,6 @@ def check_labels(labels: Tensor, count: int) -> None:
 
     Raises:
         ValueError: the shape, length or dtype is another.
-
-    >>> check_labels(torch.tensor([[25.0], [61.0]]), 2)
     """
     classes = labels.ndim == 1 and labels.dtype == torch.int64
     values = labels.ndim == 2 and labels.dtype == torch.float32
@@ -271,11 +266,7 @@ def check_labels(labels: Tensor, count: int) -> None:
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Return images as contiguous float32 in [0, 1], dividing 8-bit values by 255.
-
-    >>> as_float(torch.tensor([0, 51, 255], dtype=torch.uint8))
-    tensor([0.0000, 0.2000, 1.0000])
-    """
+    """Return images as contiguous float32 in [0, 1], dividing 8-bit values by 255."""
     values = images.contiguous().float()
     return values / 255 if images.dtype == torch.uint8 else values
 
@@ -347,9 +338,6 @@ class ShiftedImages(ShiftedData):
             names end in ``/1`` to ``/5``.
         val_size: Samples taken from the training images for validation.
         kwargs: Settings of :class:`~it3_lightning.data.ShiftedData`.
-
-    Raises:
-        ValueError: A setting is out of its range, or the data has too few samples for it.
     """
 
     SHIFTS = SHIFTS

@@ -56,9 +56,6 @@ class RangedData(ShiftedData):
         val_size: Samples inside the range taken for validation.
         test_size: Samples inside the range taken for testing.
         kwargs: Settings of :class:`~it3_lightning.data.ShiftedData`.
-
-    Raises:
-        ValueError: A setting is out of its range, or there are too few samples for it.
     """
 
     LEVELS: ClassVar[tuple[str, ...]]
@@ -149,11 +146,7 @@ def deciles(values: Tensor) -> Tensor:
 
 
 def level_names(what: str) -> tuple[str, ...]:
-    """Return the names of all levels.
-
-    >>> level_names("shape")
-    ('shape_1', 'shape_2', 'shape_3', 'shape_4', 'shape_5')
-    """
+    """Return the names of all levels."""
     return tuple(f"{what}_{level}" for level in range(1, LEVELS + 1))
 
 
@@ -167,12 +160,6 @@ def outside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
     Returns:
         ``(N,)``, the Euclidean distance to the box, each of its ``K`` sides being 1 long.
-
-    Example:
-        >>> import torch
-        >>> box = torch.tensor([0.0, 0.0]), torch.tensor([1.0, 2.0])
-        >>> outside(torch.tensor([[0.5, 1.0], [4.0, 10.0]]), *box)
-        tensor([0., 5.])
     """
     excess = (low - values).clamp_min(0) + (values - high).clamp_min(0)
     distance: Tensor = (excess / (high - low)).norm(dim=1)
@@ -192,11 +179,6 @@ def levels(distance: Tensor, what: str, need: str) -> dict[str, Tensor]:
 
     Raises:
         ValueError: fewer samples than levels lie outside.
-
-    Example:
-        >>> import torch
-        >>> levels(torch.tensor([0, 9.0, 0, 1, 3, 8, 5]), "far", "")["far_1"]
-        tensor([3])
     """
     indices = distance.argsort(stable=True)
     indices = indices[distance[indices] > 0]

@@ -126,12 +126,6 @@ class RoadScenesDataModule(ShiftedMasks):
     Raises:
         FileNotFoundError: There is no file of this size and seed in ``root``.
         ValueError: A setting is out of its range, or a file is damaged or holds too few scenes.
-
-    Example:
-        >>> data = RoadScenesDataModule(size=32, test_size=4, train_size=1, val_size=1)
-        >>> images, masks = next(iter(data.test_dataloader()[0]))
-        >>> images.shape, masks.shape
-        (torch.Size([4, 3, 32, 32]), torch.Size([4, 1, 32, 32]))
     """
 
     needed_sizes = ("train_size", "val_size", "test_size")

@@ -66,15 +66,6 @@ class MaskedImages(MaskedSet):
     Args:
         images: ``(N, C, H, W)``, uint8, or floating point in [0, 1].
         masks: ``(N, 1, H, W)``, bool.
-
-    Raises:
-        ValueError: A shape or dtype is another.
-
-    Example:
-        >>> images = torch.full((2, 3, 4, 4), 51, dtype=torch.uint8)
-        >>> image, mask = MaskedImages(images, torch.ones(2, 1, 4, 4, dtype=torch.bool))[1]
-        >>> image[0, 0, 0], mask.sum()
-        (tensor(0.2000), tensor(16.))
     """
 
     def __init__(self, images: Tensor, masks: Tensor) -> None:
@@ -192,11 +183,6 @@ class TileOrder(Sampler[int]):
         generator: of all draws; each epoch goes on drawing from it.
         at_once: files whose tiles are mixed.
         turns: orientations of each tile; one of them is chosen at random.
-
-    Example:
-        >>> order = TileOrder(torch.tensor([0, 0, 1, 1]), generator=torch.Generator(), at_once=1)
-        >>> list(order), list(order)
-        ([0, 1, 3, 2], [3, 2, 1, 0])
     """
 
     def __init__(
@@ -237,9 +223,6 @@ class ShiftedMasks(ShiftedData):
             names end in ``/1`` to ``/5``.
         augment: Whether training shows each image in one of its eight orientations, at random.
         kwargs: Settings of :class:`~it3_lightning.data.ShiftedData`.
-
-    Raises:
-        ValueError: A setting is out of its range, or the data has too few samples for it.
     """
 
     SHIFTS = ROAD_SHIFTS

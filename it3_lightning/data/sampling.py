@@ -58,10 +58,6 @@ def subset(count: int, size: int, seed: int, purpose: str) -> tuple[Tensor, Tens
 
     Raises:
         ValueError: There are fewer than ``size`` samples.
-
-    Example:
-        >>> [indices.tolist() for indices in subset(6, 2, seed=0, purpose="test_size")]
-        [[2, 3], [0, 1, 4, 5]]
     """
     if size > count:
         raise ValueError(

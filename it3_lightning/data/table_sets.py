@@ -234,8 +234,6 @@ class CSVDataModule(ShiftedTables):
         ValueError: A setting is out of its range, a file is damaged, a column is not there, or a
             cell is not what its column holds.
 
-    Example::
-
         CSVDataModule("houses.csv", target="price", task="regression", test_path="new.csv")
     """
 

@@ -36,9 +36,6 @@ class Schema:
         numeric: names of the numeric columns.
         categorical: categories of each categorical column by its name, in the order of the codes.
         classes: names of the classes; ``None`` where the target is a value.
-
-    >>> Schema(("age",), {"colour": ("blue", "red")}, None).num_features
-    3
     """
 
     numeric: tuple[str, ...]
@@ -328,9 +325,6 @@ class ShiftedTables(ShiftedData):
             names end in ``/1`` to ``/5``.
         test_share: Share of the rows held out for testing, where no test file has them.
         kwargs: Settings of :class:`~it3_lightning.data.ShiftedData`.
-
-    Raises:
-        ValueError: A setting is out of its range, or the data has too few rows for it.
     """
 
     SHIFTS = TABULAR_SHIFTS
@@ -423,12 +417,6 @@ def unequal_rows(target: Tensor, seed: int) -> Tensor:
 
     Raises:
         ValueError: there are fewer than two classes or different tenths.
-
-    Example:
-        >>> values = torch.arange(200.0)[:, None]
-        >>> tenths = values[unequal_rows(values, seed=0), 0].long() // 20
-        >>> tenths.bincount().sort(descending=True).values
-        tensor([20, 20, 20,  2,  2,  2,  2,  2,  2,  2])
     """
     labels = target
     if target.is_floating_point():
