@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
@@ -20,6 +18,7 @@ from torch.utils.data import Dataset
 
 from it3_lightning.data.base import check_choice, check_deviation, check_integer, check_share
 from it3_lightning.data.contours import PERTURBATIONS, ContourGraphs, contours, noise
+from it3_lightning.data.files import read_npz
 from it3_lightning.data.ranges import Pool, RangedData, level_names, levels, outside
 from it3_lightning.data.sampling import Rows, seeded
 from it3_lightning.messages import unknown
@@ -120,13 +119,15 @@ class ProfileSet:
         file = self.file(root)
         if not file.is_file():
             return Polars(*(torch.empty(shape, dtype=torch.float64) for shape in ((0, 3), 0, 0, 0)))
-        theirs, polars = _read_polars(file)
+        remedy = f"Delete it, and run {self._script(root)}"
+        forces, theirs = read_npz(file, POLAR_NAMES, remedy)
+        polars = Polars(*forces)
         counts = {len(getattr(polars, name)) for name in POLAR_NAMES}
         ours = self.parameters()[: len(polars)]
         if theirs != self.settings or len(counts) > 1 or not torch.equal(polars.parameters, ours):
             raise ValueError(
                 f"Expected {file} to hold profiles of {self.settings}, got {sorted(counts)} values "
-                f"of {theirs}, or other profiles. Delete it, and run {self._script(root)}"
+                f"of {theirs}, or other profiles. {remedy}"
             )
         return polars
 
@@ -150,20 +151,6 @@ class ProfileSet:
             f"python examples/datasets/compute_airfoils.py --root {root} --profiles {self.count} "
             f"--angle {self.angle} --reynolds {self.reynolds} --model-size {self.model_size}"
         )
-
-
-def _read_polars(file: Path) -> tuple[str, Polars]:
-    """Return the settings and the forces that a file holds."""
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            forces = Polars(*(torch.from_numpy(arrays[name]) for name in POLAR_NAMES))
-            return str(arrays["settings"]), forces
-    except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"Expected {file} to be a whole .npz file of settings, {', '.join(POLAR_NAMES)}, got "
-            f"{file.stat().st_size} bytes that cannot be read as one ({error}). Delete it, and run "
-            "examples/datasets/compute_airfoils.py."
-        ) from error
 
 
 class AirfoilDataModule(RangedData):

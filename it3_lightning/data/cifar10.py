@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
 from it3_lightning.data.base import Batch
+from it3_lightning.data.files import damaged, mapped
 from it3_lightning.data.image_sets import download_files
 from it3_lightning.data.images import (
     Augmented,
@@ -183,10 +184,7 @@ def _read_batch(path: Path) -> ImageSet:
             content = _Unpickler(file, encoding="latin1").load()
         pixels, labels = np.asarray(content["data"]), np.asarray(content["labels"])
     except (EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"Expected {path} to be a pickled batch of CIFAR-10, got {path.stat().st_size} bytes "
-            f"that are none ({type(error).__name__}: {error}). Delete it and fetch it again."
-        ) from error
+        raise damaged(path, "a pickled batch of CIFAR-10", error) from error
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
         raise ValueError(
             f"Expected data (N, {_PIXELS}) of uint8 in {path}, got {pixels.shape} of "
@@ -219,7 +217,7 @@ def _read_corrupted(folder: Path, name: str, severity: int, labels: Tensor) -> I
     """
     count = len(labels)
     block = slice(count * (severity - 1), count * severity)
-    there = _mapped(folder / "labels.npy")
+    there = mapped(folder / "labels.npy")
     _check_classes(folder / "labels.npy", there, count * len(SEVERITIES))
     wrong = int((torch.from_numpy(there[block].astype(np.int64)) != labels).sum())
     if wrong:
@@ -228,7 +226,7 @@ def _read_corrupted(folder: Path, name: str, severity: int, labels: Tensor) -> I
             f"CIFAR-10 for each severity, got {wrong} others at severity {severity}. Put files "
             "there that belong together."
         )
-    pixels = _mapped(folder / f"{name}.npy")
+    pixels = mapped(folder / f"{name}.npy")
     shape = (count * len(SEVERITIES), 32, 32, 3)
     if pixels.shape != shape or pixels.dtype != np.uint8:
         raise ValueError(
@@ -237,17 +235,3 @@ def _read_corrupted(folder: Path, name: str, severity: int, labels: Tensor) -> I
             "its place."
         )
     return ImageSet(torch.from_numpy(pixels[block]).movedim(-1, 1), labels)
-
-
-def _mapped(path: Path) -> NDArray[Any]:
-    """Map an ``.npy`` file into memory, copying a page only where somebody writes to it."""
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="c")
-    except FileNotFoundError:
-        raise
-    except (EOFError, OSError, ValueError) as error:
-        raise ValueError(
-            f"Expected {path} to be a whole .npy file, got {path.stat().st_size} bytes that are "
-            f"none ({error}). Delete it and fetch it again."
-        ) from error
-    return array

@@ -19,7 +19,7 @@ _WAVES = 4  # along the contour
 
 
 def contours(parameters: Tensor, nodes: int = 64) -> Tensor:
-    r"""Return the contours of NACA 4-digit profiles with real-valued digits.
+    r"""Return contours of NACA 4-digit profiles with real-valued digits, ``(B, N, 2)`` in chords.
 
     With the chord from (0, 0) to (1, 0), camber :math:`m` at :math:`x = p` and thickness :math:`t`,
 
@@ -28,31 +28,23 @@ def contours(parameters: Tensor, nodes: int = 64) -> Tensor:
         y_c &= \tfrac{m}{p^2} (2 p x - x^2) \text{ before } p, \quad
                \tfrac{m}{(1-p)^2} (1 - 2 p + 2 p x - x^2) \text{ behind it}
 
-    the upper surface is :math:`(x - y_t \sin\theta, y_c + y_t \cos\theta)` and the lower one
-    :math:`(x + y_t \sin\theta, y_c - y_t \cos\theta)`, with :math:`\tan\theta = dy_c / dx`. The
-    nodes have cosine spacing, :math:`x_i = (1 + \cos(2 \pi i / N)) / 2`: from the trailing edge
-    over the upper surface to the leading edge, and back along the lower one. The last node joins
-    the first.
+    the surfaces are :math:`(x \mp y_t \sin\theta, y_c \pm y_t \cos\theta)` with
+    :math:`\tan\theta = dy_c / dx`. The nodes have cosine spacing,
+    :math:`x_i = (1 + \cos(2 \pi i / N)) / 2`: from the trailing edge over the upper surface to the
+    leading edge, and back along the lower one. The last node joins the first.
 
     Args:
         parameters: ``(B, 3)``: camber :math:`m \ge 0`, its position :math:`0 < p < 1` and thickness
             :math:`t > 0`, all as parts of the chord: NACA 2412 is ``(0.02, 0.4, 0.12)``.
-        nodes: an even number ``N`` of at least 8.
-
-    Returns:
-        ``(B, N, 2)``: the nodes' x and y, in chords, of the parameters' dtype.
-
-    Raises:
-        ValueError: a shape, a parameter or the number of nodes is another.
+        nodes: An even number ``N`` of at least 8.
 
     Source: E. N. Jacobs, K. E. Ward and R. M. Pinkerton, NACA Report 460 (1933); I. H. Abbott and
     A. E. von Doenhoff, "Theory of Wing Sections" (1959), section 6.4. The last coefficient there
     is -0.1015, which leaves the trailing edge open by 0.0021 t on either side.
 
-    Example:
-        >>> profile = contours(torch.tensor([[0.02, 0.4, 0.12]]), nodes=8)[0]
-        >>> round((profile[2, 1] - profile[6, 1]).item(), 4)  # upper less lower, at half the chord
-        0.1057
+    >>> profile = contours(torch.tensor([[0.02, 0.4, 0.12]]), nodes=8)[0]
+    >>> round((profile[2, 1] - profile[6, 1]).item(), 4)  # upper less lower, at half the chord
+    0.1057
     """
     _check(parameters, nodes)
     m, p, t = (column[:, None] for column in parameters.unbind(1))
@@ -69,7 +61,7 @@ def contours(parameters: Tensor, nodes: int = 64) -> Tensor:
 
 
 def normals(profiles: Tensor) -> Tensor:
-    """Return the outward unit normals of contours ``(B, N, 2)``, from each node's two neighbours."""
+    """Return outward unit normals of contours ``(B, N, 2)``, from each node's two neighbours."""
     along = profiles.roll(-1, dims=1) - profiles.roll(1, dims=1)
     outward = torch.stack([along[..., 1], -along[..., 0]], dim=2)
     units: Tensor = outward / outward.norm(dim=2, keepdim=True).clamp_min(1e-12)
@@ -95,24 +87,12 @@ def _check(parameters: Tensor, nodes: int) -> None:
 
 
 def noise(contours: Tensor, size: float, generator: Generator) -> Tensor:
-    """Add Gaussian noise to every node.
-
-    Args:
-        contours: ``(B, N, 2)``.
-        size: standard deviation in chords.
-        generator: source of the noise.
-    """
+    """Add Gaussian noise of standard deviation ``size``, in chords, to every node."""
     return contours + size * _normal(contours.shape, contours, generator)
 
 
 def rotation(contours: Tensor, size: float, generator: Generator) -> Tensor:
-    """Turn each profile around its quarter chord, as if it lay askew when it was measured.
-
-    Args:
-        contours: ``(B, N, 2)``.
-        size: largest angle in degrees; each profile draws its own from ``U(-size, size)``.
-        generator: source of the angles.
-    """
+    """Turn each profile around its quarter chord by an angle from ``U(-size, size)`` degrees."""
     draws = torch.rand(len(contours), generator=generator, dtype=contours.dtype)
     angles = math.radians(size) * (2 * draws - 1)
     cosine, sine = angles.cos(), angles.sin()
@@ -122,13 +102,7 @@ def rotation(contours: Tensor, size: float, generator: Generator) -> Tensor:
 
 
 def roughness(contours: Tensor, size: float, generator: Generator) -> Tensor:
-    """Bend the contour outwards and inwards in a few smooth waves.
-
-    Args:
-        contours: ``(B, N, 2)``.
-        size: root mean square of the displacement, in chords.
-        generator: source of the waves.
-    """
+    """Bend the contour in a few smooth waves of root mean square ``size``, in chords."""
     count, nodes = contours.shape[:2]
     turns = 2 * math.pi * torch.arange(nodes, dtype=contours.dtype) / nodes
     phases = turns[:, None] * torch.arange(1, _WAVES + 1)
@@ -138,13 +112,7 @@ def roughness(contours: Tensor, size: float, generator: Generator) -> Tensor:
 
 
 def resampling(contours: Tensor, size: float, generator: Generator) -> Tensor:
-    """Move each node along the contour towards the next one.
-
-    Args:
-        contours: ``(B, N, 2)``.
-        size: largest part of the way; each node draws its own from ``U(0, size)``.
-        generator: source of the parts.
-    """
+    """Move each node towards the next one, by a part of the way from ``U(0, size)``."""
     parts = torch.rand((*contours.shape[:2], 1), generator=generator, dtype=contours.dtype)
     return contours + size * parts * (contours.roll(-1, dims=1) - contours)
 
@@ -167,13 +135,6 @@ class ContourGraphs(Dataset[tuple[Any, Tensor]]):
     Each node has the features x, y and the two parts of its outward normal; each edge, one in each
     direction between neighbours, the way from its first node to its second in mean steps of the
     contour. A sample is ``(graph, target)``; graphs themselves hold no target.
-
-    Args:
-        contours: ``(N, nodes, 2)``, in chords.
-        targets: ``(N, 1)``.
-
-    Raises:
-        ImportError: torch_geometric is not installed.
     """
 
     def __init__(self, contours: Tensor, targets: Tensor) -> None:
@@ -214,7 +175,7 @@ def ring(nodes: int) -> Tensor:
 
 
 def steps(contours: Tensor, edges: Tensor) -> Tensor:
-    """Return each edge's way from its first to its second node, in mean steps, ``(N, edges, 2)``."""
+    """Return the way along each edge ``(N, edges, 2)``, in mean steps of the contour."""
     forth = contours.roll(-1, dims=1) - contours
     mean = forth.norm(dim=2).mean(dim=1)[:, None, None]
     ways: Tensor = (contours[:, edges[1]] - contours[:, edges[0]]) / mean

@@ -141,11 +141,7 @@ class Corruption:
 
 
 def corrupting() -> Callable[..., _Pixels]:
-    """Return the package's function.
-
-    Raises:
-        ImportError: The package, or what it needs, is not installed.
-    """
+    """Return the package's function."""
     try:
         from imagecorruptions import corrupt
     except ImportError as error:

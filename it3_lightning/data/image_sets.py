@@ -6,10 +6,8 @@ are refused by name.
 
 from __future__ import annotations
 
-import gzip
 import math
 import struct
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import MNIST, FashionMNIST
 
+from it3_lightning.data.files import read_bytes
 from it3_lightning.data.images import ImageSet, ShiftedImages
 from it3_lightning.data.sampling import held_out
 from it3_lightning.messages import not_installed
@@ -224,9 +223,7 @@ def _read_pair(images: Path, labels: Path) -> ImageSet:
 
 def _read_idx(path: Path, axes: int) -> Tensor:
     """Read one file of unsigned bytes, plain or gzipped, after comparing header and size."""
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        data = _unpacked(path, data)
+    data = read_bytes(path)
     start = 4 * (1 + axes)
     if len(data) < start:
         raise ValueError(
@@ -246,14 +243,3 @@ def _read_idx(path: Path, axes: int) -> Tensor:
             "It is cut off or damaged: delete it and fetch it again."
         )
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=start).view(*shape)
-
-
-def _unpacked(path: Path, data: bytes) -> bytes:
-    """Return what a gzipped file holds."""
-    try:
-        return gzip.decompress(data)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(
-            f"Expected {path} to be a whole gzip file, got {len(data)} bytes that do not unpack "
-            f"({error}). Delete it and fetch it again."
-        ) from error

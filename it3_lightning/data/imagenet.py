@@ -158,10 +158,6 @@ class ImageNetCDataModule(ShiftedImages):
 class RandomCrops(Views):
     """Cuts 8 to 100 % of each file's image out at random, resizes it, mirrors half of them.
 
-    Args:
-        source: The files; how they decode for testing does not count here.
-        size: Height and width of the result, in pixels.
-
     Source: C. Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015), as torchvision's
     ``RandomResizedCrop`` has it.
     """
@@ -200,11 +196,7 @@ def _cropped(resize: int, size: int) -> Decoder:
 
 @cache
 def synsets() -> dict[str, int]:
-    """Return the class of each synset: its place among the 1,000 of ILSVRC 2012, sorted.
-
-    Raises:
-        ImportError: timm, which lists them, is not installed.
-    """
+    """Return the class of each synset: its place among the 1,000 of ILSVRC 2012, sorted."""
     try:
         from timm.data.imagenet_info import ImageNetInfo
     except ImportError as error:

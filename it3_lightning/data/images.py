@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from it3_lightning.data.base import Batch, ShiftedData
 from it3_lightning.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
+from it3_lightning.data.files import damaged
 from it3_lightning.data.sampling import Views, chosen, seeded, unequal_stream
 from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Severity, Shift
 from it3_lightning.messages import undefined, unknown
@@ -216,31 +217,19 @@ class ImageFiles(Images):
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """Read an image file whole, as RGB whatever its mode.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is empty, cut off, damaged, or no image.
-    """
+    """Read an image file whole, as RGB whatever its mode."""
     try:
         with Image.open(path) as file:
             return file.convert("RGB")
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"Expected {path} to be a whole image, got {path.stat().st_size} bytes that do not "
-            f"decode ({error}). Delete it and fetch it again."
-        ) from error
+        raise damaged(path, "a whole image", error) from error
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads an image file whole and brings it to one size.
-
-    Args:
-        transform: From a PIL image to uint8 ``(3, H, W)``, e.g. of ``torchvision.transforms``.
-    """
+    """Reads an image file whole and brings it to one size."""
 
     transform: Callable[[Image.Image], Tensor]
 
@@ -250,11 +239,7 @@ class Decoder:
 
 
 def check_labels(labels: Tensor, count: int) -> None:
-    """Refuse labels that are neither a class nor values for each of ``count`` images.
-
-    Raises:
-        ValueError: the shape, length or dtype is another.
-    """
+    """Refuse labels that are neither a class nor values for each of ``count`` images."""
     classes = labels.ndim == 1 and labels.dtype == torch.int64
     values = labels.ndim == 2 and labels.dtype == torch.float32
     if not (classes or values) or len(labels) != count:
@@ -272,12 +257,7 @@ def as_float(images: Tensor) -> Tensor:
 
 
 class Augmented(Views):
-    """Images, each changed at random.
-
-    Args:
-        source: The images.
-        augment: Changes images ``(B, C, H, W)`` according to draws ``(B,)``, int64.
-    """
+    """Images, each changed at random."""
 
     def __init__(self, source: Images, augment: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__(source)
@@ -291,14 +271,6 @@ class Augmented(Views):
 
 def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int = 4) -> Tensor:
     """Surround images with zeros, cut their size out at a random place, mirror half of them.
-
-    Args:
-        images: ``(B, C, H, W)``.
-        draws: ``(B,)``, int64: each chooses one of ``2 * (2 * padding + 1)**2`` views.
-        padding: Width of the surrounding zeros, in pixels.
-
-    Returns:
-        ``(B, C, H, W)``.
 
     Source: the usual training on CIFAR, He et al., "Deep Residual Learning" (2016), section 4.2.
 
@@ -431,14 +403,7 @@ class ShiftedImages(ShiftedData):
 def found_corruptions(
     corruptions: str, folder: Path, *, named: bool, sources: Sequence[str]
 ) -> str:
-    """Return where corruptions come from: ``"auto"`` are the files if there is a folder of them.
-
-    Args:
-        corruptions: The setting; anything but ``"auto"`` stays.
-        folder: Of the published files.
-        named: Whether the user named the folder, which then must be there.
-        sources: ``"files"``, and what comes next.
-    """
+    """Return where corruptions come from: ``"auto"`` are the files if there is a folder of them."""
     if corruptions != "auto":
         return corruptions
     return "files" if named or folder.is_dir() else sources[1]

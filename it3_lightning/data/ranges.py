@@ -20,12 +20,7 @@ LEVELS = 5
 
 @dataclass(frozen=True)
 class Pool:
-    """All samples.
-
-    Args:
-        inside: Those inside the range of training.
-        levels: Those outside it, by the name of their level.
-    """
+    """All samples."""
 
     inside: Rows
     levels: Mapping[str, Rows]
@@ -151,35 +146,14 @@ def level_names(what: str) -> tuple[str, ...]:
 
 
 def outside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return how far samples lie outside a box: 0 inside, else in widths of the box.
-
-    Args:
-        values: ``(N, K)``.
-        low: ``(K,)``, the box's lower end.
-        high: ``(K,)``, its upper end.
-
-    Returns:
-        ``(N,)``, the Euclidean distance to the box, each of its ``K`` sides being 1 long.
-    """
+    """Return how far samples lie outside a box: 0 inside, else in widths of the box."""
     excess = (low - values).clamp_min(0) + (values - high).clamp_min(0)
     distance: Tensor = (excess / (high - low)).norm(dim=1)
     return distance
 
 
 def levels(distance: Tensor, what: str, need: str) -> dict[str, Tensor]:
-    """Return the samples outside a range by level, from near to far.
-
-    Args:
-        distance: ``(N,)``, 0 inside the range.
-        what: goes before the level's number in its name.
-        need: says what to do where there are too few samples.
-
-    Returns:
-        Indices by name, each ascending; the numbers of samples differ by one at most.
-
-    Raises:
-        ValueError: fewer samples than levels lie outside.
-    """
+    """Return the samples outside a range by level, from near to far."""
     indices = distance.argsort(stable=True)
     indices = indices[distance[indices] > 0]
     if len(indices) < LEVELS:

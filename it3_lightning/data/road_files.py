@@ -43,14 +43,6 @@ class Tiles(MaskedSet):
     """All whole tiles of some images, row by row; what is left at the right and below is not used.
 
     Only the headers of the files are read at first. The last few decoded files are kept.
-
-    Args:
-        pairs: files of images and masks of the same size. Masks hold 0 and 255, or 0 and 1.
-        tile: height and width of a tile, in pixels.
-
-    Raises:
-        ValueError: An image and its mask have different sizes or are smaller than a tile; when a
-            tile is asked for, a file that cannot be read whole, or a mask with other values.
     """
 
     def __init__(self, pairs: Sequence[Pair], tile: int) -> None:

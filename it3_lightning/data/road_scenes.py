@@ -7,17 +7,16 @@ painter here knows textured ground and roads alone.
 from __future__ import annotations
 
 import math
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from it3_lightning.data.base import check_integer
+from it3_lightning.data.files import read_npz
 from it3_lightning.data.roads import MaskedImages, MaskedSet, ShiftedMasks
 from it3_lightning.data.sampling import seeded
 
@@ -155,7 +154,7 @@ class RoadScenesDataModule(ShiftedMasks):
         """Read or draw all scenes."""
         sizes = {"train": self.train_size, "validation": self.val_size, "test": self.test_size}
         if self.root is not None:
-            return read_scenes(scene_file(self.root, self.size, self.seed), self.size, sizes)
+            return self._read(scene_file(self.root, self.size, self.seed), sizes)
         draw = RoadScenes(self.size)
         return {part: drawn(draw, count, self.seed, part) for part, count in sizes.items()}
 
@@ -164,16 +163,39 @@ class RoadScenesDataModule(ShiftedMasks):
         super().check()
         check_integer("size", self.size, 16)
 
+    def _read(self, file: Path, counts: dict[str, int]) -> dict[str, MaskedSet]:
+        """Return the first scenes of each part in a file; refuse one that is damaged or short."""
+        sizes = " ".join(f"--{part} {count}" for part, count in counts.items())
+        script = (
+            f"Run: python examples/datasets/draw_road_scenes.py --root {self.root} --size "
+            f"{self.size} --seeds {self.seed} {sizes}"
+        )
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"Expected drawn scenes in {file.resolve()}, got no such file. {script}, or leave "
+                "root out for simple scenes."
+            )
+        names = [f"{part}_{kind}" for part in counts for kind in ("images", "masks")]
+        arrays, _ = read_npz(file, names, f"Delete it. {script}")
+        pairs = dict(zip(counts, zip(arrays[::2], arrays[1::2], strict=True), strict=True))
+        for part, (images, masks) in pairs.items():
+            place = (self.size, self.size)
+            fits = images.shape[1:] == (3, *place) and masks.shape[1:] == (1, *place)
+            if not fits or not counts[part] <= len(images) == len(masks):
+                raise ValueError(
+                    f"Expected at least {counts[part]} scenes of {self.size} pixels for {part} in "
+                    f"{file}, got {tuple(images.shape)} and {tuple(masks.shape)}. {script}"
+                )
+            if images.dtype != torch.uint8 or masks.dtype != torch.bool:
+                raise ValueError(
+                    f"Expected images of uint8 and bool masks in {file}, got {images.dtype} and "
+                    f"{masks.dtype}. Delete it. {script}"
+                )
+        return {part: MaskedImages(*(x[: counts[part]] for x in pairs[part])) for part in counts}
+
 
 def drawn(draw: Any, count: int, seed: int, part: str) -> MaskedImages:
-    """Draw the scenes of a part, a chunk from each generator, so that a smaller count is a prefix.
-
-    Args:
-        draw: A painter as :class:`RoadScenes` is.
-        count: How many scenes.
-        seed: Of all draws.
-        part: ``"train"``, ``"validation"`` or ``"test"``.
-    """
+    """Draw scenes for a part, a chunk from each generator: a smaller count has the first ones."""
     chunks = [
         draw(_CHUNK, seeded(seed, "road scenes", part, start)) for start in range(0, count, _CHUNK)
     ]
@@ -184,43 +206,3 @@ def drawn(draw: Any, count: int, seed: int, part: str) -> MaskedImages:
 def scene_file(root: str | Path, size: int, seed: int) -> Path:
     """Return where the scenes of a size and a seed are kept."""
     return Path(root) / f"scenes_{size}_seed{seed}.npz"
-
-
-def read_scenes(file: Path, size: int, counts: dict[str, int]) -> dict[str, MaskedSet]:
-    """Read the first scenes of each part.
-
-    Args:
-        file: ``.npz`` of ``{part}_images``, uint8 ``(N, 3, S, S)``, and ``{part}_masks``, bool
-            ``(N, 1, S, S)``.
-        size: Height and width ``S``.
-        counts: How many of each part.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, holds scenes of another size, or too few.
-    """
-    script = f"Run: python examples/datasets/draw_road_scenes.py --root {file.parent} --size {size}"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"Expected drawn scenes in {file.resolve()}, got no such file. {script}, or leave root "
-            "out for simple scenes."
-        )
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            found = {
-                part: MaskedImages(*(torch.from_numpy(arrays[f"{part}_{kind}"]) for kind in kinds))
-                for part, kinds in dict.fromkeys(counts, ("images", "masks")).items()
-            }
-    except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"Expected {file} to be a whole .npz file of images and masks, got "
-            f"{file.stat().st_size} bytes that cannot be read as one ({error}). Delete it. {script}"
-        ) from error
-    for part, count in counts.items():
-        scenes = found[part]
-        if len(scenes) < count or scenes.images.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"Expected at least {count} scenes of {size} pixels for {part} in {file}, got "
-                f"{tuple(scenes.images.shape)}. {script} --{part} {count}"
-            )
-    return {part: found[part].select(torch.arange(count)) for part, count in counts.items()}

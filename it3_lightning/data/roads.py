@@ -61,12 +61,7 @@ class MaskedSet(Dataset[Batch], ABC):
 
 
 class MaskedImages(MaskedSet):
-    """Images and masks as two tensors; 8-bit images are divided by 255 as they are read.
-
-    Args:
-        images: ``(N, C, H, W)``, uint8, or floating point in [0, 1].
-        masks: ``(N, 1, H, W)``, bool.
-    """
+    """Images and masks as two tensors; 8-bit images are divided by 255 as they are read."""
 
     def __init__(self, images: Tensor, masks: Tensor) -> None:
         if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
@@ -100,11 +95,6 @@ class Shifted(MaskedSet):
 
     The seed, the shift and the position of a sample in the source fix every draw, so a sample is
     bitwise the same in any batch and in any process. Masks stay as they are.
-
-    Args:
-        source: the clean samples.
-        shift: of the images; one that moves pixels would not fit the masks.
-        seed: of all draws.
     """
 
     def __init__(self, source: MaskedSet, shift: Shift, seed: int) -> None:
@@ -136,9 +126,6 @@ class Turned(MaskedSet):
 
     An aerial image has no up. Which orientation comes is the sampler's to choose, so nothing is
     drawn here.
-
-    Args:
-        source: samples whose images are square.
     """
 
     def __init__(self, source: MaskedSet) -> None:
@@ -177,12 +164,6 @@ class TileOrder(Sampler[int]):
 
     The tiles of these few are mixed, so each file is read once in an epoch and no more of them are
     kept than that.
-
-    Args:
-        files: number of the file each tile lies in, int64 ``(N,)``.
-        generator: of all draws; each epoch goes on drawing from it.
-        at_once: files whose tiles are mixed.
-        turns: orientations of each tile; one of them is chosen at random.
     """
 
     def __init__(

@@ -45,20 +45,7 @@ def seeded(*parts: object) -> Generator:
 
 
 def subset(count: int, size: int, seed: int, purpose: str) -> tuple[Tensor, Tensor]:
-    """Choose ``size`` of ``count`` samples at random, and the others.
-
-    Args:
-        count: Number of samples.
-        size: How many to choose.
-        seed: The same seed and purpose choose the same; a smaller size chooses among the same.
-        purpose: What the choice is for; named in the error.
-
-    Returns:
-        Indices of the chosen ``(size,)`` and of the others ``(count - size,)``, each ascending.
-
-    Raises:
-        ValueError: There are fewer than ``size`` samples.
-    """
+    """Choose ``size`` of ``count`` samples at random, and the others."""
     if size > count:
         raise ValueError(
             f"Expected {purpose} to be at most {count}, the samples that are left for it, got "
@@ -69,22 +56,14 @@ def subset(count: int, size: int, seed: int, purpose: str) -> tuple[Tensor, Tens
 
 
 def chosen(samples: S, size: int | None, seed: int, purpose: str) -> S:
-    """Return ``size`` of the samples, chosen by seed and purpose; None for all.
-
-    Raises:
-        ValueError: There are fewer.
-    """
+    """Return ``size`` of the samples, chosen by seed and purpose; None for all."""
     if size is None:
         return samples
     return samples.select(subset(len(samples), size, seed, purpose)[0])
 
 
 def held_out(samples: S, size: int, seed: int, purpose: str) -> tuple[S, S]:
-    """Return ``size`` of the samples, chosen by seed and purpose, and the others.
-
-    Raises:
-        ValueError: There are fewer.
-    """
+    """Return ``size`` of the samples, chosen by seed and purpose, and the others."""
     indices, others = subset(len(samples), size, seed, purpose)
     return samples.select(indices), samples.select(others)
 
@@ -98,22 +77,7 @@ def split(
     test_size: int | None,
     seed: int,
 ) -> dict[str, S]:
-    """Part validation samples from those to train on, and choose as many as the sizes say.
-
-    Args:
-        train: Samples to train and validate on.
-        test: Samples to test on.
-        val_size: Samples to validate on; None for a tenth.
-        train_size: Samples to train on; None for all that are left.
-        test_size: Samples to test on; None for all.
-        seed: Of every choice.
-
-    Returns:
-        ``"train"``, ``"validation"`` and ``"test"``.
-
-    Raises:
-        ValueError: There are too few samples.
-    """
+    """Part validation samples from those to train on, and choose as many as the sizes say."""
     size = max(1, len(train) // 10) if val_size is None else val_size
     validation, kept = held_out(train, size, seed, "val_size")
     if not len(kept):
@@ -170,10 +134,6 @@ def unequal_stream(labels: Tensor, seed: int, *, frequent: int = 3, ratio: int =
 class Rows(TensorDataset):
     """Inputs ``(N, ...)`` and what to predict of each, handed out a whole batch at a time.
 
-    Args:
-        inputs: One row for each sample.
-        targets: ``(N,)`` int64 classes, or ``(N, 1)`` values.
-
     >>> rows = Rows(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 0]))
     >>> rows.__getitems__([2, 0])
     (tensor([[4., 5.],
@@ -199,12 +159,7 @@ class Rows(TensorDataset):
 
 
 class DrawSampler(Sampler[int]):
-    """Shuffles the samples anew in each pass, each as ``index + count * draw``.
-
-    Args:
-        count: Number of samples.
-        generator: Gives the order and a draw from 0 to ``2**31 - 1`` for each sample.
-    """
+    """Shuffles the samples anew in each pass, each as ``index + count * draw``."""
 
     def __init__(self, count: int, generator: Generator) -> None:
         self.count = count
@@ -225,9 +180,6 @@ class Views(Dataset[tuple[Tensor, Tensor]], ABC):
     :class:`DrawSampler` draws a number for each sample of each epoch in the main process and hands
     it over inside the sample's index; all in a view is a function of it. A plain index stands for
     draw 0.
-
-    Args:
-        source: The samples, ``labels`` of them.
     """
 
     def __init__(self, source: Any) -> None:
@@ -285,12 +237,6 @@ def loader(
 
 def sampled(source: DataLoader[T], size: int, *, batch_size: int, seed: int) -> DataLoader[T]:
     """Return a loader of some samples of another, in the order of its dataset.
-
-    Args:
-        source: a loader whose dataset has a length.
-        size: how many samples at most; of datasets of equal lengths the same ones.
-        batch_size: of the new loader.
-        seed: chooses them.
 
     >>> import torch
     >>> from torch.utils.data import TensorDataset

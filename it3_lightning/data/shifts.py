@@ -28,10 +28,6 @@ Kinds = Mapping[str, tuple[Callable[..., Any], tuple[float, float, float, float,
 def by_severity(shifts: Iterable[str], severity: Severity) -> dict[str, tuple[str, int]]:
     """Return shift and severity of every test on shifted samples, by the test's name.
 
-    Args:
-        shifts: Names of the shifts.
-        severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn.
-
     >>> list(by_severity(["fog"], "all"))
     ['fog/1', 'fog/2', 'fog/3', 'fog/4', 'fog/5']
     """
@@ -65,15 +61,7 @@ def check_severity(severity: object) -> None:
 
 @dataclass(frozen=True)
 class KindOfShift:
-    """One kind of shift at one severity.
-
-    Args:
-        name: of the kind.
-        severity: 1 (weak) to 5 (strong).
-
-    Raises:
-        ValueError: the name is unknown, or the severity is not one of 1, 2, 3, 4, 5.
-    """
+    """One kind of shift at one severity."""
 
     KINDS: ClassVar[Kinds]
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import importlib
 import io
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from it3_lightning.data.files import damaged, read_bytes
 from it3_lightning.data.tables import MISSING, UNKNOWN, Schema, Table
 from it3_lightning.messages import not_installed
 
@@ -79,22 +78,16 @@ def read(
         errors.ParserError,
         errors.ParserWarning,
     ) as error:
-        raise ValueError(
-            f"Expected {file} to be a table with cells separated by {separator!r}, got "
-            f"{len(content)} bytes that are none ({str(error).strip()}). It is empty, damaged or "
-            "another kind of file: fetch it again, or set separator."
-        ) from error
+        what = f"a table with cells separated by {separator!r}"
+        remedy = "It is empty, damaged or another kind of file: fetch it again, or set separator."
+        raise damaged(file, what, error, remedy) from error
     frame = frame if names is None else _named(file, frame, names)
     _check_rows(file, content, frame, separator, comment)
     return frame
 
 
 def needed(package: str) -> Any:
-    """Import a package of the extra ``tabular``.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """Import a package of the extra ``tabular``."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -137,19 +130,7 @@ def to_table(frame: Any, file: str | Path, schema: Schema, target: str, *, known
 def inferred_schema(
     frame: Any, file: str | Path, target: str, task: Task, categorical: Sequence[str] | None
 ) -> Schema:
-    """Return the schema of a DataFrame.
-
-    Args:
-        frame: with a header.
-        file: named in errors.
-        target: name of the target.
-        task: whether the target is a class or a value.
-        categorical: names of the categorical columns; ``None``: those that hold text.
-
-    Raises:
-        ValueError: a name is not among the columns, a column of text holds mostly numbers or more
-            than 1,000 different texts, or there is only one class.
-    """
+    """Return the schema of a DataFrame."""
     missing = [name for name in (target, *(categorical or ())) if name not in frame]
     if missing:
         raise ValueError(
@@ -175,16 +156,7 @@ def _content(file: Path) -> bytes:
         raise FileNotFoundError(
             f"Expected a file {file.resolve()}, got none. Place it there, or give its path."
         )
-    data = file.read_bytes()
-    if file.suffix != ".gz":
-        return data
-    try:
-        return gzip.decompress(data)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(
-            f"Expected {file} to be a whole gzip file, got {len(data)} bytes that do not unpack "
-            f"({error}). Delete it and fetch it again."
-        ) from error
+    return read_bytes(file)
 
 
 def _named(file: Path, frame: Any, names: Sequence[str]) -> Any:

@@ -190,12 +190,7 @@ class UTKFaceDataModule(ShiftedImages):
 
 
 class InMemory:
-    """Decodes some files once and keeps the 8-bit images; what reads them then reads no file.
-
-    Args:
-        decode: Reads a file.
-        paths: Files to keep: ``len(paths) * 3 * H * W`` bytes.
-    """
+    """Decodes some files once and keeps the 8-bit images; what reads them then reads no file."""
 
     def __init__(self, decode: Decode, paths: Sequence[Path]) -> None:
         self._rows = {path: row for row, path in enumerate(paths)}
