@@ -20,6 +20,13 @@ from it3_lightning.messages import not_installed
 Task = Literal["classification", "regression"]
 MISSING_WORDS = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL")
 """Cells that stand for a missing value."""
+_OPTIONS: dict[str, Any] = {
+    "index_col": False,
+    "skipinitialspace": True,
+    "keep_default_na": False,
+    "na_values": list(MISSING_WORDS),
+    "low_memory": False,
+}
 _MOST = 1000  # categories of a column; more are names or numbers of rows
 
 
@@ -34,50 +41,32 @@ def read(
     separator: str = ",",
     comment: str | None = None,
 ) -> Any:
-    """Read a delimited file into a pandas DataFrame.
+    """Read a delimited file, plain or ``.gz``, into a pandas DataFrame of at least one row.
 
     Blanks after a separator and empty lines are skipped; cells that hold one of ``MISSING_WORDS``
-    are missing. A file whose name ends in ``.gz`` is unpacked.
+    are missing. A column holds numbers where all its cells do, else text.
 
     Args:
-        path: of the file.
-        names: of the columns, where the file has no header.
-        text: columns to keep as text, though they hold numbers.
-        separator: one character between cells.
-        comment: first character of lines to skip.
-
-    Returns:
-        A DataFrame of at least one row; a column holds numbers where all its cells do, else text.
+        path: Of the file.
+        names: Of the columns, where the file has no header.
+        text: Columns to keep as text, though they hold numbers.
+        separator: One character between cells.
+        comment: First character of lines to skip.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ImportError: pandas is not installed.
-        ValueError: the file is empty, cut off or damaged, or a row has too few or too many cells.
+        ValueError: The file is empty, cut off or damaged, or a row has too few or too many cells.
     """
     pandas, file = needed("pandas"), Path(path)
-    content = _content(file)
-    errors = pandas.errors
+    content, errors = _content(file), pandas.errors
+    damages = errors.EmptyDataError, errors.ParserError, errors.ParserWarning
+    header = 0 if names is None else None
+    types = dict.fromkeys(text, object) if names is None else None
+    options = {**_OPTIONS, "sep": separator, "header": header, "comment": comment, "dtype": types}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", errors.ParserWarning)  # rows longer than the header
-            frame = pandas.read_csv(
-                io.BytesIO(content),
-                sep=separator,
-                header=0 if names is None else None,
-                index_col=False,
-                comment=comment,
-                skipinitialspace=True,
-                keep_default_na=False,
-                na_values=list(MISSING_WORDS),
-                dtype=dict.fromkeys(text, object) if names is None else None,
-                low_memory=False,
-            )
-    except (
-        UnicodeDecodeError,
-        errors.EmptyDataError,
-        errors.ParserError,
-        errors.ParserWarning,
-    ) as error:
+            frame = pandas.read_csv(io.BytesIO(content), **options)
+    except (UnicodeDecodeError, *damages) as error:
         what = f"a table with cells separated by {separator!r}"
         remedy = "It is empty, damaged or another kind of file: fetch it again, or set separator."
         raise damaged(file, what, error, remedy) from error

@@ -367,3 +367,10 @@ def test_without_the_library_graphs_say_what_to_install(
     ):
         make().train_dataloader()
     assert len(make(representation="contour").train_dataloader()) > 0
+
+
+def test_a_profile_set_has_its_number_of_profiles() -> None:
+    assert ProfileSet(count=2).parameters().shape == (2, 3)
+    one = torch.ones(3).double()
+    drag = torch.tensor([1.0, 0.0, 1.0])
+    assert Polars(one[:, None], one, drag, one / 2).good(0.5).tolist() == [True, False, True]

@@ -163,3 +163,27 @@ def test_nodes_are_coordinates_and_normals() -> None:
 
 def test_steps_are_the_same_for_a_profile_of_any_size() -> None:
     torch.testing.assert_close(steps(WINGS, ring(64)), steps(5 * WINGS + 3, ring(64)))
+
+
+SQUARE = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]]])
+
+
+def test_edges_of_a_ring_go_forth_and_back() -> None:
+    assert ring(3).tolist() == [[0, 1, 2, 1, 2, 0], [1, 2, 0, 0, 1, 2]]
+
+
+def test_ways_along_edges_are_in_mean_steps() -> None:
+    assert steps(SQUARE, ring(4))[0, 0].tolist() == [1.0, 0.0]
+    graph, _ = ContourGraphs(SQUARE, torch.tensor([[7.0]]))[0]
+    assert graph.edge_attr[:2].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_the_normal_at_the_leading_edge_is_against_the_flow() -> None:
+    profile = contours(torch.tensor([[0.0, 0.4, 0.12]]), nodes=8)
+    assert normals(profile)[0, 4, 0].item() == -1.0
+
+
+def test_a_turned_tail_stays_as_far_from_the_quarter_chord() -> None:
+    turned = geometry.rotation(torch.tensor([[[1.0, 0.0]]]), 90.0, draw())
+    distance = (turned - torch.tensor([0.25, 0.0])).norm().item()
+    assert distance == pytest.approx(0.75, abs=1e-6)

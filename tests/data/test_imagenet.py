@@ -313,3 +313,7 @@ def test_the_baseline_is_given_only_where_all_of_the_published_files_are_tested_
         {"shifts": EXTRA_CORRUPTIONS},
     ):
         assert made(root, **{**whole, **changed}).baseline_errors is None
+
+
+def test_the_first_and_the_last_synset_are_tench_and_toilet_paper() -> None:
+    assert (synsets()["n01440764"], synsets()["n15075141"]) == (0, 999)

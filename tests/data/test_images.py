@@ -20,7 +20,7 @@ from it3_lightning.data import (
     ShiftedImages,
     sampling,
 )
-from it3_lightning.data.images import Augmented, crop_and_flip
+from it3_lightning.data.images import Augmented, as_float, check_labels, crop_and_flip
 from it3_lightning.data.sampling import DrawSampler
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
@@ -357,3 +357,17 @@ def test_views_do_not_touch_the_global_random_state() -> None:
     before = torch.get_rng_state()
     epochs(0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- labels and pixels
+
+
+def test_labels_may_be_values() -> None:
+    check_labels(torch.tensor([[25.0], [61.0]]), 2)
+    with pytest.raises(ValueError, match=r"float32 values \(N, K\), got \(2,\) of torch.float32"):
+        check_labels(torch.tensor([25.0, 61.0]), 2)
+
+
+def test_8_bit_values_are_divided_by_255() -> None:
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    assert as_float(pixels).tolist() == pytest.approx([0, 0.2, 1])

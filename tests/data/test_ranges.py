@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from it3_lightning.data.ranges import deciles, levels, outside
+from it3_lightning.data.ranges import deciles, level_names, levels, outside
 from it3_lightning.data.sampling import Rows
 
 
@@ -45,3 +45,17 @@ def test_samples_are_selected_in_order() -> None:
         [3.0, 1.0],
         [30.0, 10.0],
     )
+
+
+def test_names_of_levels_are_numbered() -> None:
+    assert level_names("shape") == ("shape_1", "shape_2", "shape_3", "shape_4", "shape_5")
+
+
+def test_the_distance_outside_a_box_is_euclidean_over_its_sides() -> None:
+    box = torch.tensor([0.0, 0.0]), torch.tensor([1.0, 2.0])
+    assert outside(torch.tensor([[0.5, 1.0], [4.0, 10.0]]), *box).tolist() == [0.0, 5.0]
+
+
+def test_the_nearest_level_has_the_sample_nearest_to_the_range() -> None:
+    distance = torch.tensor([0, 9.0, 0, 1, 3, 8, 5])
+    assert levels(distance, "far", "")["far_1"].tolist() == [3]

@@ -295,3 +295,15 @@ def test_a_trainer_tests_every_loader(tmp_path: Path, kind: str) -> None:
     )
     trainer.test(model, data, verbose=False)
     assert model.seen == {0: 16, 1: 16, 2: 16}
+
+
+def test_8_bit_images_are_divided_by_255_and_masks_are_numbers() -> None:
+    images = torch.full((2, 3, 4, 4), 51, dtype=torch.uint8)
+    image, mask = MaskedImages(images, torch.ones(2, 1, 4, 4, dtype=torch.bool))[1]
+    assert image[0, 0, 0].item() == pytest.approx(0.2)
+    assert mask.sum().item() == 16
+
+
+def test_the_order_of_tiles_repeats_with_its_generator() -> None:
+    order = TileOrder(torch.tensor([0, 0, 1, 1]), generator=torch.Generator(), at_once=1)
+    assert (list(order), list(order)) == ([0, 1, 3, 2], [3, 2, 1, 0])

@@ -1,6 +1,8 @@
 """What all data modules of shifted samples have in common."""
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +282,55 @@ def test_the_command_line_knows_and_explains_every_setting(case: Case) -> None:
     names = [*inspect.signature(ShiftedData).parameters, *["severity"] * case.graded]
     assert len(names) >= 10
     assert all(len(str(shown[f"data.{name}"])) > 10 for name in names)
+
+
+# --- a module of one's own
+
+
+class OwnLoaders(ShiftedData):
+    """Has loaders and names of its own, and nothing that is shifted here."""
+
+    def setup(self, stage: str) -> None:
+        self.stage = stage
+
+    def train_dataloader(self) -> Any:
+        return [stage_batch(0)]
+
+    def test_dataloader(self) -> Any:
+        return [[stage_batch(1)] for _ in self.test_names]
+
+
+def stage_batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((2, 3), float(number)), torch.tensor([number, number])
+
+
+def test_a_module_with_loaders_of_its_own_needs_no_hook() -> None:
+    data = OwnLoaders(shifts=["winter"], seed=3)
+    assert data.test_names == ["clean", "winter"]
+    assert (data.reporting_shifts, data.tuning_shifts, data.baseline_errors) == ((), (), None)
+    assert len(data.predict_dataloader()) == 2
+    assert OwnLoaders().shifts == ()
+
+
+@pytest.mark.parametrize("hook", ["split", "shifted", "change", "frequent"])
+def test_a_hook_that_is_not_defined_is_named(hook: str) -> None:
+    arguments: dict[str, tuple[Any, ...]] = {
+        "shifted": ("x",),
+        "change": ("x", 1),
+        "frequent": ("x",),
+    }
+    with pytest.raises(NotImplementedError, match=rf"OwnLoaders to define {hook}\(self"):
+        getattr(OwnLoaders(), hook)(*arguments.get(hook, ()))
+
+
+def test_the_package_of_data_needs_no_optional_package() -> None:
+    names = "sklearn pandas timm imagecorruptions neuralfoil torch_geometric boston"
+    script = f"""
+import sys
+for name in {names.split()!r}:
+    sys.modules[name] = None
+from it3_lightning.data import BostonDataModule, DigitsDataModule, ImageNetCDataModule
+print(DigitsDataModule().shifts[0], BostonDataModule().shifts[0], ImageNetCDataModule().severity)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.stdout.split() == ["gaussian_noise", "zeroed", "3"], found.stderr

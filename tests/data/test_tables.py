@@ -447,3 +447,22 @@ def test_seed_and_severity_change_the_shifted_features() -> None:
     assert torch.equal(zeroed(), zeroed())
     assert not torch.equal(zeroed(), zeroed(seed=1))
     assert not torch.equal(zeroed(), zeroed(severity=4))
+
+
+# --- small examples
+
+
+def test_a_schema_counts_a_feature_for_each_number_and_category() -> None:
+    assert Schema(("age",), {"colour": ("blue", "red")}, None).num_features == 3
+
+
+def test_a_missing_number_becomes_the_median_of_training() -> None:
+    schema = Schema(("age",), {}, None)
+    rows = table([[1.0], [3.0], [NAN]], [[]] * 3, schema)
+    assert Preprocessing.fit(rows)(rows).flatten().tolist() == [-1, 1, 0]
+
+
+def test_tenths_of_even_values_are_ten_times_as_frequent() -> None:
+    values = torch.arange(200.0)[:, None]
+    tenths = values[unequal_rows(values, seed=0), 0].long() // 20
+    assert tenths.bincount().sort(descending=True).values.tolist() == [20] * 3 + [2] * 7

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from draw_road_scenes import Curves, DetailedScenes, main, moved, noise, paint, roads
+from draw_road_scenes import Curves, DetailedScenes, edge, grid, main, moved, noise, paint, roads
 from torch import Tensor
 
 from it3_lightning.data import RoadScenesDataModule
@@ -173,3 +173,26 @@ def test_an_interruption_while_writing_leaves_the_last_file(
         main([f"--root={tmp_path}", "--seeds", "0", *SMALL])
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     assert file.read_bytes() == before
+
+
+def test_the_grid_has_columns_and_rows() -> None:
+    assert grid(2)[0].flatten().tolist() == [0, 1, 0, 1]
+
+
+def test_an_edge_covers_inside_and_half_on_the_rim() -> None:
+    assert edge(torch.tensor([-2.0, 0.0, 2.0])).tolist() == [1, 0.5, 0]
+
+
+def test_a_quarter_of_paint_lays_a_quarter_of_the_colour() -> None:
+    black, white, cover = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1), torch.ones(1, 1, 1, 1)
+    assert paint(black, white, cover / 4).sum().item() == 0.75
+
+
+def test_a_layer_moves_by_a_pixel() -> None:
+    layer = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 2, 2)
+    assert moved(layer, torch.tensor([[1.0, 0.0]])).flatten().tolist() == [0, 1, 0, 0]
+
+
+def test_a_third_of_these_scenes_is_road() -> None:
+    _, masks = DetailedScenes(32)(2, seeded())
+    assert masks.float().mean().item() == pytest.approx(0.34, abs=0.005)
