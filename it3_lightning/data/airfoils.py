@@ -199,6 +199,7 @@ class AirfoilDataModule(RangedData):
     LEVELS = (*level_names("shape"), *level_names("ratio"))
     SHIFTS = (*LEVELS, "noise")
     TUNING_SHIFTS = tuple(PERTURBATIONS)
+    sample_settings = ("_profiles", "root", "nodes", "min_confidence", "inner", "held_ratio")
 
     def __init__(
         self,
@@ -254,11 +255,6 @@ class AirfoilDataModule(RangedData):
         """Number of profiles without usable lift and drag."""
         self.setup("fit")
         return self._dropped
-
-    def source(self) -> tuple[object, ...]:
-        """Return the settings that :meth:`load` depends on."""
-        ranges = self.min_confidence, self.inner, self.held_ratio
-        return self._profiles, self.root, self.nodes, *ranges
 
     def strength(self) -> tuple[object, ...]:
         """Return the deviation of the noise."""

@@ -58,6 +58,8 @@ class ShiftedData(LightningDataModule):
     TUNING_SHIFTS: ClassVar[tuple[str, ...]] = ()
     needed_sizes: ClassVar[tuple[str, ...]] = ()
     """Which of ``val_size``, ``train_size`` and ``test_size`` must not be None."""
+    sample_settings: ClassVar[tuple[str, ...]] = ()
+    """Names of the attributes that the samples depend on, beside the sizes and the seed."""
     severity: Severity | None = None
 
     def __init__(
@@ -135,7 +137,7 @@ class ShiftedData(LightningDataModule):
 
     def source(self) -> tuple[object, ...]:
         """Return the settings of its own that the samples depend on."""
-        return ()
+        return tuple(getattr(self, name) for name in self.sample_settings)
 
     def strength(self) -> tuple[object, ...]:
         """Return the settings of its own that the shifts depend on, and the samples do not."""

@@ -72,6 +72,7 @@ class CIFAR10DataModule(ShiftedImages):
     """
 
     SOURCES = ("files", "own")
+    sample_settings = ("root", "corruptions", "corrupted")
     num_classes = _CLASSES
 
     def __init__(
@@ -92,10 +93,6 @@ class CIFAR10DataModule(ShiftedImages):
         self.download = download
         self.augment = augment
         super().__init__(**kwargs)
-
-    def source(self) -> tuple[object, ...]:
-        """Return where the images come from."""
-        return (self.root, self.corruptions, self.corrupted)
 
     def prepare_data(self) -> None:
         """Make sure that the files are there: look first, then download if that is allowed."""

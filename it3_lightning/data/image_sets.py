@@ -88,16 +88,13 @@ class MNISTDataModule(ShiftedImages):
         ValueError: A file is damaged, or a setting is out of its range.
     """
 
+    sample_settings = ("root",)
     num_classes = _CLASSES
 
     def __init__(self, root: str | Path = "data", *, download: bool = True, **kwargs: Any) -> None:
         self.root = root
         self.download = download
         super().__init__(**kwargs)
-
-    def source(self) -> tuple[object, ...]:
-        """Return where the images come from."""
-        return (self.root,)
 
     def prepare_data(self) -> None:
         """Make sure that the four files are there: look first, then download if that is allowed."""
@@ -126,16 +123,13 @@ class FashionMNISTDataModule(ShiftedImages):
         ValueError: A file is damaged, or a setting is out of its range.
     """
 
+    sample_settings = ("root",)
     num_classes = _CLASSES
 
     def __init__(self, root: str | Path = "data", *, download: bool = True, **kwargs: Any) -> None:
         self.root = root
         self.download = download
         super().__init__(**kwargs)
-
-    def source(self) -> tuple[object, ...]:
-        """Return where the images come from."""
-        return (self.root,)
 
     def prepare_data(self) -> None:
         """Make sure that the four files are there: look first, then download if that is allowed."""

@@ -79,6 +79,7 @@ class ImageNetCDataModule(ShiftedImages):
     """
 
     SOURCES = ("files", "made", "own")
+    sample_settings = ("root", "corruptions", "corrupted", "image_size")
 
     def __init__(
         self,
@@ -120,10 +121,6 @@ class ImageNetCDataModule(ShiftedImages):
             _synset_folders(Path(self.root) / part)
         for name, severity in self._wanted().values() if self.corruptions == "files" else ():
             _corrupted_folder(Path(self.corrupted), name, severity)
-
-    def source(self) -> tuple[object, ...]:
-        """Return which images are read, and how."""
-        return (self.root, self.corruptions, self.corrupted, self.image_size)
 
     def load(self) -> tuple[ImageFiles, ImageFiles]:
         """Return all training and all test images."""

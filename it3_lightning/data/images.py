@@ -294,12 +294,12 @@ def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int = 4) -> Tensor:
 class ShiftedImages(ShiftedData):
     """Images for training, and the same held-out images clean and under shifts for testing.
 
-    A subclass says in :meth:`load` where its images come from; what else it may say are the hooks
-    ``source``, ``training``, ``change`` and ``published``. Each batch is ``(images, labels)``:
-    float32 ``(B, C, H, W)`` in [0, 1] and int64 ``(B,)``. Shifted images in memory are computed
-    once and kept as the source's own dtype: 8-bit images stay 8-bit, which rounds a shifted value
-    by at most 1/510. Images on disk are shifted as they are read. ``stream="unequal"`` makes three
-    classes ten times as frequent.
+    A subclass says in :meth:`load` where its images come from, and in ``sample_settings`` what that
+    depends on; it may override ``training``, ``change`` and ``published``. Each batch is
+    ``(images, labels)``: float32 ``(B, C, H, W)`` in [0, 1] and int64 ``(B,)``. Shifted images in
+    memory are computed once and kept as the source's own dtype: 8-bit images stay 8-bit, which
+    rounds a shifted value by at most 1/510. Images on disk are shifted as they are read.
+    ``stream="unequal"`` makes three classes ten times as frequent.
 
     The shifts are ``SHIFTS``, and ``TUNING_SHIFTS`` for choosing settings; where a subclass sets
     ``corruptions`` to another of its ``SOURCES`` than ``"own"``, they are ``CORRUPTIONS`` and

@@ -118,6 +118,8 @@ class RoadsDataModule(ShiftedMasks):
             it is read, a file is damaged or a mask holds other values than 0 and 255, or 0 and 1.
     """
 
+    sample_settings = ("root", "layout", "tile", "val_share", "test_share", "test_regions")
+
     def __init__(
         self,
         root: str | Path = "data/roads",
@@ -136,11 +138,6 @@ class RoadsDataModule(ShiftedMasks):
         self.test_share = test_share
         self.test_regions = test_regions
         super().__init__(**kwargs)
-
-    def source(self) -> tuple[object, ...]:
-        """Return where the files are and how they are parted and cut."""
-        shares = self.val_share, self.test_share, tuple(self.test_regions)
-        return (str(self.root), self.layout, self.tile, *shares)
 
     def load(self) -> dict[str, MaskedSet]:
         """Find the files and cut them into tiles, without reading more than their headers."""

@@ -127,6 +127,7 @@ class RoadScenesDataModule(ShiftedMasks):
         ValueError: A setting is out of its range, or a file is damaged or holds too few scenes.
     """
 
+    sample_settings = ("root", "size")
     needed_sizes = ("train_size", "val_size", "test_size")
     train_size: int
     val_size: int
@@ -145,10 +146,6 @@ class RoadScenesDataModule(ShiftedMasks):
         self.root = root
         self.size = size
         super().__init__(train_size=train_size, val_size=val_size, test_size=test_size, **kwargs)
-
-    def source(self) -> tuple[object, ...]:
-        """Return where the scenes are, and their size."""
-        return (self.root, self.size)
 
     def load(self) -> dict[str, MaskedSet]:
         """Read or draw all scenes."""

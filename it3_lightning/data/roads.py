@@ -18,15 +18,9 @@ from it3_lightning.messages import undefined
 
 ROAD_SHIFTS = ("contrast", "blur", "gaussian_noise")
 """The shifts that results on roads are reported on."""
-
-
 ROAD_TUNING_SHIFTS = ("gamma", "motion_blur", "speckle_noise")
 """Other shifts, only for choosing settings: no result is reported on them."""
-
-
 _GEOMETRIC = ("rotation", "shear")  # they move the pixels, and the masks would stay
-
-
 _PIXEL = 2.0  # of a tile, for one of a 28-pixel image: severity 3 blurs by 2.5 pixels
 TURNS = 8  # orientations of a square: four rotations, each also mirrored
 FILES_AT_ONCE = 4  # decoded and kept: four of 4096 x 4096 pixels are 268 MB

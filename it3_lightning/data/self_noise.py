@@ -14,11 +14,7 @@ from it3_lightning.data.ranges import Pool, RangedData, level_names, levels
 from it3_lightning.data.sampling import Rows
 
 Column = Literal["frequency", "angle", "chord", "velocity", "thickness", "level"]
-
-
 FILE = "airfoil_self_noise.dat"
-
-
 _ROWS = 1503
 _RANGES = {  # of the published file, in Hz, degrees, m, m/s, m, dB
     "frequency": (200, 20000),
@@ -65,6 +61,7 @@ class AirfoilSelfNoiseDataModule(RangedData):
     LEVELS = level_names("high")
     SHIFTS = (*LEVELS, "noise")
     TUNING_SHIFTS = ("missing", "gain")
+    sample_settings = ("root", "column", "held")
 
     def __init__(
         self,
@@ -91,10 +88,6 @@ class AirfoilSelfNoiseDataModule(RangedData):
     def prepare_data(self) -> None:
         """Make sure that the file is there and whole: nothing is downloaded."""
         read(Path(self.root) / FILE)
-
-    def source(self) -> tuple[object, ...]:
-        """Return the settings that :meth:`load` depends on."""
-        return self.root, self.column, self.held
 
     def strength(self) -> tuple[object, ...]:
         """Return the deviation of the noise."""

@@ -253,12 +253,8 @@ _TUNING: Kinds = {
     "occlusion": (occlusion, (0.25, 0.375, 0.5, 0.625, 0.75)),
 }
 _LENGTHS = ("blur", "motion_blur")  # whose levels are pixels of a 28-pixel image
-
-
 SHIFTS: tuple[str, ...] = tuple(_EVALUATION)
 """The nine shifts that results are reported on."""
-
-
 TUNING_SHIFTS: tuple[str, ...] = tuple(_TUNING)
 """Seven other shifts, only for choosing settings: no result is reported on them."""
 

@@ -28,8 +28,6 @@ _OPTIONS: dict[str, Any] = {
     "low_memory": False,
 }
 _MOST = 1000  # categories of a column; more are names or numbers of rows
-
-
 _FEW = 10  # names shown in an error
 
 

@@ -81,13 +81,11 @@ class AdultDataModule(ShiftedTables):
         ValueError: A file is damaged or another one, or a setting is out of its range.
     """
 
+    sample_settings = ("test_share", "root")
+
     def __init__(self, root: str | Path = "data/adult", **kwargs: Any) -> None:
         self.root = root
         super().__init__(**kwargs)
-
-    def source(self) -> tuple[object, ...]:
-        """Return where the rows come from."""
-        return (*super().source(), self.root)
 
     def load(self) -> tuple[Table, Table]:
         """Return the rows of the two files."""
@@ -129,13 +127,11 @@ class CovertypeDataModule(ShiftedTables):
         ValueError: The file is damaged or another one, or a setting is out of its range.
     """
 
+    sample_settings = ("test_share", "root")
+
     def __init__(self, root: str | Path = "data/covertype", **kwargs: Any) -> None:
         self.root = root
         super().__init__(**kwargs)
-
-    def source(self) -> tuple[object, ...]:
-        """Return where the rows come from."""
-        return (*super().source(), self.root)
 
     def load(self) -> tuple[Table, None]:
         """Return all rows."""
@@ -181,6 +177,8 @@ class BundledDataModule(ShiftedTables):
         (torch.Size([36, 13]), tensor([10, 19,  7]))
     """
 
+    sample_settings = ("test_share", "name")
+
     def __init__(self, name: Bundled = "breast_cancer", **kwargs: Any) -> None:
         self.name: Bundled = name
         super().__init__(**kwargs)
@@ -189,10 +187,6 @@ class BundledDataModule(ShiftedTables):
         """Refuse settings out of their range."""
         super().check()
         check_choice("table", self.name, get_args(Bundled))
-
-    def source(self) -> tuple[object, ...]:
-        """Return where the rows come from."""
-        return (*super().source(), self.name)
 
     def load(self) -> tuple[Table, None]:
         """Return all rows."""
@@ -237,6 +231,11 @@ class CSVDataModule(ShiftedTables):
         CSVDataModule("houses.csv", target="price", task="regression", test_path="new.csv")
     """
 
+    sample_settings = (
+        *("test_share", "path", "test_path", "names", "separator"),
+        *("target", "task", "categorical", "exclude"),
+    )
+
     def __init__(
         self,
         path: str | Path,
@@ -269,12 +268,6 @@ class CSVDataModule(ShiftedTables):
                 f"Expected a separator of one character, got {self.separator!r}. Give for example "
                 'separator=";".'
             )
-
-    def source(self) -> tuple[object, ...]:
-        """Return the files and how they are read."""
-        files = self.path, self.test_path, self.names, self.separator
-        columns = self.target, self.task, self.categorical, self.exclude
-        return (*super().source(), *files, *columns)
 
     def load(self) -> tuple[Table, Table | None]:
         """Return the rows of the file, and those of the test file if there is one."""
@@ -331,6 +324,11 @@ class BostonDataModule(ShiftedTables):
         (13, 0.4)
     """
 
+    sample_settings = (
+        *("test_share", "path", "test_path", "names", "separator"),
+        *("categorical", "exclude"),
+    )
+
     def __init__(
         self,
         path: str | Path | None = None,
@@ -354,10 +352,6 @@ class BostonDataModule(ShiftedTables):
         """Refuse settings out of their range, before any file is read."""
         super().check()
         self._file(self.path or "")
-
-    def source(self) -> tuple[object, ...]:
-        """Return the files and how they are read."""
-        return (*super().source(), *self._file(self.path or "").source())
 
     def load(self) -> tuple[Table, Table | None]:
         """Return the rows of the file, and those of the test file if there is one."""

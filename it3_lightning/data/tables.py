@@ -21,8 +21,6 @@ from it3_lightning.messages import undefined
 
 MISSING = -1
 """Code of a category that is missing."""
-
-
 UNKNOWN = -2
 """Code of a category that the schema does not have."""
 _TENTHS = torch.arange(1, 10, dtype=torch.float64) / 10
@@ -255,8 +253,6 @@ _TUNING: Kinds = {
 }
 TABULAR_SHIFTS: tuple[str, ...] = tuple(_EVALUATION)
 """The shifts of tables that results are reported on."""
-
-
 TABULAR_TUNING_SHIFTS: tuple[str, ...] = tuple(_TUNING)
 """Other shifts of tables, only for choosing settings: no result is reported on them."""
 
@@ -313,12 +309,12 @@ class TabularShift(KindOfShift):
 class ShiftedTables(ShiftedData):
     """Rows for training, and the same held-out rows clean and under shifts for testing.
 
-    A subclass says in :meth:`load` where its rows come from, and in ``source`` what that depends
-    on. Each batch is ``(features, target)``: float32 ``(B, F)``, as :class:`Preprocessing` makes
-    them of the training rows alone, and int64 ``(B,)`` classes or float32 ``(B, 1)`` values in
-    their own units. The shifts are ``TABULAR_SHIFTS``, and ``TABULAR_TUNING_SHIFTS`` for choosing
-    settings; ``stream="unequal"`` makes some classes, or some tenths of the values, ten times as
-    frequent.
+    A subclass says in :meth:`load` where its rows come from, and in ``sample_settings`` what that
+    depends on. Each batch is ``(features, target)``: float32 ``(B, F)``, as :class:`Preprocessing`
+    makes them of the training rows alone, and int64 ``(B,)`` classes or float32 ``(B, 1)`` values
+    in their own units. The shifts are ``TABULAR_SHIFTS``, and ``TABULAR_TUNING_SHIFTS`` for
+    choosing settings; ``stream="unequal"`` makes some classes, or some tenths of the values, ten
+    times as frequent.
 
     Args:
         severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for each, whose test
@@ -329,6 +325,7 @@ class ShiftedTables(ShiftedData):
 
     SHIFTS = TABULAR_SHIFTS
     TUNING_SHIFTS = TABULAR_TUNING_SHIFTS
+    sample_settings: ClassVar[tuple[str, ...]] = ("test_share",)
     _schema: Schema
     _layout: Layout
 
@@ -373,10 +370,6 @@ class ShiftedTables(ShiftedData):
     def change(self, name: str, severity: int) -> TabularShift:
         """Return the shift of a name."""
         return TabularShift(name, severity)
-
-    def source(self) -> tuple[object, ...]:
-        """Return the settings that the rows depend on; a subclass adds its own."""
-        return (self.test_share,)
 
     def split(self) -> dict[str, Rows]:
         """Return the rows to train, validate and test on, as features."""

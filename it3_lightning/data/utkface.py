@@ -67,6 +67,11 @@ class UTKFaceDataModule(ShiftedImages):
     Autoencoder" (CVPR 2017).
     """
 
+    sample_settings = (
+        *("root", "image_size", "train_ages", "train_list", "test_list", "test_share"),
+        "in_memory",
+    )
+
     def __init__(
         self,
         root: str | Path = "data",
@@ -113,12 +118,6 @@ class UTKFaceDataModule(ShiftedImages):
         """Refuse missing images before any work; nothing is downloaded."""
         self.check()
         _find(Path(self.root))
-
-    def source(self) -> tuple[object, ...]:
-        """Return which images are read, and how."""
-        ages = None if self.train_ages is None else tuple(self.train_ages)
-        split = (self.train_list, self.test_list, self.test_share)
-        return (self.root, self.image_size, ages, *split, self.in_memory)
 
     def load(self) -> tuple[ImageFiles, ImageFiles]:
         """Return the images to train and to test on, of the ages to train on."""
