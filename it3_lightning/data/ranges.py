@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ class Pool:
         return cls(samples.select(inside.nonzero()[:, 0]), outside)
 
 
-class RangedData(ShiftedData):
+class RangedData(ShiftedData, ABC):
     """Samples with a real-valued target; what lies outside a range is held out, level by level.
 
     A subclass says in :meth:`load` where samples come from, in :meth:`perturbed` what perturbations

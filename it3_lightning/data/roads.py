@@ -55,7 +55,15 @@ class MaskedSet(Dataset[Batch], ABC):
 
 
 class MaskedImages(MaskedSet):
-    """Images and masks as two tensors; 8-bit images are divided by 255 as they are read."""
+    """Images and masks as two tensors; 8-bit images are divided by 255 as they are read.
+
+    Args:
+        images: ``(N, C, H, W)``, uint8, or floating point in [0, 1].
+        masks: ``(N, 1, H, W)``, bool.
+
+    Raises:
+        ValueError: A shape or dtype is another.
+    """
 
     def __init__(self, images: Tensor, masks: Tensor) -> None:
         if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
