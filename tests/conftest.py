@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tables import write_tables
+from helpers.airfoil_files import write_polars, write_self_noise
+from helpers.tables import write_tables
 from torch import Tensor
 
 torch.set_num_threads(1)  # in networks this small, threads only wait for each other
@@ -19,23 +20,11 @@ def write_idx(path: Path, values: Tensor) -> None:
     path.write_bytes(gzip.compress(header + sizes + values.numpy().tobytes()))
 
 
-def write_self_noise(folder: Path) -> Path:
-    """Write a file like UCI's airfoil_self_noise.dat: 1,503 lines of six numbers."""
-    draw = torch.Generator().manual_seed(0)
-    low = torch.tensor([200, 0, 0.0254, 31.7, 0.0005, 104], dtype=torch.float64)
-    high = torch.tensor([20000, 22, 0.3, 71, 0.058, 140], dtype=torch.float64)
-    rows = low + (high - low) * torch.rand(1503, 6, dtype=torch.float64, generator=draw)
-    lines = ["\t".join(f"{value:.6g}" for value in row) + "\n" for row in rows.tolist()]
-    file = folder / "airfoil_self_noise.dat"
-    file.write_text("".join(lines))
-    return file
-
-
 @pytest.fixture(scope="session")
 def airfoil_data(idx_images: Path) -> Path:
-    """The folder of images with a file of self-noise, where lift and drag are kept too."""
+    """The folder of images with a file of self-noise, and lift and drag of 400 profiles."""
     write_self_noise(idx_images)
-    return idx_images
+    return write_polars(idx_images, 400)
 
 
 @pytest.fixture(scope="session")

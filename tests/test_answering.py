@@ -6,15 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from reference import adapt_stream
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.data import DataLoader, TensorDataset
-from torch_geometric.data import Data
-from torch_geometric.loader import DataLoader as GraphLoader
-from toy import (
+from helpers.reference import adapt_stream
+from helpers.toy import (
     Batch,
     IT3Net,
     adapting,
@@ -27,6 +20,13 @@ from toy import (
     samples,
     seeded,
 )
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader, TensorDataset
+from torch_geometric.data import Data
+from torch_geometric.loader import DataLoader as GraphLoader
 
 from it3_lightning import (
     ClassPrior,

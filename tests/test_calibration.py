@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.toy import IT3Net, LitNet, net, parts, quiet
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from toy import IT3Net, LitNet, net, parts, quiet
 
 from it3_lightning import Idempotence
 from it3_lightning.calibration import Calibration, calibration_of, measured_by

@@ -8,11 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.toy import (
+    Batch,
+    IT3Net,
+    LitNet,
+    adapting,
+    doubles,
+    loader,
+    net,
+    parts,
+    quiet,
+    samples,
+    seeded,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy import Batch, IT3Net, LitNet, adapting, doubles, loader, net, parts, quiet, samples, seeded
 
 from it3_lightning import ForwardArgument, IT3TestTimeCallback
 from it3_lightning.engine.types import Scope

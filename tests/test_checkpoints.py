@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.toy import IT3Net, LitNet, loader, parts, quiet, samples, seeded
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from toy import IT3Net, LitNet, loader, parts, quiet, samples, seeded
 
 from it3_lightning import (
     ClassPrior,

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from memory import Live, size_of
-from modules import Conditioned, images, takes_prior, toy
-from reference import softmax_label
+from helpers.memory import Live, size_of
+from helpers.modules import Conditioned, images, takes_prior, toy
+from helpers.reference import softmax_label
+from helpers.zoo import Injected, noise
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
-from zoo import Injected, noise
 
 from it3_lightning.engine import Adaptation, BatchAdapter, SampleAdapter, Settings, per_sample
 from it3_lightning.engine.fast.stacked_weights import (
@@ -310,7 +310,8 @@ def test_other_conditions_select_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = adapter_of(toy(), chunk_size=6)
     expected = adapted(adapter, images(6)).outputs
-    vectorised, sizes = adapter._vectorised, []
+    vectorised: Any = adapter._vectorised
+    sizes: list[int] = []
     assert vectorised is not None
 
     class Limited:
@@ -318,7 +319,8 @@ def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) 
             sizes.append(len(inputs))
             if len(inputs) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return vectorised(inputs, answer)
+            found: Adaptation = vectorised(inputs, answer)
+            return found
 
         def release(self) -> None:
             """Do nothing."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.road_files import ROADS, road_arguments
+from helpers.vision import SMALL_NETWORKS, vision_arguments
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from road_files import ROADS, road_arguments
-from vision import SMALL_NETWORKS, vision_arguments
 
 from it3_lightning.cli import main
 from it3_lightning.engine.selection import OWN

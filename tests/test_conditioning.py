@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from modules import same
+from helpers.modules import same
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from reference import Distance, distance
+from helpers.reference import Distance, distance
 from torch import Tensor
 
 from it3_lightning.methods.terms import DistanceName, get_distance

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_run import post_hoc, stream
+from helpers.distributed_run import post_hoc, stream
+from helpers.toy import adapting, doubles, loader, net, quiet
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from toy import adapting, doubles, loader, net, quiet
 
 HERE = Path(__file__).parent
 
@@ -22,7 +22,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     paths = os.pathsep.join((str(HERE), str(HERE.parent)))
     subprocess.run(
-        [sys.executable, str(HERE / "distributed_run.py"), str(folder)],
+        [sys.executable, "-m", "helpers.distributed_run", str(folder)],
+        cwd=HERE,
         env={**os.environ, "PYTHONPATH": paths},
         check=True,
         timeout=120,

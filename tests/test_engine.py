@@ -5,8 +5,18 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from modules import Conditioned, LastOutput, Tied, drawn, images, same, stream, takes_prior, toy
-from reference import (
+from helpers.modules import (
+    Conditioned,
+    LastOutput,
+    Tied,
+    drawn,
+    images,
+    same,
+    stream,
+    takes_prior,
+    toy,
+)
+from helpers.reference import (
     OPTIMIZERS,
     Record,
     Reset,

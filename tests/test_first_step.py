@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from memory import Live, size_of
-from modules import takes_prior
-from reference import OPTIMIZERS, softmax_label
+from helpers.memory import Live, size_of
+from helpers.modules import takes_prior
+from helpers.reference import OPTIMIZERS, softmax_label
+from helpers.zoo import RESNET, noise
 from torch import Tensor, nn
-from zoo import RESNET, noise
 
 from it3_lightning.engine import BatchAdapter, Settings
 from it3_lightning.engine.fast.fused_step import FusedStep

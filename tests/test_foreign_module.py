@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.reference import adapt_stream
+from helpers.toy import differing, everything, quiet
 from lightning.pytorch import LightningModule
-from reference import adapt_stream
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torch_uncertainty.routines import ClassificationRoutine
-from toy import differing, everything, quiet
 
 from it3_lightning import (
     ClassPrior,

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.toy import quiet
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from toy import quiet
 
 from it3_lightning import Idempotence, IT3Mixin, IT3Predictor, IT3TestTimeCallback
 from it3_lightning.networks import MLP
@@ -113,8 +113,7 @@ def test_its_settings_are_made_again(model: IT3MLP) -> None:
 
 def test_a_predictor_reads_it(expected: dict[str, Any]) -> None:
     predictor = IT3Predictor.from_checkpoint(FOLDER / "version_0_1_0.ckpt", IT3MLP, gate=0.5)
-    images = torch.cat([x for x, _ in data()])
-    found = torch.cat([predictor(part).outputs for part in images.split(16)])
+    found = torch.cat([predictor(x).outputs for x, _ in data()])
     torch.testing.assert_close(found, expected["gate"], rtol=1e-5, atol=1e-6)
 
 

@@ -8,13 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
-from reference import ToyNet, _source, adapt_stream
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from toy import (
+from helpers.reference import ToyNet, _source, adapt_stream
+from helpers.toy import (
     Batch,
     IT3Net,
     adapting,
@@ -28,6 +23,11 @@ from toy import (
     samples,
     seeded,
 )
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from it3_lightning import ClassPrior, Idempotence, IT3TestTimeCallback
 from it3_lightning.calibration import Calibration

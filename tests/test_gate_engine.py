@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from modules import bits, changed, images, same, stream, takes_prior, toy
-from reference import Record, _source, adapt_stream, forward_predict, softmax_label
+from helpers.modules import bits, changed, images, same, stream, takes_prior, toy
+from helpers.reference import Record, _source, adapt_stream, forward_predict, softmax_label
 from torch import Tensor, nn
 from torch.func import functional_call
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.reference import adapt_stream
+from helpers.toy import differing, everything, quiet, seeded
 from lightning.pytorch import LightningModule
-from reference import adapt_stream
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data, HeteroData
 from torch_geometric.loader import DataLoader as GraphLoader
-from toy import differing, everything, quiet, seeded
 
 from it3_lightning import (
     DualPass,

@@ -5,12 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from reference import Record, Reset, adapt_stream
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
-from toy import (
+from helpers.reference import Record, Reset, adapt_stream
+from helpers.toy import (
     Batch,
     Draws,
     IT3Net,
@@ -28,6 +24,10 @@ from toy import (
     samples,
     seeded,
 )
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from it3_lightning import DualPass, Idempotence, IT3TestTimeCallback
 

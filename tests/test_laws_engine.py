@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from modules import (
+from helpers.modules import (
     Conditioned,
     LastOutput,
     Tied,
@@ -21,7 +21,7 @@ from modules import (
     takes_prior,
     toy,
 )
-from reference import forward_predict, softmax_label
+from helpers.reference import forward_predict, softmax_label
 from torch import Tensor, nn
 from torch.func import functional_call
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import Conditioned, drawn, images, takes_prior, toy
-from reference import Record as Expected
-from reference import adapt_stream, forward_predict, softmax_label
+from helpers.modules import Conditioned, drawn, images, takes_prior, toy
+from helpers.reference import Record as Expected
+from helpers.reference import adapt_stream, forward_predict, softmax_label
+from helpers.zoo import KINDS, RESNET, noise, singles
 from torch import Tensor, nn
-from zoo import KINDS, RESNET, noise, singles
 
 from it3_lightning.engine import Adaptation, SampleAdapter, Settings
 from it3_lightning.engine.fast import grad_sample as products

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import Conditioned, drawn, images, takes_prior, toy
-from reference import softmax_label
+from helpers.modules import Conditioned, drawn, images, takes_prior, toy
+from helpers.reference import softmax_label
+from helpers.zoo import noise
 from torch import Tensor, nn
-from zoo import noise
 
 from it3_lightning.engine import Adaptation, SampleAdapter, Settings
 from it3_lightning.engine.fast import stacked_weights as stacked

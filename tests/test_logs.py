@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.toy import Batch, IT3Net, adapting, doubles, loader, net, quiet, samples
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassPrecision, MulticlassRecall
-from toy import Batch, IT3Net, adapting, doubles, loader, net, quiet, samples
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.toy import Batch, IT3Net, LitNet, loader, net, parts, quiet, samples, seeded
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
-from toy import Batch, IT3Net, LitNet, loader, net, parts, quiet, samples, seeded
 
 from it3_lightning import ClassPrior, DualPass, FeatureInjection, IT3Mixin
 from it3_lightning.training.post_hoc import Fitting

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.toy import Batch, IT3Net, LitNet, loader, parts, quiet, samples, seeded
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,7 +17,6 @@ from torchmetrics.classification import (
     MulticlassPrecision,
     MulticlassRecall,
 )
-from toy import Batch, IT3Net, LitNet, loader, parts, quiet, samples, seeded
 
 from it3_lightning import DualPass, IT3Mixin
 from it3_lightning.integration.isolation import muted, silent

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import Distance, distance, entropy_objective, objective, reliable
+from helpers.reference import Distance, distance, entropy_objective, objective, reliable
 from torch import Tensor
 
 from it3_lightning.methods import Entropy, Idempotence, Objective, agreeing, confident

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from by_hand import EXACT, ONE_HOT, X, Y, agree, by_hand, step_once
-from reference import ToyNet
+from helpers.by_hand import EXACT, ONE_HOT, X, Y, agree, by_hand, step_once
+from helpers.reference import ToyNet
+from helpers.toy import Batch, IT3Net, LitNet, doubles, parts, seeded
+from helpers.toy import net as any_net
 from torch import Tensor
 from torch.nn import functional as F
-from toy import Batch, IT3Net, LitNet, doubles, parts, seeded
-from toy import net as any_net
 
 from it3_lightning import ClassPrior, DualPass
 

@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from modules import Conditioned, drawn, images, takes_prior, toy
-from reference import softmax_label
+from helpers.modules import Conditioned, drawn, images, takes_prior, toy
+from helpers.reference import softmax_label
 from torch import Tensor, nn
 
 from it3_lightning import IT3TestTimeCallback

@@ -6,12 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.tuner.tuning import Tuner
-from torch import Tensor, nn
-from toy import (
+from helpers.toy import (
     Batch,
     IT3Net,
     LitNet,
@@ -24,6 +19,11 @@ from toy import (
     samples,
     seeded,
 )
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.tuner.tuning import Tuner
+from torch import Tensor, nn
 
 from it3_lightning import Idempotence, IT3TestTimeCallback
 

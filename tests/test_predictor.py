@@ -10,11 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from reference import adapt_stream
-from torch import Tensor, nn
-from toy import (
+from helpers.reference import adapt_stream
+from helpers.toy import (
     IT3Net,
     LitNet,
     adapting,
@@ -28,6 +25,9 @@ from toy import (
     samples,
     seeded,
 )
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
 
 from it3_lightning import (
     ClassPrior,

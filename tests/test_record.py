@@ -8,12 +8,22 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from modules import Conditioned, LastOutput, Tied, bits, changed, drawn, images, stream, takes_prior
-from reference import softmax_label
+from helpers.modules import (
+    Conditioned,
+    LastOutput,
+    Tied,
+    bits,
+    changed,
+    drawn,
+    images,
+    stream,
+    takes_prior,
+)
+from helpers.reference import softmax_label
+from helpers.zoo import KINDS, Injected, noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
-from zoo import KINDS, Injected, noise
 
 from it3_lightning.conditioning import FeatureInjection, InputConcat
 from it3_lightning.engine import Adaptation, BatchAdapter, Enters, Forward, Settings

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from reference import (
+from helpers.reference import (
     Distance,
     Reset,
     ToyNet,

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.toy import IT3Net, LitNet, loader, parts, quiet, samples
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
-from toy import IT3Net, LitNet, loader, parts, quiet, samples
 
 from it3_lightning import Idempotence, IT3TestTimeCallback, ValuePrior
 from it3_lightning.callbacks.checks import check_trainer

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers.toy import Batch, IT3Net, adapting, doubles, loader, net, quiet
 from torch import Tensor
-from toy import Batch, IT3Net, adapting, doubles, loader, net, quiet
 
 from it3_lightning import IT3TestTimeCallback
 

@@ -8,11 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
-from torchmetrics.classification import MulticlassAccuracy
-from toy import (
+from helpers.toy import (
     Batch,
     Draws,
     IT3Net,
@@ -28,6 +24,10 @@ from toy import (
     quiet,
     samples,
 )
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 from it3_lightning import Idempotence, IT3TestTimeCallback
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from alone_run import DTYPES, STEPS, settings
-from modules import bits, changed, images, same, takes_prior, toy
-from reference import OPTIMIZERS, Record, adapt_stream, forward_predict, softmax_label
+from helpers.alone_run import DTYPES, STEPS, settings
+from helpers.modules import bits, changed, images, same, takes_prior, toy
+from helpers.reference import OPTIMIZERS, Record, adapt_stream, forward_predict, softmax_label
+from helpers.zoo import KINDS, RESNET, Kind, rows, singles
 from torch import Tensor, nn
-from zoo import KINDS, RESNET, Kind, rows, singles
 
 from it3_lightning.engine import Adaptation, SampleAdapter, Settings
 from it3_lightning.integration.batches import normal
@@ -72,7 +72,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """The outputs of every sample adapted to by itself, in a process that saw nothing else."""
     path = tmp_path_factory.mktemp("alone") / "outputs.pt"
     subprocess.run(
-        [sys.executable, str(HERE / "alone_run.py"), str(path)],
+        [sys.executable, "-m", "helpers.alone_run", str(path)],
+        cwd=HERE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))},
         check=True,
         timeout=120,

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.toy import adapting, doubles, quiet, seeded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from toy import adapting, doubles, quiet, seeded
 
 from it3_lightning import (
     ClassPrior,

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from modules import bits, changed, toy
-from reference import ToyNet
+from helpers.modules import bits, changed, toy
+from helpers.reference import ToyNet
 from torch import nn
 
 from it3_lightning.engine.restore import Snapshot

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from by_hand import EXACT, ONE_HOT, X, Y, agree, by_hand, one, step_once
+from helpers.by_hand import EXACT, ONE_HOT, X, Y, agree, by_hand, one, step_once
+from helpers.toy import Batch, IT3Net, LitNet, doubles, net, parts, quiet, seeded
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
-from toy import Batch, IT3Net, LitNet, doubles, net, parts, quiet, seeded
 
 from it3_lightning import DualPass, IT3Mixin
 

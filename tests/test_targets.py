@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.toy import Batch, LitNet, parts, quiet, samples, seeded
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from toy import Batch, LitNet, parts, quiet, samples, seeded
 
 from it3_lightning import DualPass, IT3Mixin, ValuePrior
 

@@ -23,8 +23,8 @@ from it3_lightning.benchmark.config import BenchmarkSettings
 from it3_lightning.benchmark.results import Distances, Record
 from it3_lightning.benchmark.rows import Row, Training
 from it3_lightning.data import ShiftedData
-from it3_lightning.data.loading import sampled
-from it3_lightning.data.severities import SEVERITIES
+from it3_lightning.data.sampling import sampled
+from it3_lightning.data.shifts import SEVERITIES
 from it3_lightning.engine import Settings
 from it3_lightning.methods import Idempotence
 from it3_lightning.predictor import IT3Predictor

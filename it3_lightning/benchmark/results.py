@@ -18,7 +18,7 @@ import torch
 
 from it3_lightning.benchmark.rows import Row
 from it3_lightning.data import mean_corruption_error
-from it3_lightning.data.severities import SEVERITIES, parted
+from it3_lightning.data.shifts import SEVERITIES, parted
 
 LEVEL = 0.95  # of the validation samples lie within the usual distances
 _FIRST = {"train": "training samples", "validation": "validation", "clean": "clean"}

@@ -1,41 +1,43 @@
 """Data modules that test on clean and on shifted samples, and the shifts themselves.
 
-``contract`` says what a benchmark needs of a data module. ``settings``, ``held_out`` and ``graded``
-are the base of all of them here: what they can be told, what follows a change of it, severities.
-``images``, ``tabular``, ``roads`` and ``airfoils`` say where samples come from and how they shift.
+``base`` is the base of all of them: what they can be told, what follows a change of it, and what a
+benchmark needs. ``images``, ``tables``, ``roads`` and ``ranges`` are the bases of each kind of data
+on top of it; the other files say where samples come from.
 """
 
-from it3_lightning.data.airfoils.lift import AirfoilDataModule
-from it3_lightning.data.airfoils.self_noise import AirfoilSelfNoiseDataModule
-from it3_lightning.data.contract import Batch, ShiftedData
-from it3_lightning.data.images.base import Images
-from it3_lightning.data.images.cifar10 import CIFAR10DataModule
-from it3_lightning.data.images.corruption_error import ALEXNET_ERRORS, mean_corruption_error
-from it3_lightning.data.images.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
-from it3_lightning.data.images.digits import DigitsDataModule
-from it3_lightning.data.images.image_files import ImageFiles
-from it3_lightning.data.images.image_set import ImageSet
-from it3_lightning.data.images.imagenet_c import ImageNetCDataModule
-from it3_lightning.data.images.mnist import FashionMNISTDataModule, MNISTDataModule
-from it3_lightning.data.images.shifted import ShiftedImages
-from it3_lightning.data.images.shifts import SHIFTS, TUNING_SHIFTS, Shift
-from it3_lightning.data.images.utkface import UTKFaceDataModule
-from it3_lightning.data.roads.drawn import RoadScenesDataModule
-from it3_lightning.data.roads.photographs import RoadsDataModule
-from it3_lightning.data.roads.scenes import RoadScenes
-from it3_lightning.data.roads.shifted_masks import ROAD_SHIFTS, ROAD_TUNING_SHIFTS, ShiftedMasks
+from it3_lightning.data.airfoils import AirfoilDataModule
+from it3_lightning.data.base import Batch, ShiftedData
+from it3_lightning.data.cifar10 import CIFAR10DataModule
+from it3_lightning.data.corruptions import (
+    ALEXNET_ERRORS,
+    CORRUPTIONS,
+    EXTRA_CORRUPTIONS,
+    Corruption,
+    mean_corruption_error,
+)
+from it3_lightning.data.image_sets import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule
+from it3_lightning.data.imagenet import ImageNetCDataModule
+from it3_lightning.data.images import ImageFiles, Images, ImageSet, ShiftedImages
+from it3_lightning.data.road_files import RoadsDataModule
+from it3_lightning.data.road_scenes import RoadScenes, RoadScenesDataModule
+from it3_lightning.data.roads import ROAD_SHIFTS, ROAD_TUNING_SHIFTS, ShiftedMasks
 from it3_lightning.data.sampling import unequal_stream
-from it3_lightning.data.tabular import (
-    TABULAR_SHIFTS,
-    TABULAR_TUNING_SHIFTS,
+from it3_lightning.data.self_noise import AirfoilSelfNoiseDataModule
+from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Shift
+from it3_lightning.data.table_sets import (
     AdultDataModule,
     BostonDataModule,
     BundledDataModule,
     CovertypeDataModule,
     CSVDataModule,
+)
+from it3_lightning.data.tables import (
+    TABULAR_SHIFTS,
+    TABULAR_TUNING_SHIFTS,
     ShiftedTables,
     TabularShift,
 )
+from it3_lightning.data.utkface import UTKFaceDataModule
 
 __all__ = [
     "ALEXNET_ERRORS",

@@ -1,9 +1,33 @@
-"""Seeded choices of samples: a generator from words, a subset, a stream of unequal classes."""
+"""Seeded choice: generators from words, subsets, splits, streams, random views, and loaders.
+
+Nothing here draws from the global random state.
+"""
+
+from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
+
+T = TypeVar("T")
+_DRAWS = 2**31
+
+
+class Selectable(Protocol):
+    """Samples of which some can be taken."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, indices: Tensor, /) -> Self:
+        """Return the samples at ``indices`` ``(M,)``, in their order."""
+
+
+S = TypeVar("S", bound=Selectable)
 
 
 def seeded(*parts: object) -> Generator:
@@ -21,24 +45,7 @@ def seeded(*parts: object) -> Generator:
 
 
 def subset(count: int, size: int, seed: int, purpose: str) -> tuple[Tensor, Tensor]:
-    """Choose ``size`` of ``count`` samples at random, and the others.
-
-    Args:
-        count: Number of samples.
-        size: How many to choose.
-        seed: The same seed and purpose choose the same; a smaller size chooses among the same.
-        purpose: What the choice is for; named in the error.
-
-    Returns:
-        Indices of the chosen ``(size,)`` and of the others ``(count - size,)``, each ascending.
-
-    Raises:
-        ValueError: There are fewer than ``size`` samples.
-
-    Example:
-        >>> [indices.tolist() for indices in subset(6, 2, seed=0, purpose="test_size")]
-        [[2, 3], [0, 1, 4, 5]]
-    """
+    """Choose ``size`` of ``count`` samples at random, and the others."""
     if size > count:
         raise ValueError(
             f"Expected {purpose} to be at most {count}, the samples that are left for it, got "
@@ -46,6 +53,43 @@ def subset(count: int, size: int, seed: int, purpose: str) -> tuple[Tensor, Tens
         )
     order = torch.randperm(count, generator=seeded(seed, purpose))
     return order[:size].sort().values, order[size:].sort().values
+
+
+def chosen(samples: S, size: int | None, seed: int, purpose: str) -> S:
+    """Return ``size`` of the samples, chosen by seed and purpose; None for all."""
+    if size is None:
+        return samples
+    return samples.select(subset(len(samples), size, seed, purpose)[0])
+
+
+def held_out(samples: S, size: int, seed: int, purpose: str) -> tuple[S, S]:
+    """Return ``size`` of the samples, chosen by seed and purpose, and the others."""
+    indices, others = subset(len(samples), size, seed, purpose)
+    return samples.select(indices), samples.select(others)
+
+
+def split(
+    train: S,
+    test: S,
+    *,
+    val_size: int | None,
+    train_size: int | None,
+    test_size: int | None,
+    seed: int,
+) -> dict[str, S]:
+    """Part validation samples from those to train on, and choose as many as the sizes say."""
+    size = max(1, len(train) // 10) if val_size is None else val_size
+    validation, kept = held_out(train, size, seed, "val_size")
+    if not len(kept):
+        raise ValueError(
+            f"Expected val_size to leave samples to train on, got {size} of {len(train)}. Lower "
+            "val_size, or give more data."
+        )
+    return {
+        "train": chosen(kept, train_size, seed, "train_size"),
+        "validation": validation,
+        "test": chosen(test, test_size, seed, "test_size"),
+    }
 
 
 def unequal_stream(labels: Tensor, seed: int, *, frequent: int = 3, ratio: int = 10) -> Tensor:
@@ -85,3 +129,127 @@ def unequal_stream(labels: Tensor, seed: int, *, frequent: int = 3, ratio: int =
         [(labels == label).nonzero()[:, 0][:: 1 if label in whole else ratio] for label in classes]
     )
     return chosen[torch.randperm(len(chosen), generator=generator)]
+
+
+class Rows(TensorDataset):
+    """Inputs ``(N, ...)`` and what to predict of each, handed out a whole batch at a time.
+
+    >>> rows = Rows(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 0]))
+    >>> rows.__getitems__([2, 0])
+    (tensor([[4., 5.],
+            [0., 1.]]), tensor([0, 0]))
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        super().__init__(inputs, targets)
+        self.inputs = inputs
+        self.targets = targets
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index].clone(), self.targets[index].clone()
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a whole batch; DataLoader calls this if it is there."""
+        rows = torch.as_tensor(indices)
+        return self.inputs[rows], self.targets[rows]
+
+    def select(self, indices: Tensor) -> Rows:
+        """Return the samples at ``indices`` ``(M,)``, in their order."""
+        return Rows(self.inputs[indices], self.targets[indices])
+
+
+class DrawSampler(Sampler[int]):
+    """Shuffles the samples anew in each pass, each as ``index + count * draw``."""
+
+    def __init__(self, count: int, generator: Generator) -> None:
+        self.count = count
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.count, generator=self.generator)
+        draws = torch.randint(_DRAWS, (self.count,), generator=self.generator)
+        yield from (order + self.count * draws).tolist()
+
+
+class Views(Dataset[tuple[Tensor, Tensor]], ABC):
+    """Random views of samples that depend on the seed alone, whatever worker makes them.
+
+    :class:`DrawSampler` draws a number for each sample of each epoch in the main process and hands
+    it over inside the sample's index; all in a view is a function of it. A plain index stands for
+    draw 0.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, code: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([code])
+        return images[0], labels[0]
+
+    def __getitems__(self, codes: list[int]) -> tuple[Tensor, Tensor]:
+        """Return a whole batch ``(B, C, H, W)`` and its labels."""
+        pairs = [divmod(code, len(self)) for code in codes]
+        return self.views([row for _, row in pairs], [draw for draw, _ in pairs])
+
+    @abstractmethod
+    def views(self, rows: list[int], draws: list[int]) -> tuple[Tensor, Tensor]:
+        """Return a view of each of these samples, and their labels."""
+
+
+def whole_batch(batch: Any) -> Any:
+    """Pass a batch on as it is: ``__getitems__`` of a set has collated it already."""
+    return batch
+
+
+def loader(
+    source: Dataset[T],
+    batch_size: int,
+    *,
+    generator: Generator,
+    shuffle: bool = False,
+    sampler: Sampler[int] | None = None,
+    num_workers: int = 0,
+) -> DataLoader[T]:
+    """Return a DataLoader of a set that hands over whole batches (``__getitems__``).
+
+    Its samplers are the usual ones, so that a Trainer can distribute it; random views come with
+    draws, from a sampler that a Trainer wraps, as it does one that is given. Without a generator
+    of its own, each pass over it would draw from the global random state.
+    """
+    if isinstance(source, Views):
+        sampler = DrawSampler(len(source), generator)
+    return DataLoader(
+        source,
+        batch_size=batch_size,
+        shuffle=shuffle and sampler is None,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=whole_batch,
+        generator=generator,
+    )
+
+
+def sampled(source: DataLoader[T], size: int, *, batch_size: int, seed: int) -> DataLoader[T]:
+    """Return a loader of some samples of another, in the order of its dataset.
+
+    >>> import torch
+    >>> from torch.utils.data import TensorDataset
+    >>> source = DataLoader(TensorDataset(torch.arange(6)), batch_size=6)
+    >>> [batch[0].tolist() for batch in sampled(source, 3, batch_size=2, seed=0)]
+    [[1, 2], [5]]
+    """
+    count = len(source.dataset)  # type: ignore[arg-type]
+    chosen, _ = subset(count, min(size, count), seed, "sampled")
+    return DataLoader(
+        Subset(source.dataset, chosen.tolist()),
+        batch_size=batch_size,
+        num_workers=source.num_workers,
+        collate_fn=source.collate_fn,
+        generator=seeded(seed, "loader"),
+    )

@@ -36,8 +36,7 @@ from it3_lightning.data import (
     RoadScenesDataModule,
     ShiftedData,
 )
-from it3_lightning.data.images.augmentation import Augmented
-from it3_lightning.data.images.base import Images
+from it3_lightning.data.images import Augmented, Images
 from it3_lightning.methods import Idempotence
 from it3_lightning.methods.terms import get_distance
 from it3_lightning.networks import MLP, GraphNet
@@ -70,7 +69,7 @@ def airfoil_model() -> Any:
 
 def roads() -> RoadScenesDataModule:
     sizes = {"train_size": 20, "val_size": 10, "test_size": 12, "eval_batch_size": 4}
-    return RoadScenesDataModule(size=16, shifts=["blur", "contrast"], **sizes)
+    return RoadScenesDataModule(None, size=16, shifts=["blur", "contrast"], **sizes)
 
 
 def road_model() -> Any:
@@ -252,7 +251,7 @@ def test_training_samples_come_without_augmentation_in_evaluation_batches(
 ) -> None:
     plain = data.plain_train_dataloader()
     assert plain.batch_size == data.test_dataloader()[0].batch_size
-    source = data._splits["train"]  # type: ignore[attr-defined]
+    source = data._splits["train"]
     expected = source.__getitems__(list(range(len(source))))[0]
     assert torch.equal(gathered(plain), expected)
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.reference import ToyNet
+from helpers.toy import LitNet, differing, everything, loader, quiet, samples, seeded
 from lightning.pytorch import LightningModule
-from reference import ToyNet
 from torch import Tensor, nn
-from toy import LitNet, differing, everything, loader, quiet, samples, seeded
 
 from it3_lightning import MEMO, TestTimeCallback
 from it3_lightning.engine import Settings, adapt
@@ -47,7 +47,8 @@ def by_hand(net: nn.Module, images: Tensor, lr: float, steps: int = 1) -> Tensor
 
 
 def double() -> nn.Module:
-    return seeded(ToyNet()).double().eval()
+    net: nn.Module = seeded(ToyNet()).double().eval()
+    return net
 
 
 @pytest.mark.parametrize("steps", [1, 3])

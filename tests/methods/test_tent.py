@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.toy import IT3Net, LitNet, differing, everything, loader, parts, quiet, samples, seeded
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from toy import IT3Net, LitNet, differing, everything, loader, parts, quiet, samples, seeded
 
 from it3_lightning import Tent, TestTimeCallback
 
@@ -39,7 +39,7 @@ def test_an_untouched_module_adapts_online_as_in_the_paper() -> None:
     callback = TestTimeCallback(Tent())
     found: Any = quiet(callbacks=[callback]).predict(module, data)
     assert differing(before, everything(module)) == []
-    expected = by_hand(module, list(samples(12)[0].double().split(4)), lr=1e-3)
+    expected = by_hand(module, list(samples(12)[0].double().reshape(3, 4, 1, 4, 4)), lr=1e-3)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.task_runs import seeded
+from helpers.toy import differing, everything, quiet
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from toy import differing, everything, quiet
 
 from it3_lightning import (
     Conditioning,

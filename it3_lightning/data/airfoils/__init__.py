@@ -1,1 +1,0 @@
-"""Airfoils: values inside a range of training and outside it."""

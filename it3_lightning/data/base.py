@@ -1,0 +1,309 @@
+"""Template method: a data module that tests on held-out samples, clean and under shifts of them.
+
+:class:`ShiftedData` has the settings, follows a change of them, and makes the loaders; a subclass
+says where samples come from and how they shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from it3_lightning.data.sampling import Selectable, loader, seeded, split
+from it3_lightning.data.shifts import SEVERITIES, Severity, by_severity, check_severity
+from it3_lightning.utils.messages import undefined, unknown
+
+Batch = tuple[Tensor, Tensor]
+Stream = Literal["equal", "unequal"]
+Split = Literal["test", "validation"]
+S = TypeVar("S", bound=Selectable)
+
+
+class ShiftedData(LightningDataModule):
+    """A LightningDataModule that tests on clean samples and on every shift of them.
+
+    ``test_dataloader`` and ``predict_dataloader`` return one loader for each of ``test_names``, all
+    of the same samples in the same order, except for shifts that are other samples. All settings
+    are attributes that may be changed between runs; the next ``setup`` (every loader calls it)
+    follows them, and does again only what they touch. The same seed gives bitwise the same samples,
+    with any number of workers.
+
+    Args:
+        batch_size: Samples in a training batch.
+        eval_batch_size: Samples in a validation, test or prediction batch.
+        shifts: Names of shifts to test on; may be empty. None for those that results are reported
+            on.
+        stream: ``"equal"`` keeps the samples and their order; ``"unequal"`` makes some classes, or
+            some tenths of the values, ten times as frequent, see
+            :func:`~it3_lightning.data.unequal_stream`.
+        evaluate_on: ``"validation"`` has the test loaders hold the validation samples, for
+            choosing settings without a look at the test samples.
+        val_size: Samples to validate on; None for a tenth of those to train on, or for all that
+            the data sets apart for it.
+        train_size: Samples to train on, a seeded subset; None for all that are left.
+        test_size: Samples to test on, a seeded subset; None for all.
+        seed: Seed of the split, the subsets, the shifts, the stream and the training order.
+        num_workers: Worker processes of each loader.
+
+    Attributes:
+        severity: Of the shifts, 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for
+            each, whose test names end in ``/1`` to ``/5``. None where shifts have no severity.
+    """
+
+    SHIFTS: ClassVar[tuple[str, ...]] = ()
+    TUNING_SHIFTS: ClassVar[tuple[str, ...]] = ()
+    needed_sizes: ClassVar[tuple[str, ...]] = ()
+    """Which of ``val_size``, ``train_size`` and ``test_size`` must not be None."""
+    sample_settings: ClassVar[tuple[str, ...]] = ()
+    """Names of the attributes that the samples depend on, beside the sizes and the seed."""
+    severity: Severity | None = None
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 128,
+        eval_batch_size: int = 100,
+        shifts: Sequence[str] | None = None,
+        stream: Stream = "equal",
+        evaluate_on: Split = "test",
+        val_size: int | None = None,
+        train_size: int | None = None,
+        test_size: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.shifts: Sequence[str] = self.reporting_shifts if shifts is None else shifts
+        self.stream: Stream = stream
+        self.evaluate_on: Split = evaluate_on
+        self.val_size = val_size
+        self.train_size = train_size
+        self.test_size = test_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self._splits: dict[str, Any] = {}
+        self._shifted: dict[str, Any] = {}
+        self._splits_key = self._shifted_key = ""
+        self.check()
+
+    # What a benchmark asks
+
+    @property
+    def baseline_errors(self) -> Mapping[str, float] | None:
+        """Errors of a reference network by shift, in per cent, each the mean over five severities.
+
+        The benchmark then reports the mean corruption error; None where there is none.
+        """
+        return None
+
+    @property
+    def reporting_shifts(self) -> tuple[str, ...]:
+        """Names of the shifts that results are reported on."""
+        return self.SHIFTS
+
+    @property
+    def tuning_shifts(self) -> tuple[str, ...]:
+        """Names of other shifts, only for choosing settings, with ``evaluate_on="validation"``."""
+        return self.TUNING_SHIFTS
+
+    @property
+    def test_names(self) -> list[str]:
+        """Names of the test and prediction loaders, in their order: clean first."""
+        return ["clean", *(self.shifts if self.severity is None else self._wanted())]
+
+    # Hooks of a subclass
+
+    def split(self) -> dict[str, Any]:
+        """Return the samples by what they are for: ``"train"``, ``"validation"``, ``"test"``."""
+        raise undefined(self, "split(self) -> dict[str, Samples]", "Return the samples by use.")
+
+    def shifted(self, name: str) -> Any:
+        """Return what one of the ``test_names`` after the first stands for."""
+        raise undefined(self, "shifted(self, name: str) -> Samples", "Return shifted samples.")
+
+    def change(self, name: str, severity: int) -> Any:
+        """Return the function behind a shift's name; raise ValueError where it is unknown."""
+        raise undefined(self, "change(self, name: str, severity: int)", "Return the shift.")
+
+    def frequent(self, samples: Any) -> Tensor:
+        """Return which samples, in which order, make a stream of unequal frequencies."""
+        raise undefined(self, "frequent(self, samples) -> Tensor", "Return indices (M,).")
+
+    def source(self) -> tuple[object, ...]:
+        """Return the settings of its own that the samples depend on."""
+        return tuple(getattr(self, name) for name in self.sample_settings)
+
+    def strength(self) -> tuple[object, ...]:
+        """Return the settings of its own that the shifts depend on, and the samples do not."""
+        return (self.severity,)
+
+    def training(self, samples: Any) -> Dataset[Any]:
+        """Return the samples as they are trained on."""
+        return self.dataset(samples)
+
+    def dataset(self, samples: Any) -> Dataset[Any]:
+        """Return the samples as a network sees them, a whole batch at a time."""
+        found: Dataset[Any] = samples
+        return found
+
+    def check_shift(self, name: str) -> None:
+        """Refuse a shift that is unknown, or cannot be tested on with these settings."""
+        if self.severity is not None:
+            self.change(name, SEVERITIES[0] if self.severity == "all" else self.severity)
+
+    def check(self) -> None:
+        """Refuse settings out of their range, before any work; a subclass adds its own."""
+        for name in ("batch_size", "eval_batch_size"):
+            check_integer(name, getattr(self, name), 1)
+        for name in ("val_size", "train_size", "test_size"):
+            check_integer(name, getattr(self, name), 1, optional=name not in self.needed_sizes)
+        for name in ("num_workers", "seed"):
+            check_integer(name, getattr(self, name), 0)
+        check_choice("stream", self.stream, get_args(Stream))
+        check_choice("evaluate_on", self.evaluate_on, get_args(Split))
+        if self.severity not in (None, "all"):
+            check_severity(self.severity)
+        check_names(self.shifts, next(iter(self.reporting_shifts), "fog"))
+        for name in self.shifts:
+            self.check_shift(name)
+
+    # What Lightning calls
+
+    def setup(self, stage: str) -> None:
+        """Load and split the samples, and shift them for the stages ``test`` and ``predict``."""
+        self.check()
+        sizes = self.seed, self.val_size, self.train_size, self.test_size
+        key = repr((*sizes, *self.source()))
+        if self._splits_key != key:
+            self._splits, self._splits_key = self.split(), key
+        if stage in ("test", "predict"):
+            self._shift()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the training samples, in an order that is new in every epoch."""
+        self.setup("fit")
+        return self._loader(self.training(self._splits["train"]), self.batch_size, shuffle=True)
+
+    def plain_train_dataloader(self) -> DataLoader[Any]:
+        """Return the training samples as test samples come: unchanged, in their order."""
+        self.setup("fit")
+        return self._loader(self.dataset(self._splits["train"]), self.eval_batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the clean validation samples."""
+        self.setup("validate")
+        return self._loader(self.dataset(self._splits["validation"]), self.eval_batch_size)
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Return one loader for each of ``test_names``."""
+        self.setup("test")
+        sets = [self._splits[self.evaluate_on], *(self._shifted[n] for n in self.test_names[1:])]
+        if self.stream == "unequal":
+            sets = [samples.select(self.frequent(samples)) for samples in sets]
+        return [self._loader(self.dataset(samples), self.eval_batch_size) for samples in sets]
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        """Return the loaders of ``test_dataloader``."""
+        return self.test_dataloader()
+
+    # How it works
+
+    def parted(self, train: S, test: S) -> dict[str, S]:
+        """Part validation samples from those to train on, as many of each as the sizes say."""
+        sizes = {"val_size": self.val_size, "train_size": self.train_size}
+        return split(train, test, **sizes, test_size=self.test_size, seed=self.seed)
+
+    def _wanted(self) -> dict[str, tuple[str, int]]:
+        """Return name and severity of every shift to test on, by the name of its loader."""
+        return {} if self.severity is None else by_severity(self.shifts, self.severity)
+
+    def _shift(self) -> None:
+        """Compute the shifts that are missing; those of other settings make room."""
+        key = repr((self._splits_key, self.evaluate_on, *self.strength()))
+        if self._shifted_key != key:
+            self._shifted, self._shifted_key = {}, key
+        for name in self.test_names[1:]:
+            if name not in self._shifted:
+                self._shifted[name] = self.shifted(name)
+
+    def _loader(
+        self,
+        source: Dataset[Any],
+        size: int,
+        *,
+        shuffle: bool = False,
+        sampler: Sampler[int] | None = None,
+    ) -> DataLoader[Any]:
+        """Return a loader whose order depends on the seed and the epoch it is built in."""
+        return loader(
+            source,
+            size,
+            generator=seeded(self.seed, "loader", self._epoch),
+            shuffle=shuffle,
+            sampler=sampler,
+            num_workers=self.num_workers,
+        )
+
+    @property
+    def _epoch(self) -> int:
+        return self.trainer.current_epoch if self.trainer else 0
+
+
+def check_integer(name: str, value: object, least: int, *, optional: bool = False) -> None:
+    """Refuse what is not an integer of at least ``least`` (or None, where that is allowed)."""
+    if optional and value is None:
+        return
+    if type(value) is not int or value < least:
+        raise ValueError(
+            f"Expected {name} to be an integer of at least {least}{' or None' * optional}, got "
+            f"{value!r}. Set {name}={least} or more."
+        )
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Refuse what is none of the known words.
+
+    >>> check_choice("stream", "equal", ["equal", "unequal"])
+    """
+    if value not in known:
+        raise ValueError(unknown(name, value, known))
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse what is no share of something: a number between 0 and 1, neither included."""
+    if not 0 < value < 1:
+        raise ValueError(
+            f"Expected {name} to be between 0 and 1, got {value!r}. Set {name}=0.2 for a fifth."
+        )
+
+
+def check_deviation(name: str, value: float, unit: str) -> None:
+    """Refuse a negative standard deviation."""
+    if not value >= 0:
+        raise ValueError(
+            f"Expected {name} to be at least 0 {unit}, got {value!r}. Set {name}=0 for none."
+        )
+
+
+def check_equal(stream: Stream, why: str) -> None:
+    """Refuse a stream of unequal classes on data that have none."""
+    if stream != "equal":
+        raise ValueError(
+            f"Expected stream='equal', got {stream!r}: {why}. For the benchmark set "
+            "streams: [equal]."
+        )
+
+
+def check_names(shifts: Sequence[str], example: str) -> None:
+    """Refuse a single string and repeated names."""
+    if not isinstance(shifts, list | tuple) or len(set(shifts)) != len(shifts):
+        raise ValueError(
+            f"Expected shifts to be a list of different names, got {shifts!r}. "
+            f'Write for example shifts=["{example}"].'
+        )

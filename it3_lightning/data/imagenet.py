@@ -1,0 +1,261 @@
+"""Reader of ImageNet, and of ImageNet-C from files or made as images are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import make_dataset
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    PILToTensor,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    Resize,
+)
+
+from it3_lightning.data.base import Batch, check_integer
+from it3_lightning.data.corruptions import ALEXNET_ERRORS, corrupting
+from it3_lightning.data.images import (
+    Decoder,
+    ImageFiles,
+    Images,
+    ShiftedImages,
+    as_float,
+    found_corruptions,
+    read_rgb,
+)
+from it3_lightning.data.sampling import Views
+from it3_lightning.utils.messages import not_installed, unknown
+
+_ENDS = (".jpeg", ".jpg", ".png")
+
+
+class ImageNetCDataModule(ShiftedImages):
+    """ImageNet: 1,281,167 training and 50,000 test images ``(B, 3, S, S)`` of 1,000 classes.
+
+    ``root`` holds ``train`` and ``val`` with a folder for each synset, as torchvision's
+    ``ImageFolder`` reads them; the published validation images are the test images here, and
+    validation images are taken from the training images. A class is the place of its synset among
+    all 1,000, whichever of them are there, so pretrained weights fit. Nothing is downloaded.
+
+    Clean images are evaluated as usual: the shorter side resized to ``256 / 224 * S`` pixels, the
+    middle cut out. Corrupted images of the published files have that behind them and are 224
+    pixels large: as in the published evaluation they are taken whole (for another ``S``, resized),
+    and match the clean ones by synset and file name. Values stay in [0, 1]: normalise inside the
+    network (:class:`~it3_lightning.networks.TorchvisionNetwork` does). Shifts are the fifteen
+    corruptions (``CORRUPTIONS``), and ``EXTRA_CORRUPTIONS`` for choosing settings, or the
+    library's own.
+
+    Args:
+        root: Folder of the data.
+        image_size: Height and width ``S``, in pixels.
+        corruptions: ``"files"``: ImageNet-C, in ``root/ImageNet-C`` or ``corrupted``; ``"made"``:
+            the same kinds, made as images are read, see :class:`~it3_lightning.data.Corruption`;
+            ``"own"``: the library's shifts; ``"auto"``: the files where there is a folder of them,
+            else made. It is decided when the module is made.
+        corrupted: Folder of the published files; None for the one in ``root``.
+        augment: Whether training images are cut out at random and half of them mirrored.
+        val_size: Samples taken from the training images for validation.
+        kwargs: Settings of :class:`~it3_lightning.data.ShiftedImages`. With ``severity="all"``, all
+            fifteen corruptions and the published files, the benchmark reports the mean corruption
+            error.
+
+    Raises:
+        FileNotFoundError: A folder is missing.
+        ImportError: timm, or for ``"made"`` imagecorruptions-imaug, is not installed.
+        ValueError: A synset is unknown, an image is damaged, the corrupted images are others than
+            the clean ones, or a setting is out of its range.
+
+    Source: D. Hendrycks and T. Dietterich, "Benchmarking Neural Network Robustness to Common
+    Corruptions and Perturbations" (ICLR 2019).
+    """
+
+    SOURCES = ("files", "made", "own")
+    sample_settings = ("root", "corruptions", "corrupted", "image_size")
+
+    def __init__(
+        self,
+        root: str | Path = "data/imagenet",
+        *,
+        image_size: int = 224,
+        corruptions: Literal["auto", "files", "made", "own"] = "auto",
+        corrupted: str | Path | None = None,
+        augment: bool = True,
+        val_size: int = 10_000,
+        **kwargs: Any,
+    ) -> None:
+        self.root = root
+        self.image_size = image_size
+        self.corrupted = Path(root) / "ImageNet-C" if corrupted is None else Path(corrupted)
+        self.corruptions = found_corruptions(
+            corruptions, self.corrupted, named=corrupted is not None, sources=self.SOURCES
+        )
+        self.augment = augment
+        super().__init__(val_size=val_size, **kwargs)
+
+    @property
+    def num_classes(self) -> int:
+        """All 1,000, whichever are there."""
+        return len(synsets())
+
+    @property
+    def baseline_errors(self) -> Mapping[str, float] | None:
+        """AlexNet's, where what is tested on is what its errors were measured on."""
+        whole = self.severity == "all" and set(self.shifts) == set(ALEXNET_ERRORS)
+        return ALEXNET_ERRORS if whole and self.corruptions == "files" else None
+
+    def prepare_data(self) -> None:
+        """Refuse missing folders and packages before any work; nothing is downloaded."""
+        self.check()
+        if self.corruptions == "made":
+            corrupting()
+        for part in ("train", "val"):
+            _synset_folders(Path(self.root) / part)
+        for name, severity in self._wanted().values() if self.corruptions == "files" else ():
+            _corrupted_folder(Path(self.corrupted), name, severity)
+
+    def load(self) -> tuple[ImageFiles, ImageFiles]:
+        """Return all training and all test images."""
+        decode = _cropped(round(self.image_size * 256 / 224), self.image_size)
+        train, test = (
+            ImageFiles(folder, *_listing(folder), decode)
+            for folder in (Path(self.root) / part for part in ("train", "val"))
+        )
+        self._clean = test
+        return train, test
+
+    def training(self, images: Images) -> Dataset[Batch]:
+        """Return images that are cut out at random, where that is asked for."""
+        if not self.augment or not isinstance(images, ImageFiles):
+            return images
+        return RandomCrops(images, self.image_size)
+
+    def published(self, name: str, severity: int) -> ImageFiles | None:
+        """Return all test images under a corruption of ImageNet-C, where these are asked for."""
+        if self.corruptions != "files":
+            return None
+        folder = _corrupted_folder(Path(self.corrupted), name, severity)
+        _check_same_images(folder, self._clean.names)
+        return self._clean.elsewhere(folder, _cropped(self.image_size, self.image_size))
+
+    def check(self) -> None:
+        """Refuse settings out of their range, before any data is read."""
+        super().check()
+        check_integer("image_size", self.image_size, 32 if self.corruptions == "made" else 1)
+
+
+class RandomCrops(Views):
+    """Cuts 8 to 100 % of each file's image out at random, resizes it, mirrors half of them.
+
+    Source: C. Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015), as torchvision's
+    ``RandomResizedCrop`` has it.
+    """
+
+    def __init__(self, source: ImageFiles, size: int) -> None:
+        super().__init__(source)
+        self._view = Compose([RandomResizedCrop(size), RandomHorizontalFlip(), PILToTensor()])
+
+    def views(self, rows: list[int], draws: list[int]) -> Batch:
+        """Return a crop of each of these samples, and their labels."""
+        images = torch.stack([self._one(row, draw) for row, draw in zip(rows, draws, strict=True)])
+        return as_float(images), self.source.labels[torch.tensor(rows)]
+
+    def _one(self, row: int, draw: int) -> Tensor:
+        image = read_rgb(self.source.path(row))
+        with _seeded_globally(draw):
+            view: Tensor = self._view(image)
+        return view
+
+
+@contextmanager
+def _seeded_globally(seed: int) -> Iterator[None]:
+    """Seed torch's global random state on the CPU within, and put it back."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+def _cropped(resize: int, size: int) -> Decoder:
+    """Return what brings the shorter side to ``resize`` pixels and cuts the middle out."""
+    return Decoder(Compose([Resize([resize]), CenterCrop([size]), PILToTensor()]))
+
+
+@cache
+def synsets() -> dict[str, int]:
+    """Return the class of each synset: its place among the 1,000 of ILSVRC 2012, sorted."""
+    try:
+        from timm.data.imagenet_info import ImageNetInfo
+    except ImportError as error:
+        raise ImportError(
+            not_installed("timm", "which lists ImageNet's classes", "vision", error)
+        ) from error
+    info: Any = ImageNetInfo()
+    return {str(name): index for index, name in enumerate(info.label_names())}
+
+
+def _synset_folders(folder: Path) -> list[str]:
+    """Return the synsets that a folder has folders of, sorted; not all need be there."""
+    found = sorted(e.name for e in folder.iterdir() if e.is_dir()) if folder.is_dir() else []
+    if not found:
+        raise FileNotFoundError(
+            f"Expected folders named by synsets, such as n01440764, in {folder.resolve()}, got "
+            f"{'none in it' if folder.is_dir() else 'no such folder'}. Unpack ImageNet there, each "
+            "image in the folder of its class."
+        )
+    strange = [name for name in found if name not in synsets()]
+    if strange:
+        raise ValueError(
+            f"Expected folders of {folder} to be synsets of ImageNet's 1,000 classes, got "
+            f"{len(strange)} others. {unknown('synset', strange[0], synsets())} Move them away."
+        )
+    return found
+
+
+def _listing(folder: Path) -> tuple[list[str], Tensor]:
+    """Return the paths of the images in synset folders, sorted, and their classes ``(N,)``."""
+    classes = {synset: synsets()[synset] for synset in _synset_folders(folder)}
+    found = make_dataset(str(folder), classes, extensions=_ENDS, allow_empty=True)
+    empty = set(classes.values()) - {label for _, label in found}
+    if empty:
+        synset = next(synset for synset, label in classes.items() if label in empty)
+        raise ValueError(
+            f"Expected images ({', '.join(_ENDS)}) in {folder / synset}, got none. Unpack the "
+            "synset's archive there, or remove the folder."
+        )
+    names = [str(Path(file).relative_to(folder)) for file, _ in found]
+    return names, torch.tensor([label for _, label in found])
+
+
+def _corrupted_folder(folder: Path, name: str, severity: int) -> Path:
+    """Return where ImageNet-C has a corruption at a severity."""
+    for place in (folder / name, *sorted(folder.glob(f"*/{name}"))):
+        if (place / str(severity)).is_dir():
+            return place / str(severity)
+    raise FileNotFoundError(
+        f"Expected {name}/{severity} of ImageNet-C in {folder.resolve()} or in a folder of it, got "
+        "no such folder. Unpack the archive that holds it there, set corrupted to the folder that "
+        'does, or have the corruptions made with corruptions="made".'
+    )
+
+
+def _check_same_images(folder: Path, names: list[str]) -> None:
+    """Refuse a folder of ImageNet-C that lacks some of the clean images."""
+    there = set(_listing(folder)[0])
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise ValueError(
+            f"Expected all {len(names)} clean test images in {folder}, corrupted, got "
+            f"{len(names) - len(missing)} of them; e.g. {missing[0]} is not there. Unpack the "
+            "archive anew, or keep as many images in val."
+        )

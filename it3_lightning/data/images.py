@@ -1,0 +1,409 @@
+"""Repository of labelled images, in memory or on disk, and the base of their data modules."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Generator, Tensor
+from torch.nn.functional import pad
+from torch.utils.data import Dataset
+
+from it3_lightning.data.base import Batch, ShiftedData
+from it3_lightning.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
+from it3_lightning.data.files import damaged
+from it3_lightning.data.sampling import Views, chosen, seeded, unequal_stream
+from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Severity, Shift
+from it3_lightning.utils.messages import undefined, unknown
+
+Decode = Callable[[Path], Tensor]
+"""Reads a file: uint8 ``(3, H, W)``, where ``H`` and ``W`` are the same for all files."""
+_CHUNK = 1000  # images shifted at once: part of what a seed means, so it is no option
+
+
+class Change(Protocol):
+    """A kind of shift at one severity, a pure function of images and a generator."""
+
+    @property
+    def name(self) -> str:
+        """Name of the kind."""
+
+    @property
+    def severity(self) -> int:
+        """1 (weak) to 5 (strong)."""
+
+    def __call__(self, images: Tensor, generator: Generator | None = None) -> Tensor:
+        """Return changed images ``(B, C, H, W)`` in [0, 1]."""
+
+
+class Images(Dataset[Batch], ABC):
+    """Images and what is to be predicted of each, read a whole batch at a time.
+
+    Attributes:
+        labels: ``(N,)`` int64 classes, or ``(N, K)`` float32 values.
+    """
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    @abstractmethod
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Return a batch, float32 ``(B, C, H, W)`` in [0, 1], and its labels."""
+
+    @abstractmethod
+    def select(self, indices: Tensor) -> Images:
+        """Return a new set of the samples at ``indices`` ``(M,)``, in their order."""
+
+    @abstractmethod
+    def shifted(self, change: Change, seed: int) -> Images:
+        """Return the same samples under a shift; the seed fixes every draw."""
+
+
+class ImageSet(Images):
+    """Images and their labels as two tensors.
+
+    A sample is ``(image, label)``: float32 ``(C, H, W)`` in [0, 1] and an int64 scalar (or float32
+    values ``(K,)``). 8-bit images stay 8-bit in memory, or in the memory-mapped file they are a
+    view of, and are divided by 255 as they are read.
+
+    Args:
+        images: ``(N, C, H, W)``, uint8, or floating point in [0, 1].
+        labels: ``(N,)``, int64, or ``(N, K)``, float32.
+
+    Example:
+        >>> images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
+        >>> batch = ImageSet(images, torch.arange(3)).__getitems__([1, 2])
+        >>> batch[0].flatten()
+        tensor([0.2000, 1.0000])
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+            raise ValueError(
+                "Expected images (N, C, H, W) of dtype uint8 or floating point, got "
+                f"{tuple(images.shape)} of {images.dtype}. Add an axis for the channels with "
+                "images[:, None], or convert with images.float()."
+            )
+        check_labels(labels, len(images))
+        if images.is_floating_point() and images.numel():
+            low, high = images.aminmax()
+            if not (low >= 0 and high <= 1):
+                raise ValueError(
+                    f"Expected images in [0, 1], got {low:.4g} to {high:.4g}. "
+                    "Divide by the largest value; normalise inside the model."
+                )
+        self.images = images
+        self.labels = labels
+
+    def __getitem__(self, index: int) -> Batch:
+        return as_float(self.images[index].clone()), self.labels[index].clone()
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Return a whole batch ``(B, C, H, W)``, ``(B,)``; DataLoader calls this if it is there."""
+        chosen = torch.as_tensor(indices)
+        return as_float(self.images[chosen]), self.labels[chosen]
+
+    def select(self, indices: Tensor) -> ImageSet:
+        """Return a new set of the samples at ``indices`` ``(M,)``, in their order."""
+        return ImageSet(self.images[indices], self.labels[indices])
+
+    def shifted(self, change: Change, seed: int) -> ImageSet:
+        """Apply a shift to all images, in fixed chunks; seed, name and severity fix every draw.
+
+        The result has the source's dtype: 8-bit images stay 8-bit, which rounds a shifted value by
+        at most 1/510.
+        """
+        generator = seeded(seed, change.name, change.severity)
+        images = torch.empty_like(self.images)
+        for start in range(0, len(images), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            values = change(as_float(self.images[chunk]), generator)
+            images[chunk] = (values * 255).round() if images.dtype == torch.uint8 else values
+        return ImageSet(images, self.labels)
+
+
+class ImageFiles(Images):
+    """Image files and their labels, decoded and shifted only when they are read.
+
+    A million of them take some 50 MB of names. What a shift draws for an image depends on the seed,
+    the shift and the file's name alone: not on the other images, their order, the batch, or the
+    worker that reads it.
+
+    Args:
+        folder: Where the files are.
+        names: Their paths in it, ``N`` of them.
+        labels: ``(N,)`` int64, or ``(N, K)`` float32.
+        decode: Reads a file, as uint8 ``(3, H, W)``.
+        change: A shift to apply to each image; None for none.
+        seed: Of the shift.
+
+    Raises:
+        ValueError: The labels are not as many, or of another kind; when a file is read, it is
+            damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str] | NDArray[np.bytes_],
+        labels: Tensor,
+        decode: Decode,
+        *,
+        change: Change | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_labels(labels, len(names))
+        self.folder = folder
+        self.labels = labels
+        self.decode = decode
+        self.change = change
+        self.seed = seed
+        # One array: a list of a million strings would be copied into every worker as it is read.
+        self._names: NDArray[np.bytes_] = (
+            names if isinstance(names, np.ndarray) else np.array([os.fsencode(n) for n in names])
+        )
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Return a whole batch, float32 ``(B, 3, H, W)`` in [0, 1], and its labels."""
+        images = torch.stack([self._image(index) for index in indices])
+        return images, self.labels[torch.as_tensor(indices)]
+
+    @property
+    def names(self) -> list[str]:
+        """Paths of the files in the folder."""
+        return [os.fsdecode(name) for name in self._names]
+
+    def path(self, index: int) -> Path:
+        """Return the file of a sample."""
+        return self.folder / os.fsdecode(self._names[index])
+
+    def select(self, indices: Tensor) -> ImageFiles:
+        """Return a new set of the samples at ``indices`` ``(M,)``, in their order."""
+        return self._like(names=self._names[indices.numpy()], labels=self.labels[indices])
+
+    def shifted(self, change: Change, seed: int) -> ImageFiles:
+        """Return the same files, to be shifted as they are read."""
+        return self._like(change=change, seed=seed)
+
+    def elsewhere(self, folder: Path, decode: Decode) -> ImageFiles:
+        """Return files of the same names and labels in another folder."""
+        return self._like(folder=folder, decode=decode)
+
+    def _like(self, **changed: Any) -> ImageFiles:
+        kept = {name.removeprefix("_"): value for name, value in vars(self).items()}
+        return ImageFiles(**{**kept, **changed})
+
+    def _image(self, index: int) -> Tensor:
+        image = as_float(self.decode(self.path(index)))
+        if self.change is None:
+            return image
+        name = os.fsdecode(self._names[index])
+        generator = seeded(self.seed, self.change.name, self.change.severity, name)
+        return self.change(image[None], generator)[0]
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """Read an image file whole, as RGB whatever its mode."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
+        raise damaged(path, "a whole image", error) from error
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Reads an image file whole and brings it to one size."""
+
+    transform: Callable[[Image.Image], Tensor]
+
+    def __call__(self, path: Path) -> Tensor:
+        """Return the image of a file."""
+        return self.transform(read_rgb(path))
+
+
+def check_labels(labels: Tensor, count: int) -> None:
+    """Refuse labels that are neither a class nor values for each of ``count`` images."""
+    classes = labels.ndim == 1 and labels.dtype == torch.int64
+    values = labels.ndim == 2 and labels.dtype == torch.float32
+    if not (classes or values) or len(labels) != count:
+        raise ValueError(
+            f"Expected one int64 label for each of {count} images, or float32 values (N, K), got "
+            f"{tuple(labels.shape)} of {labels.dtype}. Pass class numbers: labels.long(), or "
+            "values: values.float()[:, None]."
+        )
+
+
+def as_float(images: Tensor) -> Tensor:
+    """Return images as contiguous float32 in [0, 1], dividing 8-bit values by 255."""
+    values = images.contiguous().float()
+    return values / 255 if images.dtype == torch.uint8 else values
+
+
+class Augmented(Views):
+    """Images, each changed at random."""
+
+    def __init__(self, source: Images, augment: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(source)
+        self.augment = augment
+
+    def views(self, rows: list[int], draws: list[int]) -> Batch:
+        """Return changed images of these samples, and their labels."""
+        images, labels = self.source.__getitems__(rows)
+        return self.augment(images, torch.tensor(draws)), labels
+
+
+def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int = 4) -> Tensor:
+    """Surround images with zeros, cut their size out at a random place, mirror half of them.
+
+    Source: the usual training on CIFAR, He et al., "Deep Residual Learning" (2016), section 4.2.
+
+    Example:
+        >>> row = torch.arange(1.0, 5.0).view(1, 1, 1, 4)
+        >>> crop_and_flip(row, torch.tensor([1]), padding=0)  # an odd draw mirrors
+        tensor([[[[4., 3., 2., 1.]]]])
+    """
+    height, width = images.shape[-2:]
+    places = 2 * padding + 1
+    mirrored, top, left = draws % 2 == 1, draws // 2 % places, draws // 2 // places % places
+    across = torch.arange(width).expand(len(draws), width)
+    across = torch.where(mirrored[:, None], across.flip(1), across) + left[:, None]
+    down = torch.arange(height) + top[:, None]
+    padded = pad(images, (padding, padding, padding, padding)).movedim(1, -1)
+    samples = torch.arange(len(draws))[:, None, None]
+    chosen = padded[samples, down[:, :, None], across[:, None, :]]  # (B, H, W, C)
+    return chosen.movedim(-1, 1).contiguous()
+
+
+class ShiftedImages(ShiftedData):
+    """Images for training, and the same held-out images clean and under shifts for testing.
+
+    A subclass says in :meth:`load` where its images come from, and in ``sample_settings`` what that
+    depends on; it may override ``training``, ``change`` and ``published``. Each batch is
+    ``(images, labels)``: float32 ``(B, C, H, W)`` in [0, 1] and int64 ``(B,)``. Shifted images in
+    memory are computed once and kept as the source's own dtype: 8-bit images stay 8-bit, which
+    rounds a shifted value by at most 1/510. Images on disk are shifted as they are read.
+    ``stream="unequal"`` makes three classes ten times as frequent.
+
+    The shifts are ``SHIFTS``, and ``TUNING_SHIFTS`` for choosing settings; where a subclass sets
+    ``corruptions`` to another of its ``SOURCES`` than ``"own"``, they are ``CORRUPTIONS`` and
+    ``EXTRA_CORRUPTIONS``.
+
+    Args:
+        severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for each, whose test
+            names end in ``/1`` to ``/5``.
+        val_size: Samples taken from the training images for validation.
+        kwargs: Settings of :class:`~it3_lightning.data.ShiftedData`.
+    """
+
+    SHIFTS = SHIFTS
+    TUNING_SHIFTS = TUNING_SHIFTS
+    SOURCES: ClassVar[tuple[str, ...]] = ("own",)
+    needed_sizes = ("val_size",)
+    corruptions: str = "own"
+
+    def __init__(self, *, severity: Severity = 3, val_size: int = 5000, **kwargs: Any) -> None:
+        self.severity = severity
+        super().__init__(val_size=val_size, **kwargs)
+
+    # Hooks of a subclass
+
+    def load(self) -> tuple[Images, Images]:
+        """Return all training images and all test images; a subclass implements this."""
+        raise undefined(
+            self,
+            "load(self) -> tuple[Images, Images]",
+            "Return the training images and the test images, e.g. as ImageSet.",
+        )
+
+    def published(self, name: str, severity: int) -> Images | None:
+        """Return all test images under a shift where they are not made but lie in files."""
+        return None
+
+    def change(self, name: str, severity: int) -> Change:
+        """Return the function behind a name; that of a published corruption is never called."""
+        own = self.corruptions == "own"
+        return Shift(name, severity) if own else Corruption(name, severity)
+
+    # What the base asks for
+
+    @property
+    def reporting_shifts(self) -> tuple[str, ...]:
+        """Names of the shifts that results are reported on."""
+        return self.SHIFTS if self.corruptions == "own" else CORRUPTIONS
+
+    @property
+    def tuning_shifts(self) -> tuple[str, ...]:
+        """Names of other shifts, only for choosing settings."""
+        return self.TUNING_SHIFTS if self.corruptions == "own" else EXTRA_CORRUPTIONS
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes: one more than the largest label to train on.
+
+        Raises:
+            ValueError: The labels are values, not classes.
+        """
+        self.setup("fit")
+        labels = self._splits["train"].labels
+        if labels.is_floating_point():
+            raise ValueError(
+                f"Expected classes, got values {tuple(labels.shape)}: {type(self).__name__} is "
+                "for regression. Give the network one output for each value."
+            )
+        return 1 + int(labels.max())
+
+    def check(self) -> None:
+        """Refuse settings out of their range, and files of test images for validation."""
+        if self.corruptions not in self.SOURCES:
+            raise ValueError(unknown("source of corruptions", self.corruptions, self.SOURCES))
+        if self.corruptions == "files" and self.evaluate_on == "validation":
+            others = " or ".join(repr(source) for source in self.SOURCES if source != "files")
+            raise ValueError(
+                'Expected evaluate_on="test" with corruptions="files", got "validation": the '
+                "published files hold test images alone. To choose settings without these, set "
+                f"corruptions={others}."
+            )
+        super().check()
+
+    def split(self) -> dict[str, Images]:
+        """Return the images to train, validate and test on."""
+        return self.parted(*self.load())
+
+    def shifted(self, name: str) -> Images:
+        """Return the held-out images under a shift, from files where they lie in some."""
+        kind, severity = self._wanted()[name]
+        there = self.published(kind, severity)
+        if there is not None:
+            return chosen(there, self.test_size, self.seed, "test_size")
+        held_out: Images = self._splits[self.evaluate_on]
+        return held_out.shifted(self.change(kind, severity), self.seed)
+
+    def frequent(self, samples: Images) -> Tensor:
+        """Return an order of images in which three classes are ten times as frequent."""
+        return unequal_stream(samples.labels, self.seed)
+
+
+def found_corruptions(
+    corruptions: str, folder: Path, *, named: bool, sources: Sequence[str]
+) -> str:
+    """Return where corruptions come from: ``"auto"`` are the files if there is a folder of them."""
+    if corruptions != "auto":
+        return corruptions
+    return "files" if named or folder.is_dir() else sources[1]

@@ -1,1 +1,0 @@
-"""Images: their data modules, where they come from, and their shifts."""

@@ -1,1 +1,0 @@
-"""Aerial images with masks of the roads: their data modules, files and drawn scenes."""

@@ -1,5 +1,0 @@
-"""Drawn aerial scenes with roads, for where there are no photographs."""
-
-from it3_lightning.data.roads.scenes.scene import RoadScenes
-
-__all__ = ["RoadScenes"]

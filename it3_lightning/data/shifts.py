@@ -1,0 +1,344 @@
+"""Registry of image shifts: each kind by name, with its level at five severities.
+
+A shift function takes images ``(B, C, H, W)``, float32 in [0, 1], a ``level`` in the unit its
+docstring names, and the generator of all its randomness. It returns a tensor of the same shape that
+may leave [0, 1]; :class:`Shift` clamps it. Lengths are in pixels of a 28-pixel image and grow with
+the image.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import affine_grid, grid_sample
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from it3_lightning.utils.messages import unknown
+
+BILINEAR = InterpolationMode.BILINEAR
+Severity = int | Literal["all"]
+SEVERITIES = (1, 2, 3, 4, 5)
+Kinds = Mapping[str, tuple[Callable[..., Any], tuple[float, float, float, float, float]]]
+
+
+def by_severity(shifts: Iterable[str], severity: Severity) -> dict[str, tuple[str, int]]:
+    """Return shift and severity of every test on shifted samples, by the test's name.
+
+    >>> list(by_severity(["fog"], "all"))
+    ['fog/1', 'fog/2', 'fog/3', 'fog/4', 'fog/5']
+    """
+    if severity != "all":
+        return {name: (name, severity) for name in shifts}
+    return {f"{name}/{level}": (name, level) for name in shifts for level in SEVERITIES}
+
+
+def parted(name: str) -> tuple[str, int | None]:
+    """Return shift and severity of a test's name; None for one that tells no severity.
+
+    Levels of a range are other samples, and shifts of their own.
+
+    >>> [parted(name) for name in ("fog/3", "shape_2", "clean")]
+    [('fog', 3), ('shape_2', None), ('clean', None)]
+    """
+    shift, _, severity = name.rpartition("/")
+    if not shift or severity not in map(str, SEVERITIES):
+        return name, None
+    return shift, int(severity)
+
+
+def check_severity(severity: object) -> None:
+    """Refuse what is not an integer from 1 to 5."""
+    if type(severity) is not int or severity not in SEVERITIES:
+        raise ValueError(
+            f"Expected severity to be one of 1, 2, 3, 4, 5, got {severity!r}. "
+            "Give an integer: 1 is the weakest, 5 the strongest."
+        )
+
+
+@dataclass(frozen=True)
+class KindOfShift:
+    """One kind of shift at one severity."""
+
+    KINDS: ClassVar[Kinds]
+
+    name: str
+    severity: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown name and a severity that is not an integer from 1 to 5."""
+        if self.name not in self.KINDS:
+            raise ValueError(unknown("shift", self.name, self.KINDS))
+        check_severity(self.severity)
+
+    @property
+    def level(self) -> float:
+        """Strength at this severity, in the unit of the shift (degrees, deviation, share)."""
+        return self.KINDS[self.name][1][self.severity - 1]
+
+
+def _uniform(images: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Draw from [0, 1) on the generator's device, so that the images' device changes nothing."""
+    return torch.rand(shape, generator=generator, device=generator.device).to(images.device)
+
+
+def _normal(images: Tensor, generator: Generator) -> Tensor:
+    """Draw one standard normal number per pixel."""
+    draw = torch.randn(images.shape, generator=generator, device=generator.device)
+    return draw.to(images.device)
+
+
+def _either(first: Tensor, second: Tensor, generator: Generator) -> Tensor:
+    """Take each image from one of two batches, by a fair coin per image."""
+    coin = _uniform(first, (first.shape[0], 1, 1, 1), generator)
+    return torch.where(coin < 0.5, first, second)
+
+
+def _pixels(images: Tensor, length: float) -> float:
+    """Scale a length from a 28-pixel image to this one; below 14 pixels the factor stays 1/2."""
+    return length * max(min(images.shape[-2:]) / 28, 0.5)
+
+
+def gaussian_noise(images: Tensor, level: float, generator: Generator) -> Tensor:
+    """Add normal noise; ``level`` is its standard deviation."""
+    return images + level * _normal(images, generator)
+
+
+def shot_noise(images: Tensor, level: float, generator: Generator) -> Tensor:
+    """Count photons; a white pixel expects ``1 / level`` of them."""
+    photons = (images / level).to(generator.device)
+    return torch.poisson(photons, generator=generator).to(images.device) * level
+
+
+def impulse_noise(images: Tensor, level: float, generator: Generator) -> Tensor:
+    """Set a share ``level`` of all values to black or white, half of them each."""
+    draw = _uniform(images, tuple(images.shape), generator)
+    salted = torch.where(draw > 1 - level / 2, 1.0, images)
+    return torch.where(draw < level / 2, 0.0, salted)
+
+
+def blur(images: Tensor, level: float, _: Generator) -> Tensor:
+    """Blur with a Gaussian; ``level`` is its sigma in pixels of a 28-pixel image."""
+    sigma = _pixels(images, level)
+    reach = min(math.ceil(3 * sigma), min(images.shape[-2:]) - 1)
+    size = 2 * reach + 1
+    blurred: Tensor = tv.gaussian_blur(images, [size, size], [sigma, sigma])
+    return blurred
+
+
+def contrast(images: Tensor, level: float, _: Generator) -> Tensor:
+    """Pull every value towards the mean of its image; ``level`` is the share taken away."""
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return mean + (1 - level) * (images - mean)
+
+
+def brightness(images: Tensor, level: float, _: Generator) -> Tensor:
+    """Add ``level`` to every value."""
+    return images + level
+
+
+def pixelation(images: Tensor, level: float, _: Generator) -> Tensor:
+    """Show the image in ``level`` times fewer pixels a side.
+
+    Below 28 pixels the excess over 1 shrinks with the image, at most to a half of itself.
+    """
+    block = 1 + (level - 1) * min(_pixels(images, 1.0), 1.0)
+    rows, columns = (_mosaic(size, max(1, round(size / block))) for size in images.shape[-2:])
+    return rows.to(images.device) @ images @ columns.to(images.device).T
+
+
+def _mosaic(size: int, blocks: int) -> Tensor:
+    """Matrix ``(size, size)`` that averages over equal blocks; a pixel on an edge gets both."""
+    edges = torch.linspace(0, size, blocks + 1)[:, None]
+    pixels = torch.arange(size)
+    overlap = torch.minimum(edges[1:], pixels + 1) - torch.maximum(edges[:-1], pixels)
+    overlap = overlap.clamp(min=0)  # (blocks, size)
+    return overlap.T @ (overlap * blocks / size)
+
+
+def rotation(images: Tensor, level: float, generator: Generator) -> Tensor:
+    """Turn each image by ``level`` degrees, left or right by chance; corners become black."""
+    left, right = (tv.rotate(images, sign * level, BILINEAR) for sign in (1, -1))
+    return _either(left, right, generator)
+
+
+def fog(images: Tensor, level: float, generator: Generator) -> Tensor:
+    """Blend to white through a smooth random veil; ``level`` is its opacity where thickest."""
+    coarse = _uniform(images, (images.shape[0], 1, 4, 4), generator)
+    veil = tv.resize(coarse, list(images.shape[-2:]), InterpolationMode.BICUBIC)
+    opacity: Tensor = level * veil.clamp(0, 1)
+    return images + opacity * (1 - images)
+
+
+def speckle_noise(images: Tensor, level: float, generator: Generator) -> Tensor:
+    """Add normal noise in proportion to the value; ``level`` is its deviation at white."""
+    return images + level * images * _normal(images, generator)
+
+
+def uniform_noise(images: Tensor, level: float, generator: Generator) -> Tensor:
+    """Add noise that is uniform between ``-level`` and ``level``."""
+    return images + level * (2 * _uniform(images, tuple(images.shape), generator) - 1)
+
+
+def motion_blur(images: Tensor, level: float, generator: Generator) -> Tensor:
+    """Smear each image along a random direction, over ``level`` pixels of a 28-pixel image."""
+    height, width = images.shape[-2:]
+    length = _pixels(images, level)
+    angle = math.pi * _uniform(images, (images.shape[0],), generator)
+    step = torch.stack([angle.cos() / width, angle.sin() / height], dim=1)  # (B, 2), half-pixels
+    still = torch.eye(2, device=images.device).expand(images.shape[0], 2, 2)
+    taps = torch.linspace(-length, length, 2 * math.ceil(length / 2) + 1).tolist()
+    smeared = torch.zeros_like(images)
+    for tap in taps:
+        theta = torch.cat([still, (tap * step)[:, :, None]], dim=2)
+        grid = affine_grid(theta, list(images.shape), align_corners=False)
+        smeared += grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return smeared / len(taps)
+
+
+def posterize(images: Tensor, level: float, _: Generator) -> Tensor:
+    """Drop the lowest ``level`` of 8 bits."""
+    coarse: Tensor = tv.posterize(images, 8 - round(level))
+    return coarse
+
+
+def gamma(images: Tensor, level: float, _: Generator) -> Tensor:
+    """Raise every value to the power ``level``, which darkens the mid-tones."""
+    return images**level
+
+
+def shear(images: Tensor, level: float, generator: Generator) -> Tensor:
+    """Slant each image by ``level`` degrees, left or right by chance."""
+    left, right = (
+        tv.affine(images, 0.0, [0, 0], 1.0, [sign * level, 0.0], interpolation=BILINEAR)
+        for sign in (1, -1)
+    )
+    return _either(left, right, generator)
+
+
+def occlusion(images: Tensor, level: float, generator: Generator) -> Tensor:
+    """Lay a grey square on a random place; its side is ``level`` times the shorter side."""
+    height, width = images.shape[-2:]
+    side = max(1, round(level * min(height, width)))
+    corner = _uniform(images, (images.shape[0], 2), generator)
+    top = (corner[:, 0] * (height - side + 1)).floor().view(-1, 1, 1, 1)
+    left = (corner[:, 1] * (width - side + 1)).floor().view(-1, 1, 1, 1)
+    row = torch.arange(height, device=images.device).view(1, 1, -1, 1)
+    column = torch.arange(width, device=images.device).view(1, 1, 1, -1)
+    inside = (row >= top) & (row < top + side) & (column >= left) & (column < left + side)
+    return torch.where(inside, 0.5, images)
+
+
+_EVALUATION: Kinds = {
+    "gaussian_noise": (gaussian_noise, (0.05, 0.1, 0.15, 0.25, 0.4)),
+    "shot_noise": (shot_noise, (0.05, 0.12, 0.25, 0.5, 1.0)),
+    "impulse_noise": (impulse_noise, (0.02, 0.04, 0.07, 0.12, 0.25)),
+    "blur": (blur, (0.6, 0.9, 1.25, 1.75, 2.5)),
+    "contrast": (contrast, (0.2, 0.3, 0.4, 0.6, 0.8)),
+    "brightness": (brightness, (0.05, 0.08, 0.12, 0.2, 0.35)),
+    "pixelation": (pixelation, (1.4, 1.8, 2.4, 3.2, 4.7)),
+    "rotation": (rotation, (10.0, 20.0, 30.0, 45.0, 60.0)),
+    "fog": (fog, (0.1, 0.17, 0.25, 0.4, 0.6)),
+}
+_TUNING: Kinds = {
+    "speckle_noise": (speckle_noise, (0.2, 0.4, 0.6, 0.9, 1.2)),
+    "uniform_noise": (uniform_noise, (0.1, 0.2, 0.3, 0.45, 0.7)),
+    "motion_blur": (motion_blur, (3.0, 5.0, 7.0, 10.0, 13.0)),
+    "posterize": (posterize, (3.0, 4.0, 5.0, 6.0, 7.0)),
+    "gamma": (gamma, (1.5, 2.0, 3.0, 4.5, 6.0)),
+    "shear": (shear, (10.0, 20.0, 30.0, 40.0, 50.0)),
+    "occlusion": (occlusion, (0.25, 0.375, 0.5, 0.625, 0.75)),
+}
+_LENGTHS = ("blur", "motion_blur")  # whose levels are pixels of a 28-pixel image
+SHIFTS: tuple[str, ...] = tuple(_EVALUATION)
+"""The nine shifts that results are reported on."""
+TUNING_SHIFTS: tuple[str, ...] = tuple(_TUNING)
+"""Seven other shifts, only for choosing settings: no result is reported on them."""
+
+
+@dataclass(frozen=True)
+class Shift(KindOfShift):
+    """One kind of image shift at one severity, a pure function of the images and a generator.
+
+    The kinds follow Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common
+    Corruptions and Perturbations" (ICLR 2019); the levels are set for 28-pixel images, and the
+    lengths in them grow with the image, unless ``pixel`` says otherwise.
+
+    Args:
+        name: One of ``SHIFTS`` or ``TUNING_SHIFTS``.
+        severity: 1 (weak) to 5 (strong).
+        pixel: Pixels that stand for one of a 28-pixel image in the lengths of blurs, whatever the
+            size of the image: for tiles, which show more when they are larger, not more closely.
+            None: lengths grow with the image.
+
+    Raises:
+        ValueError: The name is unknown, the severity is not one of 1, 2, 3, 4, 5, or ``pixel`` is
+            not positive.
+
+    Example:
+        >>> images = torch.full((1, 1, 2, 2), 0.5)
+        >>> Shift("brightness", severity=3)(images)[0, 0, 0, 0].item()
+        0.6200000047683716
+    """
+
+    KINDS: ClassVar[Kinds] = {**_EVALUATION, **_TUNING}
+
+    pixel: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown name, a severity that is not an integer from 1 to 5, a bad pixel."""
+        super().__post_init__()
+        if self.pixel is not None and self.pixel <= 0:
+            raise ValueError(f"Expected pixel > 0 or None, got {self.pixel}.")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, generator: Generator | None = None) -> Tensor:
+        """Shift a batch of images.
+
+        Args:
+            images: ``(B, C, H, W)``, floating point, in [0, 1]. It is not changed.
+            generator: Source of all randomness; the global random state is never touched. None
+                stands for a new generator with seed 0, so that a call without one repeats.
+
+        Returns:
+            A new tensor ``(B, C, H, W)`` in [0, 1], of the images' dtype and on their device,
+            computed in float32.
+
+        Raises:
+            ValueError: The images have another shape, dtype or range.
+        """
+        _check(images)
+        if generator is None:
+            generator = torch.Generator().manual_seed(0)
+        if images.numel() == 0:
+            return images.clone()
+        shifted: Tensor = self.KINDS[self.name][0](images.float(), self._level(images), generator)
+        return shifted.clamp(0, 1).to(images.dtype)
+
+    def _level(self, images: Tensor) -> float:
+        """Return the level for these images, which the function scales by their size."""
+        if self.pixel is None or self.name not in _LENGTHS:
+            return self.level
+        return self.level * self.pixel / _pixels(images, 1.0)
+
+
+def _check(images: Tensor) -> None:
+    """Refuse anything but a floating-point batch of images in [0, 1]."""
+    if images.ndim != 4:
+        raise ValueError(
+            f"Expected images of shape (B, C, H, W), got {tuple(images.shape)}. "
+            "Add the missing axes, e.g. images[:, None] for (B, H, W)."
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"Expected floating-point images in [0, 1], got {images.dtype}. "
+            "Turn 8-bit images into floats: images.float() / 255."
+        )
+    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(
+            f"Expected values in [0, 1], got {images.min():.4g} to {images.max():.4g}. "
+            "Apply a shift before normalisation, and to finite values only."
+        )

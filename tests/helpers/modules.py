@@ -1,0 +1,139 @@
+"""Small float64 networks whose forward takes a prior, and what a module is, bit for bit."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from helpers.reference import ToyNet
+from it3_lightning.engine import Forward
+
+
+def drawn(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every parameter and buffer of a network anew, in float64 and evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    net = net.double().eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(0, 0.5, generator=generator)
+        for name, buffer in net.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(generator=generator)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2, generator=generator)
+    return net
+
+
+def toy(seed: int = 0) -> ToyNet:
+    """Make a ToyNet with random weights and statistics."""
+    net = drawn(ToyNet(), seed)
+    assert isinstance(net, ToyNet)
+    return net
+
+
+def images(count: int = 6, seed: int = 0) -> Tensor:
+    """Draw images `(count, 1, 4, 4)`."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    return torch.randn(count, 1, 4, 4, generator=generator, dtype=torch.float64)
+
+
+def stream(batches: int) -> list[Tensor]:
+    """Draw batches of six images."""
+    return [images(seed=index) for index in range(batches)]
+
+
+def takes_prior(net: Callable[..., Any]) -> Forward:
+    """Call a network whose forward takes the prior as its second argument."""
+
+    def forward(inputs: Any, prior: Tensor | None) -> Tensor:
+        outputs: Tensor = net(inputs, prior)
+        return outputs
+
+    return forward
+
+
+class Conditioned(nn.Module):
+    """Any body `(B, ...) -> (B, 8)` with a linear head, the prior embedded and added in between."""
+
+    def __init__(self, body: nn.Module, classes: int = 3) -> None:
+        super().__init__()
+        self.body = body
+        self.embed = nn.Linear(classes, 8)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        """Return logits `(B, classes)`."""
+        features: Tensor = self.body(x)
+        if prior is not None:
+            features = features + self.embed(prior)
+        logits: Tensor = self.head(features.tanh())
+        return logits
+
+
+class LastOutput(nn.Module):
+    """The last output of a recurrent layer: rows of an image are the steps of a sequence."""
+
+    def __init__(self, recurrent: nn.RNNBase) -> None:
+        super().__init__()
+        self.recurrent = recurrent
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images `(B, 1, 4, 4)` to `(B, hidden)`."""
+        output: Tensor = self.recurrent(x.squeeze(1))[0][:, -1]
+        return output
+
+
+class Tied(nn.Module):
+    """Two layers that share one weight, registered in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.second.weight = self.first.weight
+        self.last = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images `(B, 1, 4, 4)` to `(B, 8)`."""
+        features: Tensor = self.last(self.second(self.first(x.flatten(1)).tanh()).tanh())
+        return features
+
+
+def bits(module: nn.Module) -> dict[str, Any]:
+    """Note all that a module is: storage, values, flags, gradients, buffers, modes, attributes."""
+    noted: dict[str, Any] = {}
+    for name, p in module.named_parameters():
+        noted[f"{name} as parameter"] = (id(p), p.data_ptr(), p.requires_grad, id(p.grad))
+        noted[f"{name} in value"] = _bytes(p)
+        noted[f"{name} in gradient"] = None if p.grad is None else _bytes(p.grad)
+    for owner_name, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            noted[f"{owner_name}.{name} as buffer"] = id(buffer)
+            noted[f"{owner_name}.{name} in value"] = None if buffer is None else _bytes(buffer)
+        noted[f"{owner_name} in mode"] = owner.training
+        noted[f"{owner_name} in attributes"] = {key: id(v) for key, v in vars(owner).items()}
+    return noted
+
+
+def changed(before: dict[str, Any], module: nn.Module) -> list[str]:
+    """Name what is no longer as it was."""
+    now = bits(module)
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
+
+
+def same(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> bool:
+    """Whether the tensors of all pairs are equal to the last bit."""
+    return all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return (
+        tensor.detach()
+        .to_dense()
+        .clone()
+        .reshape(-1)
+        .contiguous()
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
