@@ -326,8 +326,9 @@ def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) 
             """Do nothing."""
 
     monkeypatch.setattr(adapter, "_vectorised", Limited())
-    with pytest.warns(UserWarning, match="no more than 1 sample"):
+    with pytest.warns(UserWarning, match="no more than [31] sample") as told:
         found = adapted(adapter, images(6)).outputs
+    assert [str(each.message).count("Memory ran out") for each in told] == [1, 1]
     assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
     assert expected is not None
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

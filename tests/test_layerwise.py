@@ -149,10 +149,15 @@ def by_reference(net: nn.Module, inputs: Any, **given: Any) -> list[Expected]:
 
 
 def assert_alone(
-    adaptation: Adaptation, net: nn.Module, inputs: Any, atol: float = 1e-10, **given: Any
+    adaptation: Adaptation,
+    net: nn.Module,
+    inputs: Any,
+    atol: float = 1e-10,
+    rtol: float = 0,
+    **given: Any,
 ) -> None:
     expected = torch.cat([record.outputs for record in by_reference(net, inputs, **given)])
-    torch.testing.assert_close(adaptation.outputs, expected, rtol=0, atol=atol)
+    torch.testing.assert_close(adaptation.outputs, expected, rtol=rtol, atol=atol)
     assert adaptation.source_outputs is not None
     assert (expected - adaptation.source_outputs).abs().max() > 1e-4
 
@@ -184,7 +189,7 @@ def test_resnet18_in_float32_is_served_layer_by_layer(spy: Spy) -> None:
     net, inputs = RESNET.build(torch.float32), RESNET.batch(3, torch.float32)
     adaptation = adapted(net, inputs, lr=1e-3)
     assert spy.batches
-    assert_alone(adaptation, net, inputs, atol=1e-5, lr=1e-3)
+    assert_alone(adaptation, net, inputs, atol=1e-5, rtol=1e-5, lr=1e-3)  # outputs of about 10
 
 
 @pytest.mark.parametrize("selection", ["bias", "norm", ["conv.weight"]])
@@ -369,8 +374,9 @@ def test_a_gradient_that_is_not_finite_harms_no_other_sample(spy: Spy) -> None:
         scope="sample", objective=Idempotence("l2", None), lr=0.01, backend="vectorised"
     )
     adapter = SampleAdapter(net, forward, softmax_label, made)
-    with adapter.adapted(inputs):
-        pass
+    for _ in range(2):
+        with adapter.adapted(inputs):
+            pass
     marked = inputs.clone()
     marked[2, 0, 0, 0] = 50.0
     with adapter.adapted(marked) as adaptation:

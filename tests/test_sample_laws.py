@@ -568,9 +568,21 @@ def test_an_answer_on_other_inputs_is_not_taken_from_the_record(backend: str) ->
 # Precision
 
 
+def runs_in_bfloat16(net: Any, inputs: Tensor) -> bool:
+    """Whether torch itself can run a network so, which depends on the processor."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            net(inputs[:1])
+    except RuntimeError as error:
+        return "primitive" not in str(error)  # torch's own words, and no error of ours
+    return True
+
+
 @pytest.mark.parametrize("kind", ["mlp", "batch norm", "lstm", "vit"])
 def test_autocast_gives_the_networks_own_data_type_in_both_backends(kind: str) -> None:
     net, inputs = KINDS[kind].build(torch.float32), KINDS[kind].batch(4, torch.float32)
+    if kind == "lstm" and not runs_in_bfloat16(net, inputs):
+        pytest.skip("torch has no LSTM in bfloat16 for this processor")
 
     def answer(x: Tensor) -> tuple[Tensor, Any]:
         outputs = forward_predict(net, x, None)

@@ -112,7 +112,8 @@ def test_both_backends_equal_each_sample_alone(
 
 
 def test_both_backends_equal_each_sample_alone_on_resnet18(alone: dict[str, Tensor]) -> None:
-    assert_is_alone(RESNET, torch.float32, 1, alone["resnet"])
+    """Its outputs are of about 10, so that 1e-5 of them is 1e-4."""
+    assert_is_alone(RESNET, torch.float32, 1, alone["resnet"], atol=1e-4)
 
 
 # Every setting, by the plain reference

@@ -245,7 +245,9 @@ class Mirrored(DigitsDataModule):
         return Augmented(images, lambda x, _: x.flip(3))
 
 
-@pytest.mark.parametrize("data", [Mirrored(shifts=[]), roads(), table()], ids=repr)
+@pytest.mark.parametrize(
+    "data", [Mirrored(shifts=[]), roads(), table()], ids=["images", "maps", "tables"]
+)
 def test_training_samples_come_without_augmentation_in_evaluation_batches(
     data: ShiftedData,
 ) -> None:
