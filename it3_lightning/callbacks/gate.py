@@ -22,15 +22,14 @@ class Gate:
     """Tells usual samples from others, by quantiles of the distance on validation samples.
 
     Args:
-        level: share of the validation samples within the gate; ``None``: there is no gate, and
-            nothing is measured.
+        level: share of the validation samples within the gate.
         settings: of the adaptation.
 
     Raises:
         ValueError: the level is no share.
     """
 
-    def __init__(self, level: float | None, settings: Settings) -> None:
+    def __init__(self, level: float, settings: Settings) -> None:
         check_level(level)
         self.level = level
         self._settings = settings
@@ -42,8 +41,6 @@ class Gate:
         Raises:
             MisconfigurationException: it gives none.
         """
-        if self.level is None:
-            return self._settings
         return replace(self._settings, gate=gate_of(module, self._settings, self.level))
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
@@ -52,13 +49,12 @@ class Gate:
         Raises:
             MisconfigurationException: the weights are sharded, or the module keeps no calibration.
         """
-        if self.level is not None:
-            check_strategy(trainer)
-            calibration_of(module)
+        check_strategy(trainer)
+        calibration_of(module)
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Begin to measure, where there is a gate; not in sanity checks."""
-        if self.level is not None and not trainer.sanity_checking:
+        """Begin to measure; not in sanity checks."""
+        if not trainer.sanity_checking:
             self._measuring = _Measurement(module, self._settings)
 
     def measure(self, trainer: Trainer, batch: Any) -> None:

@@ -21,12 +21,11 @@ from it3_lightning.engine import Settings
 from it3_lightning.engine.optimizers import OptimizerName
 from it3_lightning.engine.selection import Selection
 from it3_lightning.engine.types import Anchor, NormStats, Reset
-from it3_lightning.integration.batch_step import BatchStep
 from it3_lightning.integration.module import host_of
-from it3_lightning.integration.module_adapter import WhichPrediction, adapter_of
+from it3_lightning.integration.module_adapter import BatchStep, WhichPrediction, adapter_of
 from it3_lightning.integration.per_sample_step import PerSampleStep
 from it3_lightning.methods import Idempotence, TestTimeMethod, TestTimeObjective
-from it3_lightning.priors.probabilities import OutputKind
+from it3_lightning.priors.classes import OutputKind
 
 Stage = Literal["validate", "test", "predict"]
 Step = Callable[..., Any]
@@ -116,7 +115,7 @@ class TestTimeCallback(Callback):
         settings.update({name: value for name, value in given.items() if value is not None})
         settings = {**getattr(objective, "defaults", {}), **settings}
         self.settings = Settings(objective=objective, **settings)
-        self._gate = Gate(gate, self.settings)
+        self._gate = None if gate is None else Gate(gate, self.settings)
         if prediction not in get_args(WhichPrediction):
             raise ValueError(
                 f"Expected prediction 'first', 'second' or 'mean', got {prediction!r}."
@@ -138,7 +137,7 @@ class TestTimeCallback(Callback):
     @property
     def gate(self) -> float | None:
         """Share of the validation samples within the gate, if there is one."""
-        return self._gate.level
+        return None if self._gate is None else self._gate.level
 
     # What Lightning calls, in the order of a run
 
@@ -146,13 +145,15 @@ class TestTimeCallback(Callback):
         """Refuse before fitting what its validation could not adapt or calibrate."""
         if stage == "fit" and ("validate" in self.stages or self.gate is not None):
             host_of(pl_module, self.settings.method, outputs=self.outputs, fitted=False)
-        self._gate.check(trainer, pl_module)
+        if self._gate is not None:
+            self._gate.check(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over ``validation_step`` where asked to; with a gate, begin to calibrate."""
         if not trainer.sanity_checking:
             self._take_over(trainer, pl_module, "validate")
-        self._gate.start(trainer, pl_module)
+        if self._gate is not None:
+            self._gate.start(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over ``test_step``."""
@@ -171,11 +172,13 @@ class TestTimeCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Measure the distances of a validation batch, for the gate."""
-        self._gate.measure(trainer, batch)
+        if self._gate is not None:
+            self._gate.measure(trainer, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the quantiles of these distances in the module, before a checkpoint is written."""
-        self._gate.finish(trainer)
+        if self._gate is not None:
+            self._gate.finish(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give ``validation_step`` back."""
@@ -193,7 +196,8 @@ class TestTimeCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give the step back after an error or an interruption; forget what was measured."""
-        self._gate.cancel()
+        if self._gate is not None:
+            self._gate.cancel()
         self._return_step()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -208,7 +212,9 @@ class TestTimeCallback(Callback):
             return
         host = host_of(module, self.settings.method, outputs=self.outputs)
         check_trainer(trainer, module, self.settings, self.independent_ranks)
-        settings, name = self._gate.settings_for(module), STEPS[stage]
+        settings, name = self.settings, STEPS[stage]
+        if self._gate is not None:
+            settings = self._gate.settings_for(module)
         runner: BatchStep | PerSampleStep
         if settings.scope == "batch" or settings.steps == 0:
             adapter = adapter_of(module, host, settings)

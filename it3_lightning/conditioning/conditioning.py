@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,21 @@ def seen(
     return torch.where(present.reshape(-1, *[1] * (given.ndim - 1)), given, neutral)
 
 
+@dataclass
+class Shown:
+    """What a pass is shown.
+
+    Args:
+        prior: ``(B, C, ...)`` in label space; ``None``: the neutral one.
+        present: ``(B,)`` booleans: samples that see the prior; ``None``: all.
+        ran: names of the layers where it has entered.
+    """
+
+    prior: Tensor | None = None
+    present: Tensor | None = None
+    ran: set[str] = field(default_factory=set)
+
+
 class Conditioning(nn.Module, ABC):
     """Base of all conditionings: attached once to a network, then given a prior for each pass.
 
@@ -60,9 +76,7 @@ class Conditioning(nn.Module, ABC):
         if not layers or len(set(layers)) < len(layers):
             raise ValueError(f"Expected at least one layer name, each once, got {list(layers)}.")
         self.layers = tuple(layers)
-        self._prior: Tensor | None = None
-        self._present: Tensor | None = None
-        self._fired: set[str] = set()
+        self.shown = Shown()
         self._attached = False
 
     def attach(self, network: nn.Module, prior: Prior) -> None:
@@ -98,19 +112,22 @@ class Conditioning(nn.Module, ABC):
         Raises:
             RuntimeError: the forward within never ran one of the layers, so the prior was lost.
         """
-        outer = self._prior, self._present, self._fired
-        self._prior, self._present, self._fired = prior, present, set()
+        outer, self.shown = self.shown, Shown(prior, present)
         try:
             yield
-            missed = [name for name in self.layers if name not in self._fired]
-            if missed:
-                raise RuntimeError(
-                    f"The forward pass never ran the layer(s) {missed}, so the prior had no effect "
-                    "(fused layers, such as the projections inside attention, never run by "
-                    "themselves). Choose a layer that the forward pass runs."
-                )
+            if len(self.shown.ran) < len(self.layers):
+                raise self.unreached()
         finally:
-            self._prior, self._present, self._fired = outer
+            self.shown = outer
+
+    def unreached(self) -> RuntimeError:
+        """Say which layers a forward pass never ran."""
+        missed = [name for name in self.layers if name not in self.shown.ran]
+        return RuntimeError(
+            f"The forward pass never ran the layer(s) {missed}, so the prior had no effect "
+            "(fused layers, such as the projections inside attention, never run by "
+            "themselves). Choose a layer that the forward pass runs."
+        )
 
     @abstractmethod
     def _attach(self, name: str, modules: Mapping[str, nn.Module], prior: Prior) -> None:

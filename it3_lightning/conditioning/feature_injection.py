@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from it3_lightning.conditioning.conditioning import Conditioning, key
-from it3_lightning.conditioning.embedder import Embedder
-from it3_lightning.conditioning.layout import Layout, placed
+from it3_lightning.conditioning.layout import Layout
 from it3_lightning.priors import Prior
 
 Mode = Literal["add", "film"]
@@ -75,11 +75,11 @@ class FeatureInjection(Conditioning):
         embedder = Embedder(prior.channels, self.hidden, parts * layout.channels, neutral)
         weight = next(layer.parameters(), None)
         self.embedders[key(name)] = embedder if weight is None else embedder.to(weight.device)
-        layer.register_forward_hook(partial(self._inject, layout))
+        layer.register_forward_hook(partial(self._inject, layout, key(name)))
 
-    def _inject(self, layout: Layout, _: nn.Module, __: Any, output: Any) -> Any:
-        self._fired.add(layout.name)
-        if self._prior is None:
+    def _inject(self, layout: Layout, own: str, _: nn.Module, __: Any, output: Any) -> Any:
+        self.shown.ran.add(layout.name)
+        if self.shown.prior is None:
             return None
         features = output[0] if isinstance(output, tuple) else output
         if not isinstance(features, Tensor):
@@ -87,22 +87,21 @@ class FeatureInjection(Conditioning):
                 f"Expected layer {layout.name!r} to put out a tensor, or a tuple that starts with "
                 f"one, got {type(features).__name__}. Inject at a layer that does."
             )
-        injected = self._combined(layout, features, self._prior)
+        injected = self._combined(layout, own, features, self.shown.prior)
         if not isinstance(output, tuple):
             return injected
         if hasattr(output, "_replace"):  # a named tuple
             return output._replace(**{output._fields[0]: injected})  # type: ignore[attr-defined]
         return (injected, *output[1:])
 
-    def _combined(self, layout: Layout, features: Tensor, prior: Tensor) -> Tensor:
-        axes = layout.axes(features, prior.shape[0])
-        embedding = self.embedders[key(layout.name)](prior).to(features.dtype)
-        parts = [placed(part, features, axes) for part in embedding.split(layout.channels, dim=1)]
+    def _combined(self, layout: Layout, own: str, features: Tensor, prior: Tensor) -> Tensor:
+        embedding = self.embedders[own](prior).to(features.dtype)
+        parts, batch_axis = layout.laid_out(embedding, features)
         injected = features + parts[0] if len(parts) == 1 else features * (1 + parts[0]) + parts[1]
-        if self._present is None:
+        if self.shown.present is None:
             return injected
-        shape = [-1 if axis == axes[0] else 1 for axis in range(features.ndim)]
-        return torch.where(self._present.reshape(shape), injected, features)
+        shape = [-1 if axis == batch_axis else 1 for axis in range(features.ndim)]
+        return torch.where(self.shown.present.reshape(shape), injected, features)
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -112,3 +111,42 @@ class FeatureInjection(Conditioning):
             "channels": self.channels,
             "hidden": self.hidden,
         }
+
+
+class Embedder(nn.Module):
+    """A small MLP over the prior's channels, ``(B, C, ...) -> (B, out, ...)``, zero at first.
+
+    Args:
+        channels: of the prior.
+        hidden: width of the hidden layer.
+        out: channels of the result.
+        neutral: a neutral prior ``(1, C)`` whose embedding is subtracted, so that "don't know" adds
+            nothing; ``None`` where that is zero input and no subtraction is wanted.
+
+    >>> import torch
+    >>> Embedder(3, 4, 2, None)(torch.eye(3)).shape
+    torch.Size([3, 2])
+    """
+
+    neutral: Tensor | None
+
+    def __init__(self, channels: int, hidden: int, out: int, neutral: Tensor | None) -> None:
+        super().__init__()
+        self.first = nn.Linear(channels, hidden)
+        self.last = nn.Linear(hidden, out)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        values = None if neutral is None else neutral[:, :channels].flatten(1)
+        self.register_buffer("neutral", values, persistent=False)
+
+    def forward(self, prior: Tensor) -> Tensor:
+        """Embed each position's prior."""
+        rows = prior.movedim(1, -1).to(self.first.weight.dtype)
+        embedded = self._mlp(rows)
+        if self.neutral is not None:
+            embedded = embedded - self._mlp(self.neutral.to(rows.dtype))
+        return embedded.movedim(-1, 1)
+
+    def _mlp(self, rows: Tensor) -> Tensor:
+        embedded: Tensor = self.last(F.relu(self.first(rows)))
+        return embedded

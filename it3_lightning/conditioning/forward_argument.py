@@ -52,11 +52,11 @@ class ForwardArgument(Conditioning):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if kwargs.get(self.argument) is not None:
             return None
-        self._fired.add(name)
+        self.shown.ran.add(name)
         return args, {**kwargs, self.argument: self._seen((args, kwargs))}
 
     def _seen(self, inputs: Any) -> Tensor | None:
-        if self._prior is None and self._source.neutral == "none":
+        if self.shown.prior is None and self._source.neutral == "none":
             return None
         leaves = tree_leaves(inputs)
         size, like = next(filter(None, map(_samples, leaves)), (0, None))
@@ -66,7 +66,7 @@ class ForwardArgument(Conditioning):
                 "(B, ...) or a batch of graphs, got "
                 f"{', '.join(type(leaf).__name__ for leaf in leaves) or 'nothing'}."
             )
-        return seen(self._source, self._prior, self._present, size, like)
+        return seen(self._source, self.shown.prior, self.shown.present, size, like)
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

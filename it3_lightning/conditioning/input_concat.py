@@ -60,12 +60,12 @@ class InputConcat(Conditioning):
         kwargs: dict[str, Any],
         output: Tensor,
     ) -> Tensor | None:
-        self._fired.add(layout.name)
-        if self._prior is None and self._source.neutral_is_zero:
+        self.shown.ran.add(layout.name)
+        if self.shown.prior is None and self._source.neutral_is_zero:
             return None
         extra = self.extra[key(layout.name)]
         weight = next(extra.parameters())
-        prior = seen(self._source, self._prior, self._present, output.shape[0], weight)
+        prior = seen(self._source, self.shown.prior, self.shown.present, output.shape[0], weight)
         inputs = args[0] if args else kwargs["input"]
         if isinstance(extra, nn.Linear):
             term = self._linear(extra, layout, prior, output)

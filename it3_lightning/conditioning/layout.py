@@ -69,6 +69,15 @@ class Layout:
             sequence_first=_sequence_first(name, modules),
         )
 
+    def laid_out(self, embedding: Tensor, features: Tensor) -> tuple[list[Tensor], int]:
+        """Split an embedding ``(B, n * channels, ...)`` into parts that broadcast over features.
+
+        Returns:
+            The parts, and the features' dimension of the batch.
+        """
+        axes = self.axes(features, embedding.shape[0])
+        return [placed(p, features, axes) for p in embedding.split(self.channels, dim=1)], axes[0]  # type: ignore[no-untyped-call]
+
     def axes(self, features: Tensor, batch: int) -> tuple[int, int]:
         """Return the dimensions of the batch and of the channels.
 

@@ -25,7 +25,6 @@ from it3_lightning.engine.types import (
     InputsIn,
     Isolation,
     ToLabel,
-    as_given,
 )
 
 __all__ = [
@@ -53,7 +52,7 @@ def adapter(
     *,
     enters: Enters = MappingProxyType({}),
     isolation: Isolation = nullcontext,
-    inputs_in: InputsIn = as_given,
+    inputs_in: InputsIn | None = None,
 ) -> BatchAdapter | SampleAdapter:
     """Return what adapts a module to one batch after another, in the scope of the settings.
 

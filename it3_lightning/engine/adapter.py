@@ -28,13 +28,8 @@ from torch import Tensor, nn
 
 from it3_lightning.engine import fast
 from it3_lightning.engine.optimizers import OnlyStep
-from it3_lightning.engine.passes import AnchoredWeights, Network, NetworkPasses
-from it3_lightning.engine.restore import (
-    Snapshot,
-    all_finite,
-    norm_statistics,
-    without_side_effects,
-)
+from it3_lightning.engine.passes import AnchoredWeights, Network, NetworkPasses, all_finite
+from it3_lightning.engine.restore import Snapshot, norm_statistics, without_side_effects
 from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.selection import select
 from it3_lightning.engine.settings import Settings
@@ -51,7 +46,6 @@ from it3_lightning.engine.types import (
     Plain,
     Skip,
     ToLabel,
-    as_given,
 )
 from it3_lightning.methods.base import Objective, Passes, TestTimeMethod
 
@@ -92,19 +86,21 @@ class BatchAdapter:
         *,
         enters: Enters = MappingProxyType({}),
         isolation: Isolation = nullcontext,
-        inputs_in: InputsIn = as_given,
+        inputs_in: InputsIn | None = None,
     ) -> None:
         self.selected = select(module, settings.parameters)
         self._module = module
         self._settings = settings
         self._method = settings.method
         self._isolation = isolation
-        self._at_first = copy.deepcopy(self._method.state_dict())
+        self._at_first: dict[str, Any] = {}
+        if type(self._method).state_dict is not TestTimeMethod.state_dict:
+            self._at_first = copy.deepcopy(self._method.state_dict())
         self.network = Network(
             module, self.selected, forward, to_label, enters, self._method.layers, inputs_in
         )
-        self._only_step = _only_step(settings)
         self.restart()
+        self._only_step = _only_step(settings)
 
     def restart(self) -> None:
         """Forget what was carried along: the next batch starts from the source."""
@@ -128,7 +124,7 @@ class BatchAdapter:
         Raises:
             ValueError: the selected parameters have no influence on the prediction.
         """
-        self.network.restart()
+        self.network.forwards = self.network.cache.hits = 0
         with ExitStack() as statistics:
             statistics.enter_context(norm_statistics(self._module, self._settings.norm_stats))
             source = Snapshot(self._module)
@@ -155,8 +151,8 @@ class BatchAdapter:
         settings = self._settings
         if settings.needs_batch and batch_size(inputs) < 2:
             raise Skip("batch statistics and batch terms need at least two samples")
-        state, carried = self._state()
         source.detach_parameters()
+        state, carried = self._state()
         unadapted = self._measure(inputs, _InPlace()) if carried and settings.measure else None
         with state.all_or_nothing():
             state.enter()
@@ -177,7 +173,10 @@ class BatchAdapter:
             moved=moved,
             adapted=last if settings.measure else None,
             weights=dict(state.weights),
-            cost=self._cost(seconds, state.backwards),
+            forwards=self.network.forwards,
+            backwards=state.backwards,
+            cache_hits=self.network.cache.hits,
+            seconds=seconds,
             answers=answers,
             gated=None if gate is None else gate.within.cpu(),
         )
@@ -191,7 +190,7 @@ class BatchAdapter:
         for _ in range(0 if gate is not None and gate.closed else self._settings.steps):
             passes = self._passes(movers, state)
             objective = method.step(passes, state)
-            first = first or Evaluation(passes.outputs, objective).detached()
+            first = first or Evaluation(passes.outputs.detach(), objective.detached())
             del passes, objective  # and their graph, before the next is built
         return first if gate is None else gate.whole(first)
 
@@ -220,7 +219,8 @@ class BatchAdapter:
         elif self._settings.measure:
             with torch.no_grad():
                 outputs = self.network.run(inputs, None)
-        return Adaptation.skipping(inputs, outputs, reason, self._cost(0.0, 0), answers)
+        hits = self.network.cache.hits
+        return Adaptation.skipping(inputs, outputs, reason, self.network.forwards, hits, answers)
 
     def _passes(self, inputs: Any, weights: AnchoredWeights) -> NetworkPasses:
         return NetworkPasses(self.network, inputs, weights)
@@ -231,7 +231,7 @@ class BatchAdapter:
     ) -> Evaluation:
         """Evaluate without a graph, from these outputs of the first pass where they are given."""
         passes = NetworkPasses(self.network, inputs, weights, outputs)
-        return Evaluation(passes.outputs, self._method.loss(passes)).detached()
+        return Evaluation(passes.outputs, self._method.loss(passes))
 
     def _gate(self, inputs: Any, state: State, limit: float) -> _Gate | None:
         """Measure the batch and say which samples move the weights; nothing to say: no steps."""
@@ -253,16 +253,11 @@ class BatchAdapter:
             return self._carried, True
         if self._at_first:
             self._method.load_state_dict(copy.deepcopy(self._at_first))
-        return State(self.selected, self._settings, self._method, self._only_step), False
+        return self._fresh(), False
 
-    def _cost(self, seconds: float, backwards: int) -> dict[str, Any]:
-        network = self.network
-        return {
-            "forwards": network.forwards,
-            "backwards": backwards,
-            "cache_hits": network.cache.hits,
-            "seconds": seconds,
-        }
+    def _fresh(self) -> State:
+        start = self._at_first
+        return State(self.selected, self._settings, self._method, self._only_step, start)
 
     def bytes_of_step(self, inputs: Any, count: Any) -> int:
         """Return ``count(run)`` of the passes of a step, as the bytes that they keep."""
@@ -340,6 +335,6 @@ def _only_step(settings: Settings) -> OnlyStep | None:
     rule = settings.rule
     if rule is None or not settings.single_step:
         return None
-    fused = fast.path("fused_step")
-    faster: OnlyStep | None = None if fused is None else fused.only_step(rule, settings.moves[1])
-    return faster or OnlyStep(rule, settings.moves[1])
+    lr = settings.moves[1]
+    fused = None if rule.first_step is None else fast.path("fused_step")
+    return OnlyStep(rule, lr) if fused is None else fused.FusedStep(rule, lr)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import cmath
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from it3_lightning.engine import fast
-from it3_lightning.engine.restore import Sites, all_finite
-from it3_lightning.engine.trees import copied
 from it3_lightning.engine.types import (
     Answer,
     Enters,
@@ -21,9 +21,10 @@ from it3_lightning.engine.types import (
     Skip,
     ToLabel,
     Weights,
-    as_given,
 )
 from it3_lightning.methods.base import Passes, SecondPass
+
+_Result = TypeVar("_Result")
 
 
 class Network:
@@ -47,7 +48,7 @@ class Network:
         to_label: ToLabel,
         enters: Enters,
         layers: Sequence[str] = (),
-        inputs_in: InputsIn = as_given,
+        inputs_in: InputsIn | None = None,
     ) -> None:
         self._module = module
         self._sites = Sites(module, selected)
@@ -55,9 +56,9 @@ class Network:
         self.inputs_in = inputs_in
         self.to_label = to_label
         self.cache = fast.cache_of(module, enters)
-        self._layers = {name: module.get_submodule(name) for name in layers}
+        self._layers = [(name, module.get_submodule(name)) for name in layers] if layers else []
         self.features: dict[str, Any] = {}
-        self.restart()
+        self.forwards = 0
 
     def restart(self) -> None:
         """Begin with a new batch."""
@@ -82,30 +83,32 @@ class Network:
     def first(self, inputs: Any, version: int) -> Tensor:
         """Return ``f(x, 0)``, by the weights in place, which are of this version."""
         with ExitStack() as stack:
-            stack.enter_context(self.cache.first_pass(inputs, version))
-            for name, layer in self._layers.items():
+            for name, layer in self._layers:
                 keep = self._keep(name)
                 stack.callback(layer.register_forward_hook(keep).remove)
-            return self.run(inputs, None)
+            outputs: Tensor = self.cache.first(inputs, version, lambda: self.run(inputs, None))
+            return outputs
 
     def second(
         self, inputs: Any, prior: Tensor, weights: Weights | None, version: int | None
     ) -> Tensor:
         """Return ``F(x, prior)`` in label space; ``weights=None``: by those in place."""
-        with ExitStack() as stack:
-            if weights is not None:
-                stack.enter_context(self._sites.swapped(weights))
-            stack.enter_context(self.cache.second_pass(inputs, version))
-            return self.to_label(self.run(inputs, prior))
+
+        def run() -> Tensor:
+            outputs: Tensor = self.cache.second(inputs, version, lambda: self.run(inputs, prior))
+            return outputs
+
+        return self.to_label(run() if weights is None else self._sites.run_with(weights, run))
 
     @torch.no_grad()
     def answer(self, inputs: Any, answer: Answer, version: int) -> tuple[Tensor, Any]:
         """Run an answer with the weights in place, which are of this version."""
         self.forwards += 1
-        with ExitStack() as stack:
-            if isinstance(answer, Plain):
-                stack.enter_context(self.cache.first_pass(inputs, version))
-            outputs, answers = answer(copied(inputs))
+        given = copied(inputs)
+        plain = isinstance(answer, Plain)
+        outputs, answers = (
+            self.cache.first(inputs, version, lambda: answer(given)) if plain else answer(given)
+        )
         return outputs.detach(), answers
 
     def _keep(self, name: str) -> Any:
@@ -148,7 +151,7 @@ class NetworkPasses(Passes):
         self._network = network
         self._weights = weights
         self._given = inputs
-        self.inputs = network.inputs_in(inputs)
+        self.inputs = inputs if network.inputs_in is None else network.inputs_in(inputs)
         self.outputs = network.first(inputs, weights.version) if outputs is None else outputs
         if not all_finite(self.outputs):
             raise Skip("non-finite output")
@@ -199,3 +202,77 @@ class FunctionalPasses(Passes):
     def again(self) -> Passes:
         """Refuse: there is one pass for each step."""
         raise NotImplementedError("a method whose vmappable is False asks for further passes")
+
+
+Site = tuple[nn.Module, str, str]
+"""A module, what it calls a parameter, and the parameter's name in the network."""
+
+
+def sites_of(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Site]:
+    """Return every place where given parameters are registered, tied ones included.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> sites_of(nn.Sequential(layer), {"0.bias": layer.bias})
+    [(Linear(in_features=1, out_features=1, bias=True), 'bias', '0.bias')]
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return [
+        (owner, key, names[id(parameter)])
+        for owner in module.modules()
+        for key, parameter in owner._parameters.items()
+        if id(parameter) in names
+    ]
+
+
+class Sites:
+    """Puts other tensors in every place where given parameters are registered.
+
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> sites = Sites(layer, {"weight": layer.weight})
+    >>> other = {"weight": layer.weight.detach() + 1}
+    >>> sites.run_with(other, lambda: layer.weight.requires_grad), layer.weight.requires_grad
+    (False, True)
+    """
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._sites = sites_of(module, parameters)
+
+    def run_with(self, tensors: Mapping[str, Tensor], run: Callable[[], _Result]) -> _Result:
+        """Run with these tensors in the parameters' places, which come back.
+
+        Gradients stop at tensors that need none.
+        """
+        before = [owner._parameters[key] for owner, key, _ in self._sites]
+        try:
+            for owner, key, name in self._sites:
+                owner._parameters[key] = tensors[name]  # type: ignore[assignment]
+            return run()
+        finally:
+            for (owner, key, _), parameter in zip(self._sites, before, strict=True):
+                owner._parameters[key] = parameter
+
+
+def copied(inputs: Any) -> Any:
+    """Return a copy, so that a network that writes into its inputs spoils no other pass.
+
+    >>> x = torch.zeros(1)
+    >>> copied([x])[0].add_(1), x
+    (tensor([1.]), tensor([0.]))
+    """
+
+    def copy(leaf: Any) -> Any:
+        clone = getattr(leaf, "clone", None)
+        return clone() if callable(clone) and not isinstance(leaf, type) else leaf
+
+    return tree_map(copy, inputs)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all elements are finite: then so is their sum, unless it overflows.
+
+    >>> import torch
+    >>> all_finite(torch.full((2,), 3e38)), all_finite(torch.tensor([0.0, torch.nan]))
+    (True, False)
+    """
+    total = values.detach().sum() if values.numel() > 1 else values
+    return cmath.isfinite(total.item()) or bool(values.isfinite().all())

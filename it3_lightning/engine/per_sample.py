@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -34,7 +34,6 @@ from it3_lightning.engine.types import (
     Isolation,
     Plain,
     ToLabel,
-    as_given,
 )
 
 _LOOPED = 2  # samples that the loop is timed and compared on: its cost is always the same
@@ -108,7 +107,7 @@ class SampleAdapter:
         *,
         enters: Enters = MappingProxyType({}),
         isolation: Isolation = nullcontext,
-        inputs_in: InputsIn = as_given,
+        inputs_in: InputsIn | None = None,
     ) -> None:
         self._module = module
         self._settings = settings
@@ -117,8 +116,7 @@ class SampleAdapter:
         given: dict[str, Any] = {"enters": enters, "isolation": isolation, "inputs_in": inputs_in}
         alone = replace(settings, scope="batch", gate=None, compile=False)
         self._alone = BatchAdapter(module, forward, to_label, alone, **given)
-        still = replace(alone, steps=0, measure=settings.measure or settings.gate is not None)
-        self._still = BatchAdapter(module, forward, to_label, still, **given)
+        self._common = module, forward, to_label, alone, given
         self.selected = self._alone.selected
         self._fast = fast.path("vmap")
         self._vectorised: Callable[[Any, Answer], Adaptation] | None = None
@@ -166,6 +164,14 @@ class SampleAdapter:
         both = replaced(source, finite, rows)
         return replace(both, outputs=source.outputs, answers=source.answers)
 
+    @cached_property
+    def _still(self) -> BatchAdapter:
+        """What predicts and measures with the source weights."""
+        module, forward, to_label, alone, given = self._common
+        measure = self._settings.measure or self._settings.gate is not None
+        still = replace(alone, steps=0, measure=measure)
+        return BatchAdapter(module, forward, to_label, still, **given)
+
     def _gated(self, inputs: Any, answer: Answer, gate: float) -> Adaptation:
         """Adapt to the samples beyond the gate; the others keep the source prediction."""
         source = self._source(inputs, answer)
@@ -188,7 +194,7 @@ class SampleAdapter:
         size, conditions = batch_size(inputs), self._conditions(inputs)
         known = self._known.get(conditions)
         if known is None or not known.serves(size):
-            adaptation, known = self._selecting(inputs, answer)
+            adaptation, known = self._selecting(inputs, answer, size)
         elif known.backend == "loop":
             adaptation = self._looped(inputs, answer)
         else:
@@ -274,28 +280,32 @@ class SampleAdapter:
         modes = tuple(layer.training for layer in self._module.modules())
         return tuple(map(_kind, tree_leaves(inputs))), modes, autocast
 
-    def _selecting(self, inputs: Any, answer: Answer) -> tuple[Adaptation, BackendSelection]:
+    def _selecting(
+        self, inputs: Any, answer: Answer, size: int
+    ) -> tuple[Adaptation, BackendSelection]:
         """Adapt to a batch, and select the backend meanwhile: what is tried is not done twice."""
         reason = self._why_loop()
         if reason is not None:
             return self._looped(inputs, answer), BackendSelection("loop", 1, _ALWAYS, reason)
-        size, chunk = batch_size(inputs), self._chunk_size(inputs)
+        chunk = self._chunk_size(inputs)
+        together_size = min(size, chunk)
         few, looping = [], float("inf")
-        for index in range(min(size, _LOOPED)):
+        count = _LOOPED if self._settings.backend == "auto" else 1  # one tells no time
+        for index in range(min(size, count)):
             one, seconds = _timed(partial(self._one, inputs, index, answer))
             few.append(one)
             looping = min(looping, seconds)
         expected = merged(few)
-        many = taken(inputs, range(min(size, chunk)))
+        many = taken(inputs, range(together_size))
         try:
             found, seconds = _timed(partial(self._chunk, many, answer))
         except Exception as error:  # torch.func has no class of errors of its own
-            if _out_of_memory(error) and batch_size(many) > 1:
+            if _out_of_memory(error) and together_size > 1:
                 asked = BackendSelection("vectorised", chunk, _LOOPED, "memory ran out at first")
                 return self._at_once(inputs, answer, asked)
             looped = self._rest(inputs, answer, few)
             return looped, _fallen_back(chunk, _in_words(error))
-        together = seconds / batch_size(many)
+        together = seconds / together_size
         apart = _apart(expected, found)
         if apart is None:
             reason = "no finite sample yet to compare by"
@@ -303,15 +313,15 @@ class SampleAdapter:
         if not apart[0] <= apart[1]:
             cause = f"its outputs differ by {apart[0]:.2g}, where {apart[1]:.2g} may be rounding."
             return self._rest(inputs, answer, few), _fallen_back(chunk, cause)
-        tried = min(batch_size(many), _MOST)
+        tried = min(together_size, _MOST)
         if self._settings.backend == "auto" and looping < together < _DOUBTFUL * looping:
             found, seconds = _timed(partial(self._chunk, many, answer))
-            together = seconds / batch_size(many)
+            together = seconds / together_size
         slower = self._settings.backend == "auto" and looping < together
         reason = f"loop {1e3 * looping:.3g}, vectorised {1e3 * together:.3g} ms a sample, {tried}"
         reason = f"{reason} at once" if self._settings.backend == "auto" else "as asked for"
         selection = BackendSelection("loop" if slower else "vectorised", chunk, tried, reason)
-        rest = range(batch_size(many), size)
+        rest = range(together_size, size)
         if not rest:
             return found, selection
         if slower:

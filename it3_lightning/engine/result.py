@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,7 +64,10 @@ class Adaptation:
         moved: Evaluation | None,
         adapted: Evaluation | None,
         weights: dict[str, Tensor],
-        cost: Mapping[str, Any],
+        forwards: int,
+        backwards: int,
+        cache_hits: int,
+        seconds: float,
         answers: Any,
         gated: Tensor | None,
     ) -> Adaptation:
@@ -77,7 +80,10 @@ class Adaptation:
             moved: that before the first step.
             adapted: that of the adapted weights.
             weights: the adapted ones.
-            cost: passes and seconds.
+            forwards: that were run.
+            backwards: likewise.
+            cache_hits: of the activation cache.
+            seconds: that the steps took.
             answers: what was asked for with the adapted weights.
             gated: samples within the gate.
         """
@@ -91,9 +97,12 @@ class Adaptation:
             skipped=torch.zeros(size, dtype=torch.bool),
             reason=None,
             weights=weights,
+            forwards=forwards,
+            backwards=backwards,
+            cache_hits=cache_hits,
+            seconds=seconds,
             answers=answers,
             gated=gated,
-            **cost,
         )
 
     @classmethod
@@ -102,8 +111,9 @@ class Adaptation:
         inputs: Any,
         outputs: Tensor | None,
         reason: str,
-        cost: Mapping[str, Any],
-        answers: Any = None,
+        forwards: int,
+        cache_hits: int,
+        answers: Any,
     ) -> Adaptation:
         """Return the result of a batch that keeps the source prediction."""
         size = batch_size(inputs) if outputs is None else outputs.shape[0]
@@ -116,8 +126,11 @@ class Adaptation:
             skipped=torch.ones(size, dtype=torch.bool),
             reason=reason,
             weights={},
+            forwards=forwards,
+            backwards=0,
+            cache_hits=cache_hits,
+            seconds=0.0,
             answers=answers,
-            **cost,
         )
 
 

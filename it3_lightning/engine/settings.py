@@ -63,6 +63,8 @@ class Settings:
         ValueError: a value is out of range, a name unknown, or a sample of its own is combined with
             what needs several: batch statistics, batch terms, weights that are carried along.
 
+    >>> Settings().moves, Settings(lr=1e-3).moves
+    (('polyak', 0.5), ('adam', 0.001))
     >>> Settings(steps=-1)
     Traceback (most recent call last):
     ValueError: Expected steps >= 0, got -1.
@@ -86,6 +88,22 @@ class Settings:
     memory: int = 2**30
     compile: bool = False
 
+    # What follows from these, found once
+    moves: tuple[OptimizerName | OptimizerFactory, float] = field(
+        init=False, repr=False, compare=False
+    )
+    """The optimizer and its learning rate, given or chosen."""
+    method: TestTimeMethod = field(init=False, repr=False, compare=False)
+    """The objective as a method."""
+    rule: Rule | None = field(init=False, repr=False, compare=False)
+    """The rule of a named optimizer; ``None`` of a callable."""
+    episodic: bool = field(init=False, repr=False, compare=False)
+    """Whether every batch starts from the source."""
+    needs_batch: bool = field(init=False, repr=False, compare=False)
+    """Whether one sample alone makes no sense: batch statistics or a batch term."""
+    single_step: bool = field(init=False, repr=False, compare=False)
+    """Whether a step in closed form, straight from the source, is all there is."""
+
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"Expected steps >= 0, got {self.steps}.")
@@ -96,6 +114,7 @@ class Settings:
                 "True, as on a function: objective.needs_batch = False."
             )
         self._choose_optimizer()
+        self._derive()
         optimizer, lr = self.moves
         if not 0 <= lr < math.inf:
             raise ValueError(f"Expected a finite lr >= 0, got {lr}.")
@@ -124,41 +143,6 @@ class Settings:
             raise ValueError(f"Expected memory > 0 bytes, got {self.memory}.")
         self._check_scope()
 
-    @property
-    def moves(self) -> tuple[OptimizerName | OptimizerFactory, float]:
-        """The optimizer and its learning rate, given or chosen.
-
-        >>> Settings().moves, Settings(lr=1e-3).moves
-        (('polyak', 0.5), ('adam', 0.001))
-        """
-        assert self.optimizer is not None
-        assert self.lr is not None
-        return self.optimizer, self.lr
-
-    @property
-    def method(self) -> TestTimeMethod:
-        """The objective as a method."""
-        return as_method(self.objective)
-
-    @property
-    def rule(self) -> Rule | None:
-        """The rule of a named optimizer; ``None`` of a callable."""
-        return rule_of(self.moves[0])
-
-    @property
-    def single_step(self) -> bool:
-        """Whether a step in closed form, straight from the source, is all there is."""
-        rule = self.rule
-        return (
-            self.episodic
-            and self.steps == 1
-            and self.anchor != "ema"
-            and self.grad_clip is None
-            and rule is not None
-            and (rule.first_step is not None or rule.length is not None)
-            and type(self.method).step is TestTimeMethod.step
-        )
-
     def _choose_optimizer(self) -> None:
         """Set the optimizer and the learning rate where they are not given."""
         if self.optimizer is None:
@@ -166,6 +150,27 @@ class Settings:
             object.__setattr__(self, "optimizer", "polyak" if free else "adam")
         if self.lr is None:
             object.__setattr__(self, "lr", 0.5 if self.optimizer == "polyak" else 1e-4)
+        object.__setattr__(self, "moves", (self.optimizer, self.lr))
+
+    def _derive(self) -> None:
+        """Set what follows from the settings."""
+        method, rule = as_method(self.objective), rule_of(self.moves[0])
+        episodic = self.reset in ("batch", 1)
+        closed = rule is not None and (rule.first_step is not None or rule.length is not None)
+        derived = {
+            "method": method,
+            "rule": rule,
+            "episodic": episodic,
+            "needs_batch": self.norm_stats == "batch" or self.objective.needs_batch,
+            "single_step": closed
+            and episodic
+            and self.steps == 1
+            and self.anchor != "ema"
+            and self.grad_clip is None
+            and type(method).step is TestTimeMethod.step,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def _check_polyak(self) -> None:
         if not _LEAST <= self.moves[1] <= 2:
@@ -205,16 +210,6 @@ class Settings:
             )
         if self.compile and self.backend == "loop":
             raise ValueError("compile=True compiles the vectorised step, not backend='loop'.")
-
-    @property
-    def episodic(self) -> bool:
-        """Whether every batch starts from the source."""
-        return self.reset in ("batch", 1)
-
-    @property
-    def needs_batch(self) -> bool:
-        """Whether one sample alone makes no sense: batch statistics or a batch term."""
-        return self.norm_stats == "batch" or self.objective.needs_batch
 
 
 def _positive(value: object) -> bool:

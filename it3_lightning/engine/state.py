@@ -6,14 +6,14 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from it3_lightning.engine.optimizers import OnlyStep, Updater, full_precision, optimizer_factory
-from it3_lightning.engine.passes import AnchoredWeights
-from it3_lightning.engine.restore import all_finite
+from it3_lightning.engine.passes import AnchoredWeights, all_finite
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.types import SOURCE, Skip, Weights
 from it3_lightning.methods.base import TestTimeMethod
@@ -38,6 +38,7 @@ class State(AnchoredWeights):
         settings: how to adapt.
         method: whose state is carried along.
         only_step: takes the only step there is; without it, any number of steps can be taken.
+        start: the state of the method to go back to.
 
     Attributes:
         weights: by name, as they are now.
@@ -51,6 +52,7 @@ class State(AnchoredWeights):
         settings: Settings,
         method: TestTimeMethod,
         only_step: OnlyStep | None = None,
+        start: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._parameters = parameters
         self._only_step = only_step
@@ -63,22 +65,10 @@ class State(AnchoredWeights):
         self.backwards = 0
         self._average: Weights = {}  # of the EMA anchor, in full precision
         self._updater: Updater | None = None
-        self._start = copy.deepcopy(method.state_dict())
-
-    @property
-    def anchor(self) -> Weights | None:  # type: ignore[override]
-        """The weights of the second pass; ``None`` where the adapted weights serve themselves."""
-        if self._settings.anchor == "live":
-            return None
-        if not self._average:
-            return self._source
-        return {name: a.to(self._source[name].dtype) for name, a in self._average.items()}
-
-    @property
-    def anchor_version(self) -> int | None:  # type: ignore[override]
-        """The version of these; ``None``: of none, as an average or weights that learn."""
-        live = self._settings.anchor == "live"
-        return None if live or self._average else SOURCE
+        self._start = start
+        live = settings.anchor == "live"  # the adapted weights serve themselves
+        self.anchor = None if live else self._source
+        self.anchor_version = None if live else SOURCE
 
     def enter(self) -> None:
         """Put the adapted weights behind the parameters, ready to collect gradients."""
@@ -96,7 +86,7 @@ class State(AnchoredWeights):
             Skip: the loss, a gradient or a weight is not finite.
             ValueError: it does not depend on the weights.
         """
-        if not all_finite(loss):
+        if not loss.isfinite():
             raise Skip("non-finite loss")
         if not loss.requires_grad:
             raise self._uninfluenced()
@@ -107,9 +97,9 @@ class State(AnchoredWeights):
         self._latest += 1
         self.version = self._latest
         torch.clear_autocast_cache()
-        if all_finite(total):
-            return
-        if not all(all_finite(w) for w in self.weights.values()):  # no mere overflow
+        if not total.isfinite() and not all(
+            all_finite(w) for w in self.weights.values()
+        ):  # no mere overflow
             raise Skip("non-finite gradient or weights")
 
     def _step_once(self, only_step: OnlyStep, loss: Tensor) -> Tensor:
@@ -131,7 +121,14 @@ class State(AnchoredWeights):
         if self._average:
             share = 1 - self._settings.ema_decay
             torch._foreach_lerp_([*self._average.values()], self._updater.values, share)
+            self._follow()
         return torch.nn.utils.get_total_norm([*self.weights.values()])
+
+    def _follow(self) -> None:
+        """Let the anchor be the average, in the weights' own precision; of no version of them."""
+        source = self._source
+        self.anchor = {name: a.to(source[name].dtype) for name, a in self._average.items()}
+        self.anchor_version = None
 
     def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
         parameters = list(self._parameters.values())
@@ -175,6 +172,8 @@ class State(AnchoredWeights):
         if self._updater is None or backup is None or backup.updater is None:
             self.weights, self._average = dict(self._source), {}
             self._updater, self.moved, self.version = None, False, SOURCE
+            if self.anchor is not None:
+                self.anchor, self.anchor_version = self._source, SOURCE
             return
         self.version = backup.versions[0]
         with torch.no_grad():
@@ -182,6 +181,8 @@ class State(AnchoredWeights):
                 for name, tensor in into.items():
                     tensor.copy_(values[name])
             self._updater.load(backup.updater)
+        if self._average:
+            self._follow()
 
     def _uninfluenced(self) -> ValueError:
         return ValueError(

@@ -54,7 +54,7 @@ def taken(inputs: Any, indices: Sequence[int]) -> Any:
     def of(leaf: Any) -> Any:
         if batched(leaf, size):
             return leaf[indices[0] : indices[-1] + 1] if run else leaf[list(indices)]
-        if isinstance(leaf, Tensor) or graph_count(leaf) != size:
+        if leaf is None or isinstance(leaf, Tensor) or graph_count(leaf) != size:
             return leaf
         if not hasattr(leaf, "get_example"):
             raise ValueError(
@@ -76,21 +76,6 @@ def divisible(inputs: Any) -> bool:
     return all(
         isinstance(v, Tensor) or not graph_count(v) or hasattr(v, "get_example") for v in leaves
     )
-
-
-def copied(inputs: Any) -> Any:
-    """Return a copy, so that a network that writes into its inputs spoils no other pass.
-
-    >>> x = torch.zeros(1)
-    >>> copied([x])[0].add_(1), x
-    (tensor([1.]), tensor([0.]))
-    """
-
-    def copy(leaf: Any) -> Any:
-        clone = getattr(leaf, "clone", None)
-        return clone() if callable(clone) and not isinstance(leaf, type) else leaf
-
-    return tree_map(copy, inputs)
 
 
 def joined(parts: Sequence[Any]) -> Any:

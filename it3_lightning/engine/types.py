@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from it3_lightning.methods.base import Objective
@@ -43,11 +42,6 @@ SOURCE = 0
 """The version of the weights that training left."""
 
 
-def as_given(inputs: Any) -> Any:
-    """Return inputs as they are given."""
-    return inputs
-
-
 class Skip(Exception):  # noqa: N818  # no error: the batch keeps its source prediction
     """The batch cannot be adapted to; the message says why."""
 
@@ -74,10 +68,6 @@ class Evaluation:
     outputs: Tensor
     objective: Objective
 
-    def detached(self) -> Evaluation:
-        """Return the same without the graph."""
-        return Evaluation(self.outputs.detach(), self.objective.detached())
-
 
 REASONS = ("non-finite output", "non-finite loss", "non-finite gradient or weights")
 
@@ -92,10 +82,6 @@ class SampleEvaluations:
         reliable: whether it counts.
         moves: whether its weights move.
         loss: of the sample alone.
-
-    >>> one = torch.ones(2)
-    >>> SampleEvaluations(torch.tensor([[1.0], [torch.nan]]), one, one, one, one).trouble()
-    tensor([0, 1])
     """
 
     outputs: Tensor
@@ -103,8 +89,3 @@ class SampleEvaluations:
     reliable: Tensor
     moves: Tensor
     loss: Tensor
-
-    def trouble(self) -> Tensor:
-        """Return ``(B,)`` on the CPU: 0, or the number of the reason not to go on."""
-        output = ~self.outputs.isfinite().flatten(1).all(1)
-        return torch.where(output, 1, 2 * ~self.loss.isfinite()).cpu()

@@ -32,7 +32,10 @@ def inputs_of(batch: Any) -> Any:
     """
     if isinstance(batch, Tensor):
         return batch
-    return unlabelled(batch if is_graph(batch) else _entry(batch, "inputs", INPUT_NAMES, 0))
+    pair = isinstance(batch, tuple | list) and not hasattr(batch, "_fields")
+    graph = not pair and is_graph(batch)
+    inputs = batch if graph else _entry(batch, "inputs", INPUT_NAMES, 0)
+    return inputs if isinstance(inputs, Tensor) else unlabelled(inputs)
 
 
 def target_of(batch: Any) -> Any:
@@ -44,7 +47,7 @@ def target_of(batch: Any) -> Any:
     >>> target_of((1, 2))
     2
     """
-    if is_graph(batch):
+    if not isinstance(batch, tuple | list) and is_graph(batch):
         return _label(batch)
     return _entry(batch, "target", TARGET_NAMES, 1)
 

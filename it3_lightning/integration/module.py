@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,12 +11,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from it3_lightning.calibration import Calibration
-from it3_lightning.conditioning import Conditioning
+from it3_lightning.conditioning import Conditioning, Shown
 from it3_lightning.engine.selection import OWN
 from it3_lightning.integration import batches
 from it3_lightning.methods import TestTimeMethod
 from it3_lightning.priors import Prior
-from it3_lightning.priors.probabilities import OutputKind, probabilities
+from it3_lightning.priors.classes import OutputKind, probabilities
 from it3_lightning.utils.specs import built, spec
 
 
@@ -124,9 +124,17 @@ class Conditioned(LightningModule):
         with self.it3_given(prior):
             return self.it3_forward(inputs)
 
-    def it3_given(self, prior: Tensor | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def it3_given(self, prior: Tensor | None) -> Iterator[None]:
         """Condition every forward pass within on this prior, or on the neutral one (``None``)."""
-        return self.it3_parts()[1].given(prior)
+        conditioning = self.it3_parts()[1]
+        outer, conditioning.shown = conditioning.shown, Shown(prior)
+        try:
+            yield
+            if len(conditioning.shown.ran) < len(conditioning.layers):
+                raise conditioning.unreached()
+        finally:
+            conditioning.shown = outer
 
     def it3_parts(self) -> tuple[Prior, Conditioning]:
         """Return prior and conditioning.

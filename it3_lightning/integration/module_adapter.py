@@ -1,9 +1,10 @@
-"""Module adapter: the engine for a LightningModule that predicts with a prior, or without."""
+"""Module adapter: the engine for a LightningModule, and its step with adapted weights in place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -14,10 +15,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from it3_lightning.conditioning import Conditioning
-from it3_lightning.engine import Answer, BatchAdapter, Enters, SampleAdapter, Settings, adapter
-from it3_lightning.engine.restore import Snapshot, without_side_effects
-from it3_lightning.engine.trees import copied
-from it3_lightning.integration.isolation import muted
+from it3_lightning.engine import (
+    Adaptation,
+    Answer,
+    BatchAdapter,
+    Enters,
+    SampleAdapter,
+    Settings,
+)
+from it3_lightning.engine.passes import copied
+from it3_lightning.engine.restore import Snapshot, undisturbed_rng, without_side_effects
+from it3_lightning.engine.types import Forward, InputsIn, Isolation
+from it3_lightning.integration.batches import normal
+from it3_lightning.integration.isolation import hooked_by, muted, patched
 from it3_lightning.integration.module import IT3Module
 from it3_lightning.priors import Prior
 
@@ -30,7 +40,8 @@ def adapter_of(
     host: IT3Module,
     settings: Settings,
     *,
-    inputs_in: Callable[[Any], Any] = lambda given: given,
+    forward: Forward | None = None,
+    inputs_in: InputsIn | None = None,
     silent: bool = False,
 ) -> Adapter:
     """Return the engine for a module, and say which weights it adapts.
@@ -39,23 +50,22 @@ def adapter_of(
         module: whose weights adapt.
         host: the same, as what predicts with a prior.
         settings: how to adapt.
+        forward: of the engine; default: ``host.predict_with``.
         inputs_in: finds the module's inputs in what the engine is given.
         silent: say nothing.
 
     Raises:
         MisconfigurationException: the selection of parameters matches nothing.
     """
-
-    def forward(given: Any, prior: Tensor | None) -> Tensor:
-        return host.predict_with(inputs_in(given), prior)
-
-    trainable = getattr(module, "it3_trainable", nullcontext)  # frozen while it is fitted
+    kind = SampleAdapter if settings.scope == "sample" else BatchAdapter
+    frozen = getattr(module, "it3_frozen", None) is not None  # while it is fitted
+    trainable: Isolation = module.it3_trainable if frozen else nullcontext  # type: ignore[assignment]
     to_label = host.it3_prior.from_output
     try:
         with trainable():
-            made = adapter(
+            made = kind(
                 module,
-                forward,
+                forward or host.predict_with,
                 to_label,
                 settings,
                 enters=_enters(host),
@@ -150,3 +160,113 @@ def owned(hook: Any, host: IT3Module) -> bool:
     """Whether a hook is that of a module's conditioning."""
     conditioning = getattr(host, "it3_conditioning", None)
     return isinstance(conditioning, Conditioning) and conditioning.owns(hook)
+
+
+_NEVER_ASKED = """A step of {name} never called self(...), so there was nothing to average.
+    wrong:  logits = self.net(x)
+    right:  logits = self(x)  # with def forward(self, x): return self.net(x)
+prediction='mean' averages what self(...) returns; 'first' and 'second' serve any step."""
+
+
+class BatchStep:
+    """Runs a step of scope ``"batch"``, or of no steps: its weights are in place meanwhile.
+
+    Args:
+        module: whose step runs.
+        host: the same, as what predicts with a prior.
+        adapter: puts the weights in place.
+        prediction: ``"first"``; ``"second"``: every forward of the step sees the first
+            prediction as its prior; ``"mean"``: ``self(...)`` returns the mean of both.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        host: IT3Module,
+        adapter: Adapter,
+        prediction: WhichPrediction,
+    ) -> None:
+        self.adapter = adapter
+        self._module = module
+        self._host = host
+        self._prediction = prediction
+
+    def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
+        """Adapt to the inputs and run the step."""
+        own = normal(inputs)
+        with ExitStack() as stack:
+            adaptation = stack.enter_context(self.adapter.adapted(own))
+            if self._prediction == "second":
+                stack.enter_context(self._host.it3_given(self._first(own)))
+            elif self._prediction == "mean":
+                stack.enter_context(averaged(self._module, self._host, self._first(own)))
+            return step(), adaptation
+
+    def _first(self, inputs: Any) -> Tensor:
+        """Return the first prediction, in label space."""
+        with torch.no_grad(), undisturbed_rng(), muted(self._module):
+            outputs = self._host.predict_with(inputs, None)
+            return self._host.it3_prior.from_output(outputs)
+
+
+@dataclass
+class _Asked:
+    """Calls of the module that have begun, and what the step gives by itself."""
+
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    priors: int = 0
+    answered: bool = False
+
+
+@contextmanager
+def averaged(module: LightningModule, host: IT3Module, prior: Tensor) -> Iterator[None]:
+    """Let calls of a module return the mean of both predictions within.
+
+    A call that the step gives a prior of its own returns what it always does. What the second pass
+    logs, counts or draws is not kept.
+
+    Args:
+        module: whose calls; hooks of its own see the mean.
+        host: the same, as what predicts with a prior.
+        prior: the first prediction, in label space.
+
+    Raises:
+        MisconfigurationException: the module was never called, or returned no tensor.
+    """
+    asked, own = _Asked([]), host.it3_given
+
+    @contextmanager
+    def given(theirs: Tensor | None) -> Iterator[None]:
+        asked.priors += 1
+        try:
+            with own(theirs):
+                yield
+        finally:
+            asked.priors -= 1
+
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        asked.calls.append(copied((args, kwargs)))  # the first pass may write into its inputs
+
+    def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        args, kwargs = asked.calls.pop()
+        asked.answered = True
+        if asked.priors:
+            return output
+        with (
+            own(prior),
+            undisturbed_rng(),
+            muted(module),
+            hooked_by(module, lambda hook: owned(hook, host)),
+        ):
+            second = module(*args, **kwargs)
+        return mean_prediction(host.it3_prior, output, second)
+
+    with ExitStack() as stack:
+        stack.callback(
+            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove
+        )
+        stack.callback(module.register_forward_hook(after, prepend=True, with_kwargs=True).remove)
+        stack.enter_context(patched(module, it3_given=given))
+        yield
+    if not asked.answered:
+        raise MisconfigurationException(_NEVER_ASKED.format(name=type(module).__name__))

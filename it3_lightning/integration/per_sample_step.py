@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from it3_lightning.engine import Adaptation, Settings, batch_size
+from it3_lightning.engine.passes import copied
 from it3_lightning.engine.restore import undisturbed_rng
-from it3_lightning.engine.trees import copied, taken
+from it3_lightning.engine.trees import taken
 from it3_lightning.engine.types import Answer, Plain
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import hooked_by, muted, patched
@@ -98,7 +99,13 @@ class PerSampleStep:
         self._names = {"step": step, "name": type(module).__name__}
         if module.forward == LightningModule.forward.__get__(module):
             raise MisconfigurationException(_NEVER_ASKED.format(**self._names))
-        self.adapter = adapter_of(module, host, settings, inputs_in=_inputs_in)
+        self.adapter = adapter_of(
+            module,
+            host,
+            settings,
+            forward=lambda call, prior: host.predict_with(_inputs_in(call), prior),
+            inputs_in=_inputs_in,
+        )
         self._module = module
         self._host = host
         self._prediction = prediction
@@ -220,9 +227,9 @@ class _Interception:
         self._answer = answer
         self._inputs = inputs
         self._forward = module.forward
-        self._given = host.it3_given
         self._mode: Literal["answer", "run", "probe"] = "answer"
-        self._hooks = ExitStack()  # lets no hook run on the step's own calls but the module's
+        self._listening = ExitStack()  # while the step asks
+        self._adapting: dict[str, nn.Module] = {}
         self._priors: list[Tensor | None] = []  # given by the step, innermost last
         self.answered: list[tuple[Any, Any, Adaptation]] = []
         self.ran: list[str] = []  # adapting layers that the step ran by itself
@@ -231,17 +238,16 @@ class _Interception:
     @contextmanager
     def listening(self, adapting: dict[str, nn.Module]) -> Iterator[None]:
         """Intercept calls within, and note the adapting layers that run without one."""
+        self._adapting = adapting
         forward = self.forward
         if "torch._dynamo" in sys.modules:  # a compiled step runs it as it is
             forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
-        with ExitStack() as stack:
-            for name, layer in adapting.items():
-                hook = layer.register_forward_pre_hook(self._note(name))
-                stack.callback(hook.remove)
-            stack.enter_context(patched(self._module, forward=forward, it3_given=self.given))
-            stack.callback(self._hooks.close)
-            self._keep_conditioning_out()
-            yield
+        with patched(self._module, forward=forward):
+            try:
+                self._listen()
+                yield
+            finally:
+                self._listening.close()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Answer a call; one that was answered before, with the same again."""
@@ -263,11 +269,7 @@ class _Interception:
 
     @contextmanager
     def given(self, prior: Tensor | None) -> Iterator[None]:
-        """Let the step's calls within be answered with a prior; pass on what the engine gives."""
-        if self._mode != "answer":
-            with self._given(prior):
-                yield
-            return
+        """Let the step's calls within be answered with a prior."""
         self._priors.append(prior)
         try:
             yield
@@ -287,25 +289,32 @@ class _Interception:
     @contextmanager
     def _mode_of(self, mode: Literal["run", "probe"]) -> Iterator[None]:
         before, self._mode = self._mode, mode
-        self._hooks.close()
+        self._listening.close()
         if mode == "probe":
             self._keep_conditioning_out()
         try:
             yield
         finally:
             self._mode = before
-            self._hooks.close()
+            self._listening.close()
             if before == "answer":
-                self._keep_conditioning_out()
+                self._listen()
+
+    def _listen(self) -> None:
+        """Take what the step gives as a prior, and note the adapting layers that it runs itself."""
+        self._listening.enter_context(patched(self._module, it3_given=self.given))
+        self._keep_conditioning_out()
+        for name, layer in self._adapting.items():
+            hook = layer.register_forward_pre_hook(self._note(name))
+            self._listening.callback(hook.remove)
 
     def _keep_conditioning_out(self) -> None:
         """Let hooks of the conditioning on the module itself not run: they come with the engine."""
-        self._hooks.enter_context(hooked_by(self._module, lambda h: not owned(h, self._host)))
+        self._listening.enter_context(hooked_by(self._module, lambda h: not owned(h, self._host)))
 
     def _note(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            if self._mode == "answer":
-                self.ran.append(name)
+            self.ran.append(name)
 
         return hook
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from it3_lightning.priors.prior import Neutral, Prior
-from it3_lightning.priors.probabilities import (
-    OutputKind,
-    both,
-    check_outputs,
-    floating,
-    is_single,
-    mean_outputs,
-    one_hot,
-    probabilities,
-)
+
+OutputKind = Literal["logits", "probabilities"]
 
 
 class ClassPrior(Prior):
@@ -95,3 +88,107 @@ class ClassPrior(Prior):
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         return {"num_classes": self.channels, "outputs": self.outputs, **super().init_args()}
+
+
+def one_hot(target: Tensor, classes: int) -> Tensor:
+    """Return class indices as one-hot vectors along dimension 1: ``(B, ...) -> (B, C, ...)``.
+
+    Raises:
+        ValueError: an index is out of range, or not a whole number.
+
+    >>> one_hot(torch.tensor([1]), 3)
+    tensor([[0., 1., 0.]])
+    """
+    indices = target.long()
+    if target.is_floating_point() and not torch.equal(indices.to(target.dtype), target):
+        raise ValueError(
+            f"Expected whole class indices in 0..{classes - 1}, got fractions in a target of "
+            f"shape {tuple(target.shape)}. Give whole numbers, or probabilities of shape (B, C)."
+        )
+    check_range(indices, 0, classes - 1, "Set num_classes to the labels' number of classes.")
+    return F.one_hot(indices, classes).movedim(-1, 1).to(torch.get_default_dtype())
+
+
+def probabilities(output: Tensor, classes: int, kind: OutputKind) -> Tensor:
+    """Return outputs as probabilities ``(B, C, ...)``; a single logit is that of class 1 of two.
+
+    Raises:
+        ValueError: the output has another number of channels.
+
+    >>> probabilities(torch.zeros(1), 2, "logits")
+    tensor([[0.5000, 0.5000]])
+    """
+    if classes == 2 and is_single(output):
+        one = output.reshape(-1, 1)
+        return both(one.sigmoid() if kind == "logits" else one)
+    if output.ndim < 2 or output.shape[1] != classes:
+        raise ValueError(
+            f"Expected an output of shape (B, {classes}, ...), got {tuple(output.shape)}. Give the "
+            "prior as many classes as the network has outputs."
+        )
+    return output.softmax(dim=1) if kind == "logits" else output
+
+
+def mean_outputs(first: Tensor, second: Tensor, kind: OutputKind, *, single: bool) -> Tensor:
+    r"""Return outputs of the mean of the probabilities of two outputs, in their shape.
+
+    Of logits :math:`z, z'` the logarithm :math:`\log \frac{1}{2}(p + p')`, itself logits of the
+    mean, computed without leaving the logarithms.
+
+    Args:
+        first: outputs.
+        second: outputs of the same shape.
+        kind: what they are.
+        single: whether an output is that of class 1 of two classes alone.
+
+    >>> first, second = torch.tensor([0.0]), torch.tensor([3.0]).log()
+    >>> mean_outputs(first, second, "logits", single=True).sigmoid()
+    tensor([0.6250])
+    """
+    if kind == "probabilities":
+        return (first + second) / 2
+    if not single:
+        return torch.logaddexp(first.log_softmax(1), second.log_softmax(1)) - math.log(2)
+    one = torch.logaddexp(F.logsigmoid(first), F.logsigmoid(second))
+    other = torch.logaddexp(F.logsigmoid(-first), F.logsigmoid(-second))
+    return one - other
+
+
+def floating(target: Tensor) -> Tensor:
+    """Return a target as floating numbers; one that has them is returned as it is."""
+    return target if target.is_floating_point() else target.to(torch.get_default_dtype())
+
+
+def is_single(values: Tensor) -> bool:
+    """Whether there is one value per sample: ``(B,)`` or ``(B, 1)``."""
+    return values.ndim == 1 or (values.ndim == 2 and values.shape[1] == 1)
+
+
+def both(one: Tensor) -> Tensor:
+    """Return the probabilities of both classes from that of class 1: ``(B, 1) -> (B, 2)``."""
+    return torch.cat([1 - one, one], dim=1)
+
+
+def check_range(values: Tensor, low: int, high: int, advice: str) -> None:
+    """Check that all values lie between two bounds.
+
+    Raises:
+        ValueError: one does not.
+    """
+    if values.numel() == 0:
+        return
+    smallest, largest = values.min().item(), values.max().item()
+    if smallest < low or largest > high:
+        raise ValueError(
+            f"Expected class indices in {low}..{high}, got {smallest:g} to {largest:g}. {advice}"
+        )
+
+
+def check_outputs(kind: str) -> None:
+    """Check the name of what a network puts out.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if kind not in ("logits", "probabilities"):
+        raise ValueError(f"Expected outputs 'logits' or 'probabilities', got {kind!r}.")

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from it3_lightning.priors.prior import Neutral, Prior
-from it3_lightning.priors.probabilities import (
+from it3_lightning.priors.classes import (
     OutputKind,
     both,
     check_outputs,
@@ -18,6 +17,7 @@ from it3_lightning.priors.probabilities import (
     one_hot,
     probabilities,
 )
+from it3_lightning.priors.prior import Neutral, Prior
 
 
 class MaskPrior(Prior):

@@ -29,6 +29,9 @@ class Prior(nn.Module, ABC):
         ValueError: ``channels`` is not positive or ``neutral`` is unknown.
     """
 
+    fitted: bool = True
+    """Whether the prior knows all it must know of the targets, so that no fit is needed."""
+
     def __init__(
         self, channels: int, *, neutral: Neutral, neutral_value: float, presence_flag: bool
     ) -> None:
@@ -92,11 +95,6 @@ class Prior(nn.Module, ABC):
 
     def fit(self, targets: Iterable[Tensor]) -> None:
         """Take from training targets what the prior must know of them; most need nothing."""
-
-    @property
-    def fitted(self) -> bool:
-        """Whether the prior knows all it must know of the targets, so that no fit is needed."""
-        return True
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments, for checkpoints and YAML."""

@@ -63,7 +63,7 @@ class ValuePrior(Prior):
             raise ValueError(f"Expected std > 0, got {std}.")
 
     @property
-    def fitted(self) -> bool:
+    def fitted(self) -> bool:  # type: ignore[override]
         """Whether mean and standard deviation are known."""
         return bool(self.mean.isfinite().all() and self.std.isfinite().all())
 

@@ -15,8 +15,8 @@ and :func:`disabled` turn all of them off.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from typing import Any, Protocol
@@ -62,11 +62,11 @@ class Cache(Protocol):
     def clear(self) -> None:
         """Forget the last inputs."""
 
-    def first_pass(self, inputs: Any, version: int) -> AbstractContextManager[None]:
-        """Take note of the first pass within, over these inputs by this version of the weights."""
+    def first(self, inputs: Any, version: int, run: Callable[[], Any]) -> Any:
+        """Run the first pass, over these inputs by this version of the weights; take note of it."""
 
-    def second_pass(self, inputs: Any, version: int | None) -> AbstractContextManager[None]:
-        """Answer what cannot differ in a pass within, by this version of the weights."""
+    def second(self, inputs: Any, version: int | None, run: Callable[[], Any]) -> Any:
+        """Run another pass over these inputs; answer what cannot differ by this version."""
 
 
 class NoCache:
@@ -77,13 +77,13 @@ class NoCache:
     def clear(self) -> None:
         """Do nothing."""
 
-    def first_pass(self, inputs: Any, version: int) -> AbstractContextManager[None]:
-        """Do nothing."""
-        return nullcontext()
+    def first(self, inputs: Any, version: int, run: Callable[[], Any]) -> Any:
+        """Run it."""
+        return run()
 
-    def second_pass(self, inputs: Any, version: int | None) -> AbstractContextManager[None]:
-        """Do nothing."""
-        return nullcontext()
+    def second(self, inputs: Any, version: int | None, run: Callable[[], Any]) -> Any:
+        """Run it."""
+        return run()
 
 
 def cache_of(module: nn.Module, enters: Enters) -> Cache:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -117,44 +116,33 @@ class ActivationCache:
         self._outputs: dict[nn.Module, _Output] = {}
         self._left: dict[nn.Module, _Output] = {}  # of them, those not answered in this pass
 
-    @contextmanager
-    def first_pass(self, inputs: Any, version: int) -> Iterator[None]:
-        """Keep what the first pass within puts out, over these inputs by this version."""
+    def first(self, inputs: Any, version: int, run: Callable[[], Any]) -> Any:
+        """Run the first pass, and keep what layers put out, over these inputs by this version."""
         leaves = tree_leaves(inputs)
         if inputs is self._inputs or not (_ordinary(leaves) and _in_evaluation(self._module)):
-            yield
-            return
+            return run()
         self.clear()
         key = tuple(map(_kind, leaves))
         wrapped = any(map(_is_wrapped, leaves))
         plan = self._plans.get(key)
         if plan is None and wrapped:  # inside torch.func, where nothing can be found out
-            yield
-            return
+            return run()
         before = None if wrapped else _outside(leaves)
-        if plan is None:
-            with self._found(key):
-                yield
-        elif plan:
-            with _patched(plan, self._keep):
-                yield
-        else:
-            yield
+        result = self._found(key, run) if plan is None else _run_patched(plan, self._keep, run)
         if before is not None and differ(before, _outside(leaves)):
             self._plans[key] = ()
             self._outputs = {}
         self._inputs, self._version = inputs, version
+        return result
 
-    @contextmanager
-    def second_pass(self, inputs: Any, version: int | None) -> Iterator[None]:
-        """Answer what was kept of a pass over these inputs by this version of the weights."""
+    def second(self, inputs: Any, version: int | None, run: Callable[[], Any]) -> Any:
+        """Run another pass, with what was kept of these inputs by this version."""
         known = self._outputs if inputs is self._inputs and version == self._version else {}
         self._left = {module: output for module, output in known.items() if output.intact}
         if not self._left:
-            yield
-            return
-        with _patched(list(self._left), partial(self._again, list(self._left)[-1])):
-            yield
+            return run()
+        again = partial(self._again, list(self._left)[-1])
+        return _run_patched(list(self._left), again, run)
 
     def _keep(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = own(*args, **kwargs)
@@ -177,14 +165,12 @@ class ActivationCache:
         self.hits += 1
         return output.again(copied=module is last)
 
-    @contextmanager
-    def _found(self, key: Any) -> Iterator[None]:
+    def _found(self, key: Any, run_pass: Callable[[], Any]) -> Any:
         """Find out, thoroughly and once, which modules can be reused for inputs of a kind."""
         run = _Run(self._entries, partial(noted, self._module))
         before, values = run.state(), _values(self._module)
         watched = [*self._reusable, *(e for e in self._entries if e not in self._reusable)]
-        with _patched(watched, partial(_watch, run)):
-            yield
+        result = _run_patched(watched, partial(_watch, run), run_pass)
         kept: dict[nn.Module, _Output] = {}
         same = all(map(torch.equal, values, _values(self._module)))
         if run.entered == set(self._entries) and same and not differ(before, run.state()):
@@ -192,6 +178,7 @@ class ActivationCache:
             kept = {m: out for m, out in once if out is not None and m in self._reusable}
         self._plans[key] = () if run.disturbed else tuple(kept)
         self._outputs = {} if run.disturbed else kept
+        return result
 
 
 def _watch(run: _Run, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -216,14 +203,15 @@ def _watch(run: _Run, module: nn.Module, own: Callable[..., Any], *args: Any, **
     return output
 
 
-@contextmanager
-def _patched(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Put ``forward(module, own forward, ...)`` in the place of each module's own."""
+def _run_patched(
+    modules: Iterable[nn.Module], forward: Callable[..., Any], run: Callable[[], Any]
+) -> Any:
+    """Run with ``forward(module, own forward, ...)`` in the place of each module's own."""
     patched = [m for m in modules if "forward" not in vars(m) and not _compiled(m)]
     for module in patched:
         vars(module)["forward"] = partial(forward, module, module.forward)
     try:
-        yield
+        return run()
     finally:
         for module in patched:
             vars(module).pop("forward", None)

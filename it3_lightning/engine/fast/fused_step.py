@@ -14,11 +14,6 @@ from it3_lightning.engine.optimizers import HALF, OnlyStep, Rule, full_precision
 CHUNK = 1 << 17  # elements worked on at once, so that they stay in the cache
 
 
-def only_step(rule: Rule, lr: float) -> FusedStep | None:
-    """Return the step of a rule, or ``None`` where it has no closed form."""
-    return None if rule.first_step is None else FusedStep(rule, lr)
-
-
 class FusedStep(OnlyStep):
     """The first step of a rule, straight from the backward pass to new weights.
 

@@ -19,8 +19,7 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from it3_lightning.engine.passes import FunctionalPasses, Network
-from it3_lightning.engine.restore import Site, sites_of
+from it3_lightning.engine.passes import FunctionalPasses, Network, Site, sites_of
 from it3_lightning.engine.trees import batch_size
 from it3_lightning.engine.types import SOURCE, SampleEvaluations
 from it3_lightning.methods.base import TestTimeMethod
@@ -362,13 +361,12 @@ class Layerwise:
     ) -> tuple[Tensor, SampleEvaluations]:
         """Return the samples' losses ``(B,)`` with the graph of activations."""
         layers = layers_of(self._sites)
-        with self._network.cache.first_pass(inputs, SOURCE), watched(layers, size, root, take):
-            outputs = self._network.run(inputs, None)
+        with watched(layers, size, root, take):
+            outputs = self._network.first(inputs, SOURCE)
         y0 = self._network.to_label(outputs)
         y1 = None
         if self._asks:
-            with self._network.cache.second_pass(inputs, SOURCE):
-                y1 = self._network.to_label(self._network.run(inputs, y0))
+            y1 = self._network.second(inputs, y0, None, SOURCE)
         losses, others = vmap(self._alone, in_dims=(0, None if y1 is None else 0))(y0, y1)
         return losses, SampleEvaluations(*(value.detach() for value in (outputs, *others, losses)))
 

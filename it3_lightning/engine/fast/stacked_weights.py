@@ -21,7 +21,7 @@ from it3_lightning.engine.optimizers import (
     full_precision,
     optimizer_factory,
 )
-from it3_lightning.engine.restore import all_finite
+from it3_lightning.engine.passes import all_finite
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.types import Weights
 
@@ -162,7 +162,7 @@ class Stacked:
         self._early: Weights = {}  # moved before all gradients are known
         self._sums: list[Tensor] = []
         self._settings = settings
-        self._size = size
+        self.size = size
         self._source: Weights = {name: p.detach() for name, p in parameters.items()}
         rule = settings.rule
         self._length = None if rule is None else rule.length
@@ -202,9 +202,9 @@ class Stacked:
         ):
             return False
         out = self._memory.get(name)
-        if out is None or len(out) < self._size or out.dtype != weights.dtype:
-            out = self._memory[name] = weights.new_empty(self._size, *weights.shape)
-        moved = self._early[name] = out[: self._size]
+        if out is None or len(out) < self.size or out.dtype != weights.dtype:
+            out = self._memory[name] = weights.new_empty(self.size, *weights.shape)
+        moved = self._early[name] = out[: self.size]
         rows, source = moved.flatten(2), weights.flatten(1)
         for sample, part, gradient in product.pieces():
             self._write(source[part], gradient, out=rows[sample, part])
@@ -262,21 +262,23 @@ class Stacked:
             moved[name] = torch.empty_like(gradient, dtype=source.dtype) if apart else gradient
             for rows, out in zip(*map(_in_pieces, (gradient, moved[name])), strict=True):
                 self._write(source, rows, out=out)
-            sums.append(_by_sample(full_precision(moved[name])))
+            sums.append(_by_sample(moved[name]))
         self.weights, self.dim = {name: moved[name] for name in self._source}, 0
         return torch.stack(sums).sum(0)
 
     def _write(self, weights: Tensor, gradients: Tensor, *, out: Tensor) -> None:
         """Write moved weights into ``out``, which may be the gradients, for one or several rows."""
         assert self._first_step is not None
-        given = [full_precision(weights)], [full_precision(gradients)]
+        given = [weights], [gradients]
+        if weights.dtype in HALF:
+            given = [weights.float()], [gradients.float()]
         out.copy_(self._first_step(*given, self._lr)[0])
 
     def _move(self, gradients: Weights) -> None:
         """Take a step of the optimizer; parameters without gradients have no influence."""
         if self._updater is None:
             stacked = {
-                name: nn.Parameter(_repeated(w, self._size)) for name, w in self._source.items()
+                name: nn.Parameter(_repeated(w, self.size)) for name, w in self._source.items()
             }
             self._updater = Updater(
                 list(stacked.values()), partial(optimizer_of_all, self._settings), None
@@ -293,9 +295,10 @@ class Stacked:
         """Return gradients as the optimizer is to see them."""
         if self._length is None:
             return self._clipped(gradients)
-        full = {name: full_precision(g) for name, g in gradients.items()}
+        half = any(w.dtype in HALF for w in self._source.values())
+        full = {n: full_precision(g) for n, g in gradients.items()} if half else gradients
         squares = torch.stack([_by_sample(g.square()) for g in full.values()]).sum(0)
-        own = [full_precision(w.detach()).square() for w in self.weights.values()]
+        own = [(w.detach().float() if half else w.detach()).square() for w in self.weights.values()]
         weights = torch.stack([_by_sample(w) if self.dim == 0 else w.sum() for w in own]).sum(0)
         scale = self._length(losses.to(squares), squares, weights.sqrt(), self._settings.moves[1])
         return {name: g * _like(scale, g) for name, g in full.items()}
@@ -330,8 +333,9 @@ def _repeated(weights: Tensor, size: int) -> Tensor:
 
 
 def _by_sample(values: Tensor) -> Tensor:
-    """Sum over everything but the samples: ``(B, ...) -> (B,)``."""
-    return values.flatten(1).sum(1) if values.ndim > 1 else values
+    """Sum over everything but the samples, in full precision: ``(B, ...) -> (B,)``."""
+    dtype = torch.float32 if values.dtype in HALF else None
+    return values.reshape(len(values), -1).sum(1, dtype=dtype)
 
 
 def _like(values: Tensor, other: Tensor) -> Tensor:
@@ -400,15 +404,13 @@ def bytes_kept(run: Callable[[], Any], module: nn.Module) -> int:
     128
     """
     own = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, _never):
         result = run()
     del result
-    return sum(kept.values())
+    storages = [tensor.untyped_storage() for tensor in kept]
+    return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
+
+
+def _never(_: Any) -> Any:
+    raise AssertionError("Nothing goes back through passes that are only measured.")

@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from it3_lightning.engine.fast.grad_sample import Gradient, Layerwise, Product
 from it3_lightning.engine.fast.stacked_weights import Compiled, Stacked, bytes_kept, samples_at_once
-from it3_lightning.engine.passes import FunctionalPasses, Network
-from it3_lightning.engine.restore import Sites
+from it3_lightning.engine.passes import FunctionalPasses, Network, Sites, copied
 from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.settings import Settings
-from it3_lightning.engine.trees import batch_size, batched, copied, joined, taken
+from it3_lightning.engine.trees import batch_size, joined, taken
 from it3_lightning.engine.types import REASONS, SOURCE, Answer, SampleEvaluations, Weights
+from it3_lightning.methods.base import Objective
 from it3_lightning.utils.graphs import graph_count
 
 _Result = TypeVar("_Result")
@@ -30,23 +30,29 @@ _Result = TypeVar("_Result")
 __all__ = ["Vectorised", "bytes_kept", "plain_attention", "samples_at_once"]
 
 
-def mapped(one: Callable[..., Any], dims: tuple[int | None, ...], *given: Any) -> Any:
+def mapped(one: Callable[..., Any], size: int, dims: tuple[int | None, ...], *given: Any) -> Any:
     """Call ``one`` for every sample of the last argument, a batch of one each.
 
     Args:
         one: takes the arguments, and returns tensors.
+        size: the number of samples.
         dims: of the samples in the arguments but the last; ``None``: all samples share it.
         given: the arguments; the last are inputs of a network, ``(B, ...)``.
 
     >>> import torch
-    >>> mapped(lambda scale, x: scale * x.sum(0), (None,), torch.tensor(2.0), torch.ones(3, 1))
+    >>> two = torch.tensor(2.0)
+    >>> mapped(lambda scale, x: scale * x.sum(0), 3, (None,), two, torch.ones(3, 1))
     tensor([[2.],
             [2.],
             [2.]])
     """
     *others, inputs = given
-    size = batch_size(inputs)
-    along = tree_map(lambda leaf: 0 if batched(leaf, size) else None, inputs)
+
+    def dimension(leaf: Any) -> int | None:
+        samples = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
+        return 0 if samples else None
+
+    along = tree_map(dimension, inputs)
 
     def with_batch(*arguments: Any) -> Any:
         *rest, sample = arguments
@@ -179,7 +185,7 @@ class Gradients:
 
     def first(self, stacked: Stacked, inputs: Any) -> tuple[Weights, SampleEvaluations]:
         """Return the gradients at the source, layer by layer where that is known to agree."""
-        if self._agreed > 1 or batch_size(inputs) <= self._agreed:  # one tells nothing of several
+        if self._agreed > 1 or stacked.size <= self._agreed:  # one tells nothing of several
             try:
                 return self._layer_by_layer(stacked, inputs)
             except Exception:  # torch.func is asked, and raises what is no fault of the rules
@@ -210,7 +216,7 @@ class Gradients:
     def _ask(self, inputs: Any, gradients: Weights, seen: SampleEvaluations) -> None:
         """Find out whether the gradients can be found layer by layer, from some that are known."""
         few = range(min(_FEW, len(seen.loss)))
-        if bool(seen.trouble().any()) or not bool(seen.moves[: len(few)].any()):
+        if bool(trouble_of(seen).any()) or not bool(seen.moves[: len(few)].any()):
             return  # another batch will tell
         network = self._network
         counts = network.forwards, network.cache.hits
@@ -232,7 +238,7 @@ class Gradients:
         step = self._compiled.get(cached) or partial(self._step, cached)
         given = (stacked.weights, stacked.dim), (stacked.anchor, stacked.anchor_dim)
         before = self._network.forwards
-        gradients, seen = step(*given, inputs)
+        gradients, seen = step(stacked.size, *given, inputs)
         if self._network.forwards == before:  # compiled: counted when it was traced
             self._network.forwards += self._passes.get(cached, 0)
         else:
@@ -242,6 +248,7 @@ class Gradients:
     def _step(
         self,
         cached: bool,
+        size: int,
         weights: tuple[Weights, int | None],
         anchor: tuple[Weights | None, int | None],
         inputs: Any,
@@ -255,32 +262,40 @@ class Gradients:
             return grad(loss, has_aux=True)(weights)
 
         dims = (weights[1], anchor[1])
-        gradients, seen = mapped(one, dims, weights[0], anchor[0], inputs)
+        gradients, seen = mapped(one, size, dims, weights[0], anchor[0], inputs)
         return gradients, seen
 
     def _loss(
         self, own: Weights, anchor: Weights | None, sample: Any, cached: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return one sample's loss, and what :class:`SampleEvaluations` holds of it."""
-        network = self._network
-        with self._sites.swapped(own):
-            with network.cache.first_pass(sample, SOURCE) if cached else nullcontext():
-                outputs = network.run(sample, None)
+        network, version = self._network, SOURCE if cached else None
 
-            def second(y0: Tensor) -> Tensor:
-                with (
-                    self._sites.swapped(own if anchor is None else anchor),
-                    network.cache.second_pass(sample, SOURCE) if cached else nullcontext(),
-                ):
-                    return network.to_label(network.run(sample, y0))
+        def second(y0: Tensor) -> Tensor:
+            return network.second(sample, y0, own if anchor is None else anchor, version)
 
+        def evaluated() -> tuple[Tensor, Objective]:
+            outputs = network.first(sample, SOURCE) if cached else network.run(sample, None)
             passes = FunctionalPasses(outputs, network.to_label(outputs), second)
-            objective = self._method.loss(passes)
+            return outputs, self._method.loss(passes)
+
+        outputs, objective = self._sites.run_with(own, evaluated)
         loss = objective.loss()
         if self._unused is None:
             self._unused = _without_influence(loss, own)
         seen = objective.measure[0], objective.reliable[0], objective.moves[0]
         return loss, tuple(value.detach() for value in (outputs[0], *seen, loss))
+
+
+def trouble_of(seen: SampleEvaluations) -> Tensor:
+    """Return ``(B,)`` on the CPU: 0, or the number of the reason not to go on.
+
+    >>> one = torch.ones(2)
+    >>> trouble_of(SampleEvaluations(torch.tensor([[1.0], [torch.nan]]), one, one, one, one))
+    tensor([0, 1])
+    """
+    output = ~seen.outputs.isfinite().flatten(1).all(1)
+    return torch.where(output, 1, 2 * ~seen.loss.isfinite()).cpu()
 
 
 def _without_influence(loss: Tensor, weights: Weights) -> frozenset[str]:
@@ -331,7 +346,8 @@ class Vectorised:
         Raises:
             Exception: whatever ``torch.func`` says of a network that cannot be vectorised.
         """
-        if any(graph_count(leaf) for leaf in tree_leaves(inputs)):
+        objects = [leaf for leaf in tree_leaves(inputs) if not isinstance(leaf, Tensor)]
+        if any(graph_count(leaf) for leaf in objects if leaf is not None):
             raise NotImplementedError("torch.func takes tensors, not batches of graphs.")
         if not self._method.vmappable:
             raise NotImplementedError(f"{type(self._method).__name__} asks for further passes")
@@ -356,7 +372,7 @@ class Vectorised:
             find = self._gradients.further if first else self._gradients.first
             gradients, seen = find(stacked, inputs)
             first = first or seen
-            failed = torch.where(active, seen.trouble(), failed)
+            failed = torch.where(active, trouble_of(seen), failed)
             active &= (failed == 0) & seen.moves.cpu()
             if active.any():
                 finite = stacked.step(gradients, active, seen.loss)
@@ -394,12 +410,11 @@ class Vectorised:
 
         def one(weights: Weights, sample: Any) -> Any:
             self._network.forwards += 1
-            with self._sites.swapped(weights):
-                outputs, answers = answer(copied(sample))
+            outputs, answers = self._sites.run_with(weights, lambda: answer(copied(sample)))
             return tree_map(without_batch, (outputs, () if answers is None else answers))
 
         given = stacked.weights, inputs
-        outputs, answers = mapped(self._graphless(one), (stacked.dim,), *given)
+        outputs, answers = mapped(self._graphless(one), stacked.size, (stacked.dim,), *given)
         return outputs, None if isinstance(answers, tuple) and not answers else answers
 
     def _answers_one_by_one(
@@ -407,10 +422,11 @@ class Vectorised:
     ) -> tuple[Tensor, Any]:
         """Do the same sample by sample."""
         parts = []
-        for row in range(batch_size(inputs)):
+        for row in range(len(next(iter(weights.values())))):
             self._network.forwards += 1
-            with self._sites.swapped({name: w[row] for name, w in weights.items()}):
-                parts.append(answer(copied(taken(inputs, range(row, row + 1)))))
+            own = {name: w[row] for name, w in weights.items()}
+            alone = copied(taken(inputs, range(row, row + 1)))
+            parts.append(self._sites.run_with(own, partial(answer, alone)))
         outputs, answers = joined(parts)
         return outputs, answers
 
@@ -419,8 +435,8 @@ class Vectorised:
 
         def one(weights: Weights, anchor: Weights | None, y0: Tensor, sample: Any) -> Any:
             def second(prior: Tensor) -> Tensor:
-                with self._sites.swapped(weights if anchor is None else anchor):
-                    return self._network.to_label(self._network.run(sample, prior))
+                own = weights if anchor is None else anchor
+                return self._network.second(sample, prior, own, None)
 
             alone = y0[None]
             passes = FunctionalPasses(alone, self._network.to_label(alone), second)
@@ -428,7 +444,7 @@ class Vectorised:
 
         dims = (stacked.dim, stacked.anchor_dim, 0)
         given = stacked.weights, stacked.anchor, outputs
-        measure: Tensor = mapped(self._graphless(one), dims, *given, inputs)
+        measure: Tensor = mapped(self._graphless(one), stacked.size, dims, *given, inputs)
         return measure
 
     def _graphless(self, one: Callable[..., Any]) -> Callable[..., Any]:
