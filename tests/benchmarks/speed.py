@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from costs import against_peer, alone, curves, tables
+from costs import against_peer, alone, curves, fast_paths, tables, under_trainer
 from costs.extent import FULL, QUICK, Extent
 from costs.items import Item, Job
 from costs.page import page
@@ -23,7 +23,7 @@ from it3_lightning.benchmark.run import threads
 
 def jobs(extent: Extent, device: torch.device) -> list[Job]:
     """Return all comparisons and curves."""
-    parts = against_peer, alone, curves
+    parts = against_peer, under_trainer, alone, fast_paths, curves
     return [job for part in parts for job in part.jobs(extent, device)]
 
 

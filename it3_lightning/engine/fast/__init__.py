@@ -7,8 +7,8 @@ and :func:`disabled` turn all of them off.
 =====================  ===========================================================================
 ``activation_cache``   layers before the prior are not run twice on the same inputs
 ``fused_step``         the only step of an episode, straight from the gradients to new weights
-``vmap``               all samples of a batch at once; ``stacked_weights`` has their weights,
-                       ``grad_sample`` finds their gradients layer by layer
+``vmap``               all samples of a batch at once; ``stacked_weights`` has their weights
+``grad_sample``        on the CPU, ``vmap`` finds their first gradients layer by layer
 =====================  ===========================================================================
 """
 
@@ -24,33 +24,42 @@ from typing import Any, Protocol
 from torch import nn
 
 from it3_lightning.engine.types import Enters
+from it3_lightning.utils.messages import unknown
 
-_ENABLED = ContextVar("enabled", default=os.environ.get("IT3_FAST", "1") != "0")
+_PATHS = ("activation_cache", "fused_step", "grad_sample", "vmap")
+_ALL_OFF = frozenset(_PATHS)
+_OFF = ContextVar("off", default=_ALL_OFF if os.environ.get("IT3_FAST") == "0" else frozenset())
 
 
-def enabled() -> bool:
-    """Return whether adapters that are made now may take fast paths."""
-    return _ENABLED.get()
+def enabled(name: str | None = None) -> bool:
+    """Return whether adapters that are made now may take a fast path, or any of them."""
+    return _OFF.get() < _ALL_OFF if name is None else name not in _OFF.get()
 
 
 @contextmanager
-def disabled() -> Iterator[None]:
-    """Let adapters that are made within take no fast path.
+def disabled(*names: str) -> Iterator[None]:
+    """Let adapters that are made within not take these fast paths; without names, none at all.
+
+    Raises:
+        ValueError: a name is unknown.
 
     >>> with disabled():
     ...     enabled()
     False
     """
-    token = _ENABLED.set(False)
+    for name in names:
+        if name not in _ALL_OFF:
+            raise ValueError(unknown("fast path", name, _PATHS))
+    token = _OFF.set(_OFF.get() | (frozenset(names) or _ALL_OFF))
     try:
         yield
     finally:
-        _ENABLED.reset(token)
+        _OFF.reset(token)
 
 
 def path(name: str) -> Any:
-    """Return the module of a fast path, or ``None`` where they are turned off."""
-    return import_module(f"{__name__}.{name}") if enabled() else None
+    """Return the module of a fast path, or ``None`` where it is turned off."""
+    return import_module(f"{__name__}.{name}") if enabled(name) else None
 
 
 class Cache(Protocol):

@@ -15,6 +15,7 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from it3_lightning.engine import fast
 from it3_lightning.engine.fast.grad_sample import Gradient, Layerwise, Product
 from it3_lightning.engine.fast.stacked_weights import Compiled, Stacked, bytes_kept, samples_at_once
 from it3_lightning.engine.passes import FunctionalPasses, Network, Sites, copied
@@ -175,7 +176,12 @@ class Gradients:
         self._method = settings.method
         self._layerwise = Layerwise(module, selected, network, settings.method)
         on_cpu = next(iter(selected.values())).device.type == "cpu"  # faster there, as measured
-        self._may_share = on_cpu and not settings.compile and settings.anchor != "live"
+        self._may_share = (
+            fast.enabled("grad_sample")
+            and on_cpu
+            and not settings.compile
+            and settings.anchor != "live"
+        )
         self._agreed = 0  # samples on which that is known to agree with torch.func
         self._compiled: dict[bool, Compiled] = {}
         if settings.compile:
