@@ -1,0 +1,121 @@
+"""Documents: what they name exists, their examples run, their commands are those that are run."""
+
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import grimp
+import pytest
+import yaml
+
+from it3_lightning.engine import OPTIMIZERS
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "RESULTS.md", "CONTRIBUTING.md")
+TOP = ("it3_lightning", "configs", "tests", "examples", ".ci")  # folders
+PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(map(re.escape, TOP))})/[\w./-]*")
+FILE = re.compile(r"`(\.?[\w-]+\.(?:md|toml|cff|yaml))`")  # at the top
+TEST = re.compile(r"`(test_\w+)`")
+CHECKS = ["ruff check .", "ruff format --check .", "mypy", "lint-imports"]
+TESTS = "python -m pytest -n auto"
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text(name), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_paths_in_documents_exist(name: str) -> None:
+    paths = {path.rstrip(".") for path in PATH.findall(text(name))}
+    paths |= set(FILE.findall(text(name))) - {"table.md", "tuning.md"}  # of a benchmark
+    assert paths
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_links_in_the_readme_lead_to_files() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text("README.md")) if ":" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_the_map_names_every_folder_of_the_package() -> None:
+    package = ROOT / "it3_lightning"
+    folders = {f"it3_lightning/{init.parent.name}/" for init in package.glob("*/__init__.py")}
+    for name in ("README.md", "CONTRIBUTING.md"):
+        assert folders - set(PATH.findall(text(name))) == set()
+
+
+def test_laws_name_tests_that_exist() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = TEST.findall(text("CONTRIBUTING.md"))
+    assert len(named) >= 11
+    assert [name for name in named if f"def {name}(" not in code] == []
+
+
+@pytest.mark.parametrize("index", range(len(blocks("CONTRIBUTING.md", "python"))))
+def test_examples_in_contributing_run(index: int, tmp_path: Path) -> None:
+    file = tmp_path / "example.py"
+    file.write_text(blocks("CONTRIBUTING.md", "python")[index])
+    with patch.dict(OPTIMIZERS):
+        defined: dict[str, Any] = runpy.run_path(str(file))
+    tests: list[Callable[[], None]] = [v for k, v in defined.items() if k.startswith("test_")]
+    for test in tests:
+        test()
+
+
+def test_checks_are_the_same_everywhere() -> None:
+    (commands,) = (block for block in blocks("CONTRIBUTING.md", "sh") if "mypy" in block)
+    assert commands.splitlines() == [*CHECKS, TESTS]
+    for command in (*CHECKS, TESTS):
+        assert f"\n.venv/bin/{command}\n" in text(".ci/run")
+    assert any(block.endswith(f".venv/bin/{TESTS}\n") for block in blocks("README.md", "sh"))
+
+
+def test_hooks_are_local_and_run_the_checks() -> None:
+    (repository,) = yaml.safe_load(text(".pre-commit-config.yaml"))["repos"]
+    assert repository["repo"] == "local"
+    assert [hook["entry"] for hook in repository["hooks"]] == CHECKS
+    assert {hook["language"] for hook in repository["hooks"]} == {"system"}
+    assert not any(hook["pass_filenames"] for hook in repository["hooks"])
+
+
+def test_the_citation_is_that_of_the_paper() -> None:
+    citation = yaml.safe_load(text("CITATION.cff"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    paper = citation["preferred-citation"]
+    names = [author["family-names"] for author in paper["authors"]]
+    assert names == ["Durasov", "Shocher", "Oner", "Chechik", "Efros", "Fua"]
+    assert (paper["title"], paper["year"]) == ("IT3: Idempotent Test-Time Training", 2025)
+    assert paper["identifiers"][0]["value"] == "arXiv:2410.04201"
+
+
+def test_imports_keep_their_contracts() -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from importlinter.cli import lint_imports_command as run; run()",
+    ]
+    found = subprocess.run(
+        [*command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "0 broken" in found.stdout
+
+
+def test_no_file_imports_the_folder_it_lies_in() -> None:
+    graph = grimp.build_graph("it3_lightning", cache_dir=None)
+    parents = {m: m.rpartition(".")[0] for m in graph.modules if "." in m}
+    circles = {m for m, p in parents.items() if p in graph.find_modules_directly_imported_by(m)}
+    public = {
+        m for m in graph.modules if "it3_lightning" in graph.find_modules_directly_imported_by(m)
+    }
+    assert circles | public == set()
