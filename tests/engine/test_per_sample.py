@@ -22,7 +22,7 @@ from it3_lightning.engine import Adaptation, SampleAdapter, Settings
 from it3_lightning.integration.batches import normal
 from it3_lightning.methods import Entropy, Idempotence, Objective
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
 BACKENDS = ("vectorised", "loop")
 
@@ -73,8 +73,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     path = tmp_path_factory.mktemp("alone") / "outputs.pt"
     subprocess.run(
         [sys.executable, "-m", "helpers.alone_run", str(path)],
-        cwd=HERE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))},
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))},
         check=True,
         timeout=120,
         capture_output=True,
