@@ -1,15 +1,22 @@
-"""The step as long as the distance asks for, against plain torch: batches, samples, streams."""
+"""Optimizers against plain torch: Polyak's rule, float32 masters, rules from outside."""
 
 import copy
 from typing import Any, TypeVar
 
 import pytest
 import torch
-from helpers.modules import Conditioned, drawn, images, takes_prior, toy
-from helpers.reference import softmax_label
+from helpers.adapters import PUBLISHED, results
+from helpers.modules import (
+    Conditioned,
+    Scale,
+    drawn,
+    images,
+    takes_prior,
+    toy,
+)
+from helpers.reference import forward_predict, softmax_label
 from torch import Tensor, nn
 
-from it3_lightning import IT3TestTimeCallback
 from it3_lightning.engine import Adaptation, BatchAdapter, SampleAdapter, Settings
 from it3_lightning.methods import Idempotence, Objective, SecondPass
 
@@ -34,7 +41,7 @@ def settings(**given: Any) -> Settings:
     return Settings(**{**published, **given})
 
 
-def adapted(net: nn.Module, x: Tensor, **given: Any) -> Adaptation:
+def by_polyak(net: nn.Module, x: Tensor, **given: Any) -> Adaptation:
     kind: Any = SampleAdapter if given.get("scope") == "sample" else BatchAdapter
     made = kind(net, takes_prior(net), softmax_label, settings(**given))
     with made.adapted(x) as adaptation:
@@ -77,7 +84,7 @@ class Views(nn.Module):
 
 def test_gradients_that_share_memory_move_each_weight_by_its_own() -> None:
     net, x = drawn(Conditioned(Views())), images()
-    expected, adaptation = by_hand(net, x), adapted(net, x)
+    expected, adaptation = by_hand(net, x), by_polyak(net, x)
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(adaptation.weights[name], parameter.detach(), rtol=0, atol=1e-12)
 
@@ -85,8 +92,8 @@ def test_gradients_that_share_memory_move_each_weight_by_its_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_samples_of_a_network_in_half_precision_are_vectorised(dtype: torch.dtype) -> None:
     net, x = toy().to(dtype), images().to(dtype)
-    found = adapted(net, x, scope="sample", backend="vectorised")  # a warning would be an error
-    expected = adapted(net, x, scope="sample", backend="loop")
+    found = by_polyak(net, x, scope="sample", backend="vectorised")  # a warning would be an error
+    expected = by_polyak(net, x, scope="sample", backend="loop")
     assert found.outputs is not None
     assert found.outputs.dtype == dtype
     torch.testing.assert_close(found.outputs, expected.outputs, rtol=0, atol=0.05)
@@ -97,7 +104,7 @@ def test_samples_of_a_network_in_half_precision_are_vectorised(dtype: torch.dtyp
 def test_a_step_is_that_of_the_formula(share: float, steps: int) -> None:
     net, x = toy(), images()
     expected = by_hand(net, x, share=share, steps=steps)
-    adaptation = adapted(net, x, lr=share, steps=steps)
+    adaptation = by_polyak(net, x, lr=share, steps=steps)
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(adaptation.weights[name], parameter.detach(), rtol=0, atol=1e-12)
     assert adaptation.distance_source is not None
@@ -106,7 +113,7 @@ def test_a_step_is_that_of_the_formula(share: float, steps: int) -> None:
 
 
 def test_a_short_step_takes_its_share_of_the_distance_away() -> None:
-    adaptation = adapted(toy(), images(), lr=0.01)
+    adaptation = by_polyak(toy(), images(), lr=0.01)
     assert adaptation.distance_source is not None
     assert adaptation.distance_adapted is not None
     left = adaptation.distance_adapted.mean() / adaptation.distance_source.mean()
@@ -116,7 +123,7 @@ def test_a_short_step_takes_its_share_of_the_distance_away() -> None:
 @pytest.mark.parametrize("scope", ["batch", "sample"])
 def test_the_units_of_the_distance_do_not_matter(scope: str) -> None:
     net, x = toy(), images()
-    one, other = (adapted(net, x, scope=scope, objective=Scaled(f)) for f in (1.0, 1e4))
+    one, other = (by_polyak(net, x, scope=scope, objective=Scaled(f)) for f in (1.0, 1e4))
     torch.testing.assert_close(one.outputs, other.outputs, rtol=0, atol=1e-10)
     assert one.outputs is not None
     assert one.source_outputs is not None
@@ -125,7 +132,7 @@ def test_the_units_of_the_distance_do_not_matter(scope: str) -> None:
 
 @pytest.mark.parametrize("scope", ["batch", "sample"])
 def test_no_distance_is_no_step(scope: str) -> None:
-    adaptation = adapted(toy(), images(), scope=scope, objective=Scaled(0.0))
+    adaptation = by_polyak(toy(), images(), scope=scope, objective=Scaled(0.0))
     assert adaptation.outputs is not None
     assert adaptation.source_outputs is not None
     torch.testing.assert_close(adaptation.outputs, adaptation.source_outputs, rtol=0, atol=1e-15)
@@ -137,7 +144,7 @@ def test_no_distance_is_no_step(scope: str) -> None:
 def test_each_sample_has_the_step_it_has_alone(backend: str, steps: int) -> None:
     net, x = toy(), images()
     alone = [by_hand(net, one[None], steps=steps)(one[None], None).detach() for one in x]
-    adaptation = adapted(net, x, scope="sample", backend=backend, steps=steps)
+    adaptation = by_polyak(net, x, scope="sample", backend=backend, steps=steps)
     torch.testing.assert_close(adaptation.outputs, torch.cat(alone), rtol=0, atol=1e-9)
 
 
@@ -153,33 +160,74 @@ def test_weights_are_carried_along_a_stream() -> None:
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("given", "moves"),
-    [
-        ({}, ("polyak", 0.5)),
-        ({"lr": 1e-3}, ("adam", 1e-3)),
-        ({"optimizer": "polyak", "lr": 1.0}, ("polyak", 1.0)),
-        ({"optimizer": "sgd"}, ("sgd", 1e-4)),
-        ({"grad_clip": 1.0}, ("adam", 1e-4)),
-        ({"objective": Idempotence("js", balance=0.3)}, ("adam", 1e-4)),
-    ],
-)
-def test_it_is_the_default_where_no_learning_rate_is_given(
-    given: dict[str, Any], moves: tuple[str, float]
-) -> None:
-    assert Settings(**given).moves == moves
-    assert IT3TestTimeCallback(**given).settings.moves == moves
+# Half precision moves through float32 masters
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"lr": 1e-4}, r"share of the distance in \[0.01, 2\], .* got 0.0001"),
-        ({"lr": 1e-3}, "share of the distance in .* got 0.001"),
-        ({"grad_clip": 1.0}, "Leave out grad_clip"),
-        ({"objective": Idempotence("js", balance=0.3)}, "cannot fall below 0"),
-    ],
-)
-def test_what_does_not_go_with_it_is_refused(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        settings(**given)
+class Half(nn.Module):
+    """``w x`` in half precision, with an anchor that halves."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=dtype))
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        return self.w * x if prior is None else prior / 2
+
+
+def half_loop(source: Tensor, batches: list[Tensor], steps: int, lr: float) -> Tensor:
+    """Descend on ``mean (w x / 2)^2`` with a float32 master behind rounded weights."""
+    master = source.float()
+    optimizer = torch.optim.Adam([master], lr=lr)
+    for x in batches:
+        for _ in range(steps):
+            w = master.detach().to(source.dtype).requires_grad_()
+            y0 = w * x
+            loss = (y0 - y0 / 2).square().sum(1).mean()
+            master.grad = torch.autograd.grad(loss, w)[0].float()
+            optimizer.step()
+    return master.detach().to(source.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_moves_through_float32_masters(dtype: torch.dtype) -> None:
+    net, batches = Half(dtype), [torch.ones(4, 2, dtype=dtype)] * 3
+    lr = 1e-4  # below half a unit in the last place, so that no single step is seen
+    settings = Settings(objective=PUBLISHED, steps=40, lr=lr, reset="never", measure=False)
+    adapter = BatchAdapter(net, takes_prior(net), lambda y: y, settings)
+    for count in (1, 2, 3):
+        with adapter.adapted(batches[0]):
+            found = net.w.detach().clone()
+        assert torch.equal(found, half_loop(net.w.detach(), batches[:count], 40, lr))
+    assert not torch.equal(found, net.w)
+
+
+def test_masters_survive_a_bad_batch() -> None:
+    net, good = Half(torch.bfloat16), torch.ones(4, 2, dtype=torch.bfloat16)
+    settings = Settings(objective=PUBLISHED, steps=15, lr=1e-4, reset="never", anchor="ema")
+
+    def run(batches: list[Tensor]) -> Tensor:
+        def distance(p: Tensor, q: Tensor) -> Tensor:
+            return (p - q).square().sum(1) * (torch.inf if len(p) == 3 else 1)
+
+        given = Settings(**{**vars(settings), "objective": Idempotence(distance, None)})
+        adapter = BatchAdapter(net, takes_prior(net), lambda y: y, given)
+        return results(adapter, batches)[-1].weights["w"].clone()
+
+    assert torch.equal(run([good, good[:3], good, good[:3], good]), run([good, good, good]))
+
+
+def test_ema_anchor_of_half_precision_moves_in_float32() -> None:
+    net, anchors = Scale().to(torch.bfloat16), []
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        if prior is not None:
+            anchors.append(net.w.item())
+        return forward_predict(net, x, prior)
+
+    settings = Settings(
+        objective=PUBLISHED, steps=300, lr=1e-3, anchor="ema", ema_decay=0.999, measure=False
+    )
+    x = torch.ones(2, 1, dtype=torch.bfloat16)
+    results(BatchAdapter(net, forward, lambda y: y, settings), [x])
+    assert anchors[0] == 2.0
+    assert anchors[-1] > 2.01

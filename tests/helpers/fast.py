@@ -1,0 +1,7 @@
+"""Tests that need the fast paths, where these are turned off."""
+
+import pytest
+
+from it3_lightning.engine import fast
+
+needs_fast_paths = pytest.mark.skipif(not fast.enabled(), reason="fast paths are turned off")
