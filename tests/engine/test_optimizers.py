@@ -1,11 +1,13 @@
 """Optimizers against plain torch: Polyak's rule, float32 masters, rules from outside."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import pytest
 import torch
-from helpers.adapters import PUBLISHED, results
+from helpers import reference
+from helpers.adapters import PUBLISHED, WAYS, any_adapter, assert_is_reference, backend_of, results
 from helpers.modules import (
     Conditioned,
     Scale,
@@ -14,10 +16,19 @@ from helpers.modules import (
     takes_prior,
     toy,
 )
-from helpers.reference import forward_predict, softmax_label
+from helpers.reference import adapt_stream, forward_predict, softmax_label
+from helpers.zoo import singles
 from torch import Tensor, nn
 
-from it3_lightning.engine import Adaptation, BatchAdapter, SampleAdapter, Settings
+from it3_lightning.engine import (
+    OPTIMIZERS,
+    Adaptation,
+    BatchAdapter,
+    Rule,
+    SampleAdapter,
+    Settings,
+    fast,
+)
 from it3_lightning.methods import Idempotence, Objective, SecondPass
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -231,3 +242,82 @@ def test_ema_anchor_of_half_precision_moves_in_float32() -> None:
     results(BatchAdapter(net, forward, lambda y: y, settings), [x])
     assert anchors[0] == 2.0
     assert anchors[-1] > 2.01
+
+
+# Rules that are added from outside
+
+
+class Softened(torch.optim.Optimizer):
+    """Like Lion, with a soft sign: of a mean of gradients that it keeps."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                    mixed = 0.9 * mean + 0.1 * p.grad
+                    p -= group["lr"] * mixed / (mixed.abs() + 1e-3)
+                    mean.mul_(0.99).add_(p.grad, alpha=0.01)
+
+
+def softened_step(weights: list[Tensor], gradients: list[Tensor], lr: float) -> list[Tensor]:
+    mixed = [0.1 * gradient for gradient in gradients]
+    return [w - lr * m / (m.abs() + 1e-3) for w, m in zip(weights, mixed, strict=True)]
+
+
+def momentum(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+RULES: dict[str, Rule] = {
+    "closed first step": Rule(Softened, softened_step, 2),
+    "factory of torch": Rule(momentum, moments=1),
+    "factory": Rule(Softened, moments=2),
+    "elementwise": Rule(Softened, moments=2, elementwise=True),
+    "elementwise with a closed first step": Rule(Softened, softened_step, 2, elementwise=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", RULES)
+def test_a_rule_from_outside_moves_the_weights_as_its_optimizer_does(
+    kind: str, steps: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, net, x = RULES[kind], toy(), images(4)
+    given: dict[str, Any] = {"optimizer": "outside", "lr": 0.02, "steps": steps}
+
+    def answer(inputs: Tensor) -> tuple[Tensor, Any]:
+        weights = {name: weight[None] + 0 for name, weight in net.named_parameters()}
+        return forward_predict(net, inputs, None), weights
+
+    # one step in closed form needs no optimizer, whose class is not known
+    mixes = not rule.elementwise and rule.factory is Softened and (steps > 1 or not rule.first_step)
+    warns = way == "vectorised" and fast.enabled() and mixes
+    with monkeypatch.context() as patch:
+        patch.setitem(OPTIMIZERS, "outside", rule)
+        patch.setitem(reference.OPTIMIZERS, "outside", rule.factory)
+        expecting: Any = pytest.warns(UserWarning, match="may mix") if warns else nullcontext()
+        adapter = any_adapter(net, way, **given)
+        with expecting, adapter.adapted(x, answer) as found:
+            pass
+        records = adapt_stream(
+            net,
+            [x] if way == "batch" else singles(x),
+            predict=forward_predict,
+            to_label=softmax_label,
+            **given,
+        )
+    if way != "batch":
+        assert backend_of(adapter) == (way if fast.enabled() and not mixes else "loop")
+    assert_is_reference(found, records, 1e-10)
+    for name, weight in found.answers.items():
+        expected = torch.stack([record.weights[name] for record in records])
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-10)
+        assert name.startswith("embed") or not torch.equal(weight[0], net.get_parameter(name))
+    with pytest.raises(ValueError, match="Unknown optimizer 'outside'"):
+        Settings(**given)

@@ -75,7 +75,7 @@ def equal(a: Tensor | None, b: Tensor | None, atol: float = 0.0) -> bool:
 
 
 def told(layer: nn.Module, name: str, log: Log) -> nn.Module:
-    """Let a layer write its name into a log, out of the sight of the record, when it runs."""
+    """Let a layer write its name into a log, out of the sight of the cache, when it runs."""
     kind: Any = type(layer)
 
     class Told(kind):  # type: ignore[misc]

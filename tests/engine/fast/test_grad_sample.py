@@ -346,7 +346,8 @@ def test_a_failure_on_a_later_batch_is_left_to_torch_func(
     spy: Spy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, inputs = toy(), images(5)
-    made = Settings(scope="sample", objective=Idempotence("l2", None), lr=0.01)
+    given: Any = {"backend": "vectorised", "objective": Idempotence("l2", None), "lr": 0.01}
+    made = Settings(scope="sample", **given)
     adapter = SampleAdapter(net, takes_prior(net), softmax_label, made)
     with adapter.adapted(inputs):
         pass
