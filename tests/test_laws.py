@@ -28,6 +28,7 @@ from helpers.adapters import (
     results,
     sample_adapter,
 )
+from helpers.fast import taken
 from helpers.faults import BATCH_FAULTS, SAMPLE_FAULTS, BadBatch, BadSample
 from helpers.modules import (
     Conditioned,
@@ -217,15 +218,15 @@ def test_checkpoint_written_during_test_holds_the_source_weights(tmp_path: Path)
 
     class InTheStep(IT3Net):
         def test_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-            adapted.append(self.net.head.weight.detach().clone())
+            inside.append(self.net.head.weight.detach().clone())
             self(batch[0])
 
-    adapted: list[Tensor] = []
+    inside: list[Tensor] = []
     model = seeded(InTheStep(**parts()))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     adapts = IT3TestTimeCallback(objective=Idempotence(reliability=None), lr=0.1, reset="never")
     quiet(callbacks=[adapts, Writes()]).test(model, loader(), verbose=False)
-    assert not any(torch.equal(weight, before["net.head.weight"]) for weight in adapted)
+    assert not any(torch.equal(weight, before["net.head.weight"]) for weight in inside)
     for index in range(3):
         state = torch.load(tmp_path / f"{index}.ckpt", weights_only=True)["state_dict"]
         assert [name for name, value in before.items() if not torch.equal(state[name], value)] == []
@@ -478,7 +479,7 @@ def joined(adapter: SampleAdapter, batches: list[Any]) -> Tensor:
 )
 def test_a_sample_does_not_depend_on_batch_order_or_chunk(kind: str, backend: str) -> None:
     net, inputs = KINDS[kind].build(), KINDS[kind].batch(6)
-    settings = {"steps": 2, "backend": backend}
+    settings: dict[str, Any] = {"steps": 2, "backend": backend}
     expected = joined(sample_adapter(net, **settings), [inputs])
     order = [3, 1, 5, 0, 4, 2]
     parts = [[3, 1], [5], [0, 4, 2]]
@@ -773,7 +774,7 @@ def test_a_bad_sample_gets_the_source_and_does_not_touch_the_others(
         fault = BadSample(kind)
         adapter = sample_steps(fault.net, fault.forward, backend=backend, gate=gate, steps=1)
         adaptation = adapted(adapter, fault.batch(bad))
-        assert backend_of(adapter) == backend
+        assert backend_of(adapter) == taken(backend)
         return adaptation
 
     bad, good = run(2), run(None)
@@ -928,7 +929,7 @@ def test_a_batch_unlike_the_first_one_is_looped() -> None:
 
     adapter = sample_steps(net, forward)
     adapted(adapter, images())
-    assert backend_of(adapter) == "vectorised"
+    assert backend_of(adapter) == taken("vectorised")
     larger = torch.nn.functional.pad(images(), (0, 1, 0, 1))
     with pytest.warns(UserWarning, match=r"cannot be vectorised.*item\(\)"):
         found = adapted(adapter, larger)

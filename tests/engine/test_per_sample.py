@@ -22,6 +22,7 @@ from helpers.adapters import (
     sample_adapter,
 )
 from helpers.alone_run import DTYPES, STEPS, settings
+from helpers.fast import taken
 from helpers.modules import bits, changed, images, same, takes_prior, toy
 from helpers.reference import OPTIMIZERS, adapt_stream, forward_predict, softmax_label
 from helpers.zoo import KINDS, RESNET, Kind
@@ -63,7 +64,7 @@ def assert_is_alone(
     for backend in BACKENDS:
         adapter = sample_adapter(net, enters=kind.enters, **settings(steps), backend=backend)
         adaptation = adapted(adapter, inputs)
-        assert backend_of(adapter) == backend
+        assert backend_of(adapter) == taken(backend)
         assert_is_reference(adaptation, records, atol or CLOSE[dtype])
         assert_close(adaptation.outputs, alone, atol or CLOSE[dtype])
         assert adaptation.cache_hits > 0  # of the passes, the part before the prior is known
@@ -109,7 +110,7 @@ def assert_agrees_with_the_reference(
 ) -> Adaptation:
     net, inputs = toy(), images(5)
     adapting, predicate = SELECTIONS[others.pop("selection", "all")]
-    common = {"lr": 0.02, "steps": steps, "anchor": anchor, "ema_decay": 0.7}
+    common: dict[str, Any] = {"lr": 0.02, "steps": steps, "anchor": anchor, "ema_decay": 0.7}
     clip = others.pop("grad_clip", None)
     terms = {"distance": others.get("distance", "l2"), "sharpen": others.get("sharpen", 0.0)}
     reliability = others.get("reliability")
@@ -131,7 +132,7 @@ def assert_agrees_with_the_reference(
             backend=backend,
         )
         adaptation = adapted(adapter, inputs)
-        assert backend_of(adapter) == backend
+        assert backend_of(adapter) == taken(backend)
         assert_is_reference(adaptation, records, 1e-10)
     return adaptation
 
@@ -163,7 +164,12 @@ def test_weights_without_influence_do_not_decay_in_either_backend(decay: str) ->
         return torch.optim.SGD(parameters, lr=0.5, weight_decay=0.1)
 
     def run(backend: str) -> Tensor | None:
-        settings = {"anchor": "ema", "ema_decay": 0.0, "steps": 3, "optimizer": factory}
+        settings: dict[str, Any] = {
+            "anchor": "ema",
+            "ema_decay": 0.0,
+            "steps": 3,
+            "optimizer": factory,
+        }
         return adapted(sample_adapter(net, backend=backend, **settings), inputs).outputs
 
     expected = run("loop")
@@ -187,7 +193,7 @@ def test_samples_that_are_or_become_unreliable_stand_still(anchor: str) -> None:
         )
         outputs = adapted(adapter, images(12)).outputs
         assert outputs is not None
-        assert backend_of(adapter) == backend
+        assert backend_of(adapter) == taken(backend)
         return outputs
 
     source = forward_predict(toy(), images(12), None)
@@ -257,12 +263,12 @@ def test_gradients_that_share_memory_move_each_weight_once(optimizer: str, steps
             return out if prior is None else out + prior
 
     net, inputs = Sum().double(), images(4)
-    given = {"lr": 0.1, "optimizer": optimizer, "steps": steps}
+    given: dict[str, Any] = {"lr": 0.1, "optimizer": optimizer, "steps": steps}
     records = by_reference(net, inputs, **given)
     for backend in BACKENDS:
         adapter = sample_adapter(net, **given, backend=backend)
         assert_is_reference(adapted(adapter, inputs), records, 1e-10)
-        assert backend_of(adapter) == backend
+        assert backend_of(adapter) == taken(backend)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -281,7 +287,7 @@ def test_gradients_may_lie_in_memory_in_any_way(steps: int) -> None:
 
 def test_entropy_takes_one_pass_a_step_in_both_backends() -> None:
     net, inputs = toy(), images(4)
-    settings = {"objective": Entropy(), "steps": 3}
+    settings: dict[str, Any] = {"objective": Entropy(), "steps": 3}
     loop = adapted(sample_adapter(net, backend="loop", **settings), inputs)
     at_once = adapted(sample_adapter(net, **settings), inputs)
     assert loop.outputs is not None
@@ -294,7 +300,7 @@ def test_entropy_takes_one_pass_a_step_in_both_backends() -> None:
 def test_passes_are_counted(measure: bool) -> None:
     net, inputs = toy(), images(4)
     for backend, samples in (("loop", 4), ("vectorised", 1)):
-        settings = {"steps": 3, "measure": measure, "backend": backend}
+        settings: dict[str, Any] = {"steps": 3, "measure": measure, "backend": backend}
         adaptation = adapted(sample_adapter(net, **settings), inputs)
         assert adaptation.forwards == samples * (2 * 3 + 1 + measure)
         assert adaptation.backwards == samples * 3
@@ -419,7 +425,7 @@ def test_a_network_that_writes_into_its_inputs_spoils_no_pass(
     found = adapted(adapter, inputs)
     assert torch.equal(inputs, images(4))
     if backend != "auto":
-        assert backend_of(adapter) == backend
+        assert backend_of(adapter) == taken(backend)
     expected = adapted(two_steps(toy()), 1.5 * inputs)
     for name in ("outputs", "source_outputs", "distance_source", "distance_adapted"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
@@ -504,7 +510,7 @@ def test_autocast_gives_the_networks_own_data_type_in_both_backends(kind: str) -
             adapter = two_steps(net, lr=1e-3, backend=backend)
             found = adapted(adapter, inputs, answer)
             adapted(adapter, inputs, lambda x: (forward_predict(net, x, None), None))
-            assert backend_of(adapter) == backend
+            assert backend_of(adapter) == taken(backend)
             assert found.outputs is not None
             assert found.source_outputs is not None
             assert found.outputs.dtype == found.source_outputs.dtype == torch.bfloat16
@@ -543,7 +549,7 @@ def test_a_batch_of_bad_samples_gets_the_source(steps: int) -> None:
         later = adapted(adapter, images(3))
         expected = adapted(two_steps(toy()), images(3))
         torch.testing.assert_close(later.outputs, expected.outputs)
-        assert backend_of(adapter) == "vectorised"
+        assert backend_of(adapter) == taken("vectorised")
 
 
 @pytest.mark.parametrize("measure", [True, False])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapters import any_adapter, backend_of
-from helpers.fast import needs_fast_paths
+from helpers.fast import needs_fast_paths, taken
 from helpers.reference import forward_predict
 from helpers.zoo import KINDS, rows
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def run(kind: str, way: str, given: dict[str, Any]) -> list[tuple[Adaptation, di
         with adapter.adapted(batch, answer) as adaptation:
             found.append((adaptation, adaptation.answers))
     if way != "batch":
-        assert backend_of(adapter) == (way if fast.enabled() else "loop")
+        assert backend_of(adapter) == taken(way)
     return found
 
 
