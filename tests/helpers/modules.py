@@ -137,3 +137,67 @@ def _bytes(tensor: Tensor) -> bytes:
         .numpy()
         .tobytes()
     )
+
+
+class Scale(nn.Module):
+    """``w x + v p``: with the anchor at (W, V) the distance is ``(w x - W x - V w x)^2``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        """Return `(B, 1)`."""
+        out: Tensor = self.w * x
+        return out if prior is None else out + self.v * prior
+
+
+class Restless(nn.Module):
+    """Does in its forward all that a network may leave behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = toy()
+        self.dropout = nn.Dropout(0.5).train()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("last", torch.zeros(1), persistent=False)
+        self.register_buffer("empty", None)
+        self.seen: Tensor | None = None
+        self.gone = "to be removed"
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        """Return logits `(B, 3)`."""
+        assert isinstance(self.calls, Tensor)
+        self.calls += 1
+        self.last = torch.rand(1)
+        self.empty = torch.ones(1)
+        self.register_buffer("late", torch.ones(1))
+        logits: Tensor = self.net(x, prior)
+        self.seen = logits
+        self.extra = [logits]
+        self.dropout.training = not self.dropout.training
+        if hasattr(self, "gone"):
+            del self.gone
+        return logits
+
+
+def in_use(net: nn.Module) -> nn.Module:
+    """Give a network gradients of former training, and parameters that need none."""
+    for index, parameter in enumerate(net.parameters()):
+        parameter.grad = torch.full_like(parameter, index) if index % 2 else None
+        parameter.requires_grad_(index % 3 > 0)
+    return net
+
+
+def restless() -> Restless:
+    """Make one in use."""
+    net = in_use(Restless())
+    assert isinstance(net, Restless)
+    return net
+
+
+def predictions(*shape: int, seed: int = 0) -> Tensor:
+    """Draw probabilities, of classes along dimension 1."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return logits.softmax(1)

@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.modules import predictions
+from helpers.reference import entropy_objective
 from helpers.toy import IT3Net, LitNet, differing, everything, loader, parts, quiet, samples, seeded
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from it3_lightning import Tent, TestTimeCallback
+from it3_lightning.methods import Entropy
 
 
 def by_hand(module: LitNet, batches: list[Tensor], lr: float) -> list[Tensor]:
@@ -100,3 +103,18 @@ def test_probabilities_are_taken_as_they_are() -> None:
         quiet(callbacks=[callback]).predict(module, loader(8))
         found.append(callback.summary.distance_source)
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("reliability", [None, 0.6])
+@pytest.mark.parametrize("balance", [0.0, 0.3])
+def test_entropy_equals_the_reference_and_asks_for_no_second_pass(
+    reliability: float | None, balance: float
+) -> None:
+    p0 = predictions(40, 3)
+
+    def refuse(_: Tensor) -> Tensor:
+        raise AssertionError
+
+    found = Entropy(reliability, balance)(p0, refuse)
+    expected = entropy_objective(p0, reliability, balance)
+    torch.testing.assert_close(found.loss(), expected, rtol=0, atol=1e-12)

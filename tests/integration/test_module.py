@@ -13,9 +13,7 @@ from it3_lightning import (
     ClassPrior,
     DualPass,
     FeatureInjection,
-    Idempotence,
     IT3Mixin,
-    IT3TestTimeCallback,
 )
 
 
@@ -213,35 +211,3 @@ class Reseeds(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         torch.manual_seed(trainer.global_step)
-
-
-# At test time
-
-
-def test_checkpoint_written_during_test_holds_the_source_weights(tmp_path: Path) -> None:
-    class Writes(Callback):
-        def on_test_batch_end(
-            self,
-            trainer: Trainer,
-            pl_module: LightningModule,
-            outputs: Any,
-            batch: Any,
-            index: int,
-            *_: Any,
-        ) -> None:
-            trainer.save_checkpoint(tmp_path / f"{index}.ckpt")
-
-    class InTheStep(IT3Net):
-        def test_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-            adapted.append(self.net.head.weight.detach().clone())
-            self(batch[0])
-
-    adapted: list[Tensor] = []
-    model = seeded(InTheStep(**parts()))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    adapts = IT3TestTimeCallback(objective=Idempotence(reliability=None), lr=0.1, reset="never")
-    quiet(callbacks=[adapts, Writes()]).test(model, loader(), verbose=False)
-    assert not any(torch.equal(weight, before["net.head.weight"]) for weight in adapted)
-    for index in range(3):
-        state = torch.load(tmp_path / f"{index}.ckpt", weights_only=True)["state_dict"]
-        assert [name for name, value in before.items() if not torch.equal(state[name], value)] == []

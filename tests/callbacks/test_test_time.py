@@ -364,3 +364,26 @@ def test_plain_module_type_is_untouched() -> None:
     before = dict(vars(LitNet))
     predicted(net(), adapting())
     assert dict(vars(LitNet)) == before
+
+
+def test_what_forward_collects_counts_once() -> None:
+    class Collects(IT3Net):
+        def __init__(self, **args: Any) -> None:
+            super().__init__(**args)
+            self.seen: list[int] = []
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen.append(len(images))
+            return super().forward(images)
+
+    model = net(Collects)
+    predicted(model, adapting(steps=3))
+    assert model.seen == [4, 4, 4]
+
+
+def test_a_compiled_network_adapts_like_the_plain_one() -> None:
+    model = net()
+    expected_ = predicted(model, adapting(steps=2))
+    model.net.conv = torch.compile(model.net.conv, backend="eager")
+    compiled = predicted(model, adapting(steps=2))
+    torch.testing.assert_close(compiled, expected_, rtol=0, atol=1e-9)

@@ -5,9 +5,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from helpers.modules import predictions
 from helpers.reference import Distance, distance
 from torch import Tensor
 
+from it3_lightning.methods import confident
 from it3_lightning.methods.terms import DistanceName, get_distance
 
 NAMES: list[Any] = list(get_args(DistanceName))
@@ -96,3 +98,9 @@ def test_a_callable_is_taken_as_it_is() -> None:
 def test_an_unknown_name_is_told_its_neighbours() -> None:
     with pytest.raises(ValueError, match=r"Unknown distance 'l3'. Did you mean 'l2' or 'l1'"):
         get_distance("l3")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rounded_probabilities_still_count_as_classes(dtype: torch.dtype) -> None:
+    y0 = predictions(50, 1000).to(dtype)
+    assert confident(y0, 0.9).sum().item() == int((y0.amax(1) > 0.9).sum())

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-SERVER = EXAMPLES / "serve.py"  # runs until it is stopped: see test_serving.py
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+SERVER = EXAMPLES / "serve.py"  # runs until it is stopped: see test_serve.py
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from torch import Tensor
 from it3_lightning import IT3Predictor, Settings
 from it3_lightning.data import DigitsDataModule
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "examples" / "serve.py"
 DARK = [[0.0] * 8] * 8
 

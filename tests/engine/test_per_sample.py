@@ -4,7 +4,6 @@ import copy
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,56 +11,29 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import (
+    BACKENDS,
+    PUBLISHED,
+    adapted,
+    assert_close,
+    assert_is_reference,
+    backend_of,
+    by_reference,
+    sample_adapter,
+)
 from helpers.alone_run import DTYPES, STEPS, settings
+from helpers.fast import taken
 from helpers.modules import bits, changed, images, same, takes_prior, toy
-from helpers.reference import OPTIMIZERS, Record, adapt_stream, forward_predict, softmax_label
-from helpers.zoo import KINDS, RESNET, Kind, rows, singles
+from helpers.reference import OPTIMIZERS, adapt_stream, forward_predict, softmax_label
+from helpers.zoo import KINDS, RESNET, Kind
 from torch import Tensor, nn
 
-from it3_lightning.engine import Adaptation, SampleAdapter, Settings
+from it3_lightning.engine import Adaptation, BatchAdapter, Forward, SampleAdapter, Settings
 from it3_lightning.integration.batches import normal
 from it3_lightning.methods import Entropy, Idempotence, Objective
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
-BACKENDS = ("vectorised", "loop")
-
-
-def adapter_of(net: nn.Module, enters: Any = None, **given: Any) -> SampleAdapter:
-    published = {"objective": Idempotence("l2", None), "lr": 0.01, "backend": "vectorised"}
-    made = Settings(**{"scope": "sample", **published, **given})
-    return SampleAdapter(net, takes_prior(net), softmax_label, made, enters=enters or {})
-
-
-def adapted(adapter: SampleAdapter, inputs: Any) -> Adaptation:
-    with adapter.adapted(inputs) as adaptation:
-        return adaptation
-
-
-def backend_of(adapter: SampleAdapter) -> str:
-    assert adapter.backend_selection is not None
-    return adapter.backend_selection.backend
-
-
-def assert_close(actual: Tensor | None, expected: Tensor, atol: float) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
-
-
-def by_reference(net: nn.Module, inputs: Any, **given: Any) -> list[Record]:
-    return adapt_stream(
-        net, singles(inputs), predict=forward_predict, to_label=softmax_label, **given
-    )
-
-
-def assert_is_reference(adaptation: Adaptation, records: list[Record], atol: float) -> None:
-    for actual, name in (
-        (adaptation.outputs, "outputs"),
-        (adaptation.source_outputs, "y0"),
-        (adaptation.distance_source, "distance_source"),
-        (adaptation.distance_adapted, "distance_after"),
-    ):
-        assert_close(actual, torch.cat([getattr(record, name) for record in records]), atol)
-    assert not adaptation.skipped.any()
 
 
 # Every kind of network: alone in a fresh process, by the plain reference, in a loop, vectorised
@@ -73,8 +45,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     path = tmp_path_factory.mktemp("alone") / "outputs.pt"
     subprocess.run(
         [sys.executable, "-m", "helpers.alone_run", str(path)],
-        cwd=HERE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))},
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))},
         check=True,
         timeout=120,
         capture_output=True,
@@ -90,9 +62,9 @@ def assert_is_alone(
     records = by_reference(net, inputs, steps=steps, lr=1e-3, optimizer="adam")
     before = bits(net)
     for backend in BACKENDS:
-        adapter = adapter_of(net, kind.enters, **settings(steps), backend=backend)
+        adapter = sample_adapter(net, enters=kind.enters, **settings(steps), backend=backend)
         adaptation = adapted(adapter, inputs)
-        assert backend_of(adapter) == backend
+        assert backend_of(adapter) == taken(backend)
         assert_is_reference(adaptation, records, atol or CLOSE[dtype])
         assert_close(adaptation.outputs, alone, atol or CLOSE[dtype])
         assert adaptation.cache_hits > 0  # of the passes, the part before the prior is known
@@ -138,7 +110,7 @@ def assert_agrees_with_the_reference(
 ) -> Adaptation:
     net, inputs = toy(), images(5)
     adapting, predicate = SELECTIONS[others.pop("selection", "all")]
-    common = {"lr": 0.02, "steps": steps, "anchor": anchor, "ema_decay": 0.7}
+    common: dict[str, Any] = {"lr": 0.02, "steps": steps, "anchor": anchor, "ema_decay": 0.7}
     clip = others.pop("grad_clip", None)
     terms = {"distance": others.get("distance", "l2"), "sharpen": others.get("sharpen", 0.0)}
     reliability = others.get("reliability")
@@ -149,9 +121,9 @@ def assert_agrees_with_the_reference(
     if optimizer == "momentum":
         given = lambda parameters: OPTIMIZERS["momentum"](parameters, lr=0.02)  # noqa: E731
     for backend in BACKENDS:
-        adapter = adapter_of(
+        adapter = sample_adapter(
             net,
-            {"dense": "output"},
+            enters={"dense": "output"},
             **common,
             optimizer=given,
             grad_clip=clip,
@@ -160,7 +132,7 @@ def assert_agrees_with_the_reference(
             backend=backend,
         )
         adaptation = adapted(adapter, inputs)
-        assert backend_of(adapter) == backend
+        assert backend_of(adapter) == taken(backend)
         assert_is_reference(adaptation, records, 1e-10)
     return adaptation
 
@@ -192,8 +164,13 @@ def test_weights_without_influence_do_not_decay_in_either_backend(decay: str) ->
         return torch.optim.SGD(parameters, lr=0.5, weight_decay=0.1)
 
     def run(backend: str) -> Tensor | None:
-        settings = {"anchor": "ema", "ema_decay": 0.0, "steps": 3, "optimizer": factory}
-        return adapted(adapter_of(net, backend=backend, **settings), inputs).outputs
+        settings: dict[str, Any] = {
+            "anchor": "ema",
+            "ema_decay": 0.0,
+            "steps": 3,
+            "optimizer": factory,
+        }
+        return adapted(sample_adapter(net, backend=backend, **settings), inputs).outputs
 
     expected = run("loop")
     assert expected is not None
@@ -206,7 +183,7 @@ def test_samples_that_are_or_become_unreliable_stand_still(anchor: str) -> None:
         return torch.optim.SGD(parameters, lr=5.0, momentum=0.9, weight_decay=0.05)
 
     def run(backend: str, steps: int) -> Tensor:
-        adapter = adapter_of(
+        adapter = sample_adapter(
             toy(),
             objective=Idempotence("l2", 0.45, sharpen=0.0),
             backend=backend,
@@ -216,7 +193,7 @@ def test_samples_that_are_or_become_unreliable_stand_still(anchor: str) -> None:
         )
         outputs = adapted(adapter, images(12)).outputs
         assert outputs is not None
-        assert backend_of(adapter) == backend
+        assert backend_of(adapter) == taken(backend)
         return outputs
 
     source = forward_predict(toy(), images(12), None)
@@ -242,7 +219,7 @@ def test_a_batch_term_moves_unreliable_samples_too(backend: str) -> None:
 
     net, inputs = toy(), images(3)
     objective = Sharper()
-    adapter = adapter_of(net, objective=objective, optimizer="sgd", lr=0.1, backend=backend)
+    adapter = sample_adapter(net, objective=objective, optimizer="sgd", lr=0.1, backend=backend)
     found = adapted(adapter, inputs).outputs
     for index in range(3):
         copied = copy.deepcopy(net)
@@ -262,7 +239,7 @@ def test_an_optimizer_may_treat_weights_by_their_shape() -> None:
 
     net, inputs = KINDS["mlp"].build(), images(3)
     found = [
-        adapted(adapter_of(net, backend=backend, optimizer=factory, steps=3), inputs).outputs
+        adapted(sample_adapter(net, backend=backend, optimizer=factory, steps=3), inputs).outputs
         for backend in BACKENDS
     ]
     assert found[1] is not None
@@ -286,12 +263,12 @@ def test_gradients_that_share_memory_move_each_weight_once(optimizer: str, steps
             return out if prior is None else out + prior
 
     net, inputs = Sum().double(), images(4)
-    given = {"lr": 0.1, "optimizer": optimizer, "steps": steps}
+    given: dict[str, Any] = {"lr": 0.1, "optimizer": optimizer, "steps": steps}
     records = by_reference(net, inputs, **given)
     for backend in BACKENDS:
-        adapter = adapter_of(net, **given, backend=backend)
+        adapter = sample_adapter(net, **given, backend=backend)
         assert_is_reference(adapted(adapter, inputs), records, 1e-10)
-        assert backend_of(adapter) == backend
+        assert backend_of(adapter) == taken(backend)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -302,15 +279,17 @@ def test_gradients_may_lie_in_memory_in_any_way(steps: int) -> None:
     for optimizer in ("sgd", "adam"):
         records = by_reference(net, inputs, lr=0.02, optimizer=optimizer, steps=steps)
         for backend in BACKENDS:
-            adapter = adapter_of(net, lr=0.02, optimizer=optimizer, steps=steps, backend=backend)
+            adapter = sample_adapter(
+                net, lr=0.02, optimizer=optimizer, steps=steps, backend=backend
+            )
             assert_is_reference(adapted(adapter, inputs), records, 1e-10)
 
 
 def test_entropy_takes_one_pass_a_step_in_both_backends() -> None:
     net, inputs = toy(), images(4)
-    settings = {"objective": Entropy(), "steps": 3}
-    loop = adapted(adapter_of(net, backend="loop", **settings), inputs)
-    at_once = adapted(adapter_of(net, **settings), inputs)
+    settings: dict[str, Any] = {"objective": Entropy(), "steps": 3}
+    loop = adapted(sample_adapter(net, backend="loop", **settings), inputs)
+    at_once = adapted(sample_adapter(net, **settings), inputs)
     assert loop.outputs is not None
     assert_close(at_once.outputs, loop.outputs, 1e-10)
     assert (at_once.forwards, at_once.backwards) == (3 + 1, 3)
@@ -321,52 +300,10 @@ def test_entropy_takes_one_pass_a_step_in_both_backends() -> None:
 def test_passes_are_counted(measure: bool) -> None:
     net, inputs = toy(), images(4)
     for backend, samples in (("loop", 4), ("vectorised", 1)):
-        settings = {"steps": 3, "measure": measure, "backend": backend}
-        adaptation = adapted(adapter_of(net, **settings), inputs)
+        settings: dict[str, Any] = {"steps": 3, "measure": measure, "backend": backend}
+        adaptation = adapted(sample_adapter(net, **settings), inputs)
         assert adaptation.forwards == samples * (2 * 3 + 1 + measure)
         assert adaptation.backwards == samples * 3
-
-
-def test_recurrent_layers_of_all_kinds_are_vectorised() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self, layer: nn.Module) -> None:
-            super().__init__()
-            self.layer, self.head = layer, nn.Linear(3, 3)
-
-        def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
-            if isinstance(self.layer, nn.RNNCellBase):
-                out: Any = self.layer(x[:, 0, 0])
-                out = out[0] if isinstance(out, tuple) else out
-            else:
-                out = self.layer(x.squeeze(1))[0][:, -1, -3:]
-            logits: Tensor = self.head(out)
-            return logits if prior is None else logits + prior
-
-    layers = [
-        nn.GRU(4, 3, batch_first=True),
-        nn.GRU(4, 3, num_layers=2, batch_first=True, bidirectional=True),
-        nn.RNN(4, 3, batch_first=True),
-        nn.LSTM(4, 5, proj_size=3, batch_first=True),
-        nn.LSTMCell(4, 3),
-        nn.GRUCell(4, 3),
-        nn.RNNCell(4, 3),
-    ]
-    for layer in layers:
-        net, inputs = Recurrent(layer).double().eval(), images(3)
-        records = by_reference(net, inputs, lr=0.01, optimizer="adam", steps=2)
-        adapter = adapter_of(net, steps=2)
-        assert_is_reference(adapted(adapter, inputs), records, 1e-10)
-        assert backend_of(adapter) == "vectorised"
-
-
-@pytest.mark.parametrize("kind", ["lstm", "transformer", "vit"])
-def test_no_operation_runs_sample_by_sample(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warnings, "filterwarnings", lambda *_, **__: None)  # torch's stay errors
-    for dtype in (torch.float32, torch.float64):
-        net, inputs = KINDS[kind].build(dtype), KINDS[kind].batch(3, dtype)
-        adapter = adapter_of(net, KINDS[kind].enters, steps=2)
-        adapted(adapter, inputs)
-        assert backend_of(adapter) == "vectorised"
 
 
 # Whatever comes with a sample
@@ -377,30 +314,6 @@ def outputs_of(adapter: SampleAdapter, batches: list[Any]) -> Tensor:
     return torch.cat([outputs for outputs in found if outputs is not None])
 
 
-@pytest.mark.parametrize(
-    ("kind", "backend"),
-    [
-        ("batch norm", "vectorised"),
-        ("batch norm", "loop"),
-        ("batch norm", "auto"),
-        ("lstm", "vectorised"),
-        ("graph", "auto"),
-    ],
-)
-def test_a_sample_does_not_depend_on_batch_order_or_chunk(kind: str, backend: str) -> None:
-    net, inputs = KINDS[kind].build(), KINDS[kind].batch(6)
-    settings = {"steps": 2, "backend": backend}
-    expected = outputs_of(adapter_of(net, **settings), [inputs])
-    order = [3, 1, 5, 0, 4, 2]
-    parts = [[3, 1], [5], [0, 4, 2]]
-    for batches in ([rows(inputs, order)], [rows(inputs, part) for part in parts]):
-        found = outputs_of(adapter_of(net, **settings), batches)
-        assert_close(found, expected[order], 1e-10)
-    for chunk_size in (1, 3, 6):
-        adapter = adapter_of(net, chunk_size=chunk_size, **settings)
-        assert_close(outputs_of(adapter, [inputs]), expected, 1e-10)
-
-
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("gate", [None, 0.05])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -408,8 +321,8 @@ def test_a_sample_does_not_depend_on_the_mode(
     mode: Callable[[], Any], gate: float | None, backend: str
 ) -> None:
     net = toy()
-    expected = outputs_of(adapter_of(net, backend=backend, gate=gate), [images()])
-    adapter = adapter_of(net, backend=backend, gate=gate)
+    expected = outputs_of(sample_adapter(net, backend=backend, gate=gate), [images()])
+    adapter = sample_adapter(net, backend=backend, gate=gate)
     with mode():
         inputs = images() * 1  # an inference tensor in inference mode
         found = outputs_of(adapter, [normal(inputs), normal(inputs)])
@@ -441,7 +354,7 @@ def test_batches_of_graphs_go_through_the_loop() -> None:
     edges = torch.tensor([[0, 1, 2], [1, 2, 0]])
     graphs = [data.Data(x=torch.randn(3 + i, 4).double(), edge_index=edges) for i in range(3)]
     whole = data.Batch.from_data_list(graphs)
-    adapter = adapter_of(net, steps=2)
+    adapter = sample_adapter(net, steps=2)
     with pytest.warns(UserWarning, match=r"torch.func takes tensors, not batches of graphs"):
         adaptation = adapted(adapter, whole)
     records = adapt_stream(
@@ -461,9 +374,193 @@ def test_batches_that_cannot_be_taken_apart_are_refused() -> None:
     class Whole:
         num_graphs = 2
 
-    adapter = adapter_of(nn.Linear(1, 1), backend="loop")
+    adapter = sample_adapter(nn.Linear(1, 1), backend="loop")
     with (
         pytest.raises(ValueError, match=r"samples can be told apart.*get_example.*got Whole"),
         adapter.adapted(Whole()),
     ):
         pass
+
+
+# What is done with the source, and what is returned
+
+
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def two_steps(net: nn.Module, forward: Forward | None = None, **given: Any) -> SampleAdapter:
+    return sample_adapter(net, forward, **{"steps": 2, **given})
+
+
+@both_backends
+def test_source_weights_are_in_place_in_the_body(backend: str) -> None:
+    net, inputs = toy(), images()
+    expected = forward_predict(net, inputs, None)
+    with two_steps(net, backend=backend).adapted(inputs) as adaptation:
+        assert torch.equal(forward_predict(net, inputs, None), expected)
+    assert adaptation.outputs is not None
+    assert not torch.allclose(adaptation.outputs, expected)
+    assert adaptation.weights == {}
+
+
+@both_backends
+def test_results_carry_no_graph(backend: str) -> None:
+    adaptation = adapted(two_steps(toy(), backend=backend), images())
+    tensors = [value for value in vars(adaptation).values() if isinstance(value, Tensor)]
+    assert len(tensors) == 6
+    assert not any(tensor.requires_grad or tensor.grad_fn for tensor in tensors)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("gate", [None, 0.0])
+def test_a_network_that_writes_into_its_inputs_spoils_no_pass(
+    gate: float | None, backend: str
+) -> None:
+    net, inputs = toy(), images(4)
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        return forward_predict(net, x.mul_(1.5), prior)
+
+    adapter = two_steps(net, forward, backend=backend, gate=gate)
+    found = adapted(adapter, inputs)
+    assert torch.equal(inputs, images(4))
+    if backend != "auto":
+        assert backend_of(adapter) == taken(backend)
+    expected = adapted(two_steps(toy()), 1.5 * inputs)
+    for name in ("outputs", "source_outputs", "distance_source", "distance_adapted"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
+def test_parameters_without_influence_are_refused_by_name() -> None:
+    net = toy()
+    adapter = two_steps(net, parameters=["embed.*"])
+    with pytest.raises(ValueError, match=r"influences.*embed.weight"):
+        adapted(adapter, images(2))
+
+
+# What an answer is
+
+
+def test_an_answer_is_made_with_the_weights_of_each_sample() -> None:
+    net, inputs = toy(), images()
+
+    def answer(x: Tensor) -> tuple[Tensor, Any]:
+        logits = forward_predict(net, x, None)
+        flipped = forward_predict(net, x.flip(-1), None)
+        return logits, {"pair": (logits, flipped), "name": logits.argmax(1)}
+
+    for backend in BACKENDS:
+        adaptation = adapted(two_steps(net, backend=backend), inputs, answer)
+        logits, flipped = adaptation.answers["pair"]
+        assert torch.equal(adaptation.answers["name"], logits.argmax(1))
+        assert same([(adaptation.outputs, logits)])
+        for index in range(6):
+            alone = Settings(objective=PUBLISHED, lr=0.01, steps=2)
+            adapter = BatchAdapter(net, takes_prior(net), softmax_label, alone)
+            with adapter.adapted(inputs[index : index + 1]):
+                expected = forward_predict(net, inputs[index : index + 1].flip(-1), None).detach()
+            torch.testing.assert_close(flipped[index : index + 1], expected, rtol=0, atol=1e-10)
+
+
+@both_backends
+def test_an_answer_on_other_inputs_is_not_taken_from_the_cache(backend: str) -> None:
+    net, inputs = KINDS["mlp"].build(), images(4)
+    settings: Any = {"parameters": ["head.*"], "backend": backend, "measure": False}
+
+    def answer(x: Tensor) -> tuple[Tensor, Any]:
+        return forward_predict(net, -x, None), None
+
+    found = adapted(two_steps(net, **settings), inputs, answer).outputs
+    for index in range(4):
+        alone = Settings(objective=PUBLISHED, lr=0.01, steps=2, parameters=["head.*"])
+        adapter = BatchAdapter(net, takes_prior(net), softmax_label, alone)
+        with adapter.adapted(inputs[index : index + 1]):
+            expected = forward_predict(net, -inputs[index : index + 1], None).detach()
+        assert found is not None
+        torch.testing.assert_close(found[index : index + 1], expected, rtol=0, atol=1e-10)
+
+
+# Precision
+
+
+def runs_in_bfloat16(net: Any, inputs: Tensor) -> bool:
+    """Whether torch itself can run a network so, which depends on the processor."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            net(inputs[:1])
+    except RuntimeError as error:
+        return "primitive" not in str(error)  # torch's own words, and no error of ours
+    return True
+
+
+@pytest.mark.parametrize("kind", ["mlp", "batch norm", "lstm", "vit"])
+def test_autocast_gives_the_networks_own_data_type_in_both_backends(kind: str) -> None:
+    net, inputs = KINDS[kind].build(torch.float32), KINDS[kind].batch(4, torch.float32)
+    if kind == "lstm" and not runs_in_bfloat16(net, inputs):
+        pytest.skip("torch has no LSTM in bfloat16 for this processor")
+
+    def answer(x: Tensor) -> tuple[Tensor, Any]:
+        outputs = forward_predict(net, x, None)
+        return outputs, {"logits": outputs, "probabilities": outputs.float().softmax(1)}
+
+    full = adapted(two_steps(net, lr=1e-3), inputs, answer)
+    assert full.outputs is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in BACKENDS:
+            adapter = two_steps(net, lr=1e-3, backend=backend)
+            found = adapted(adapter, inputs, answer)
+            adapted(adapter, inputs, lambda x: (forward_predict(net, x, None), None))
+            assert backend_of(adapter) == taken(backend)
+            assert found.outputs is not None
+            assert found.source_outputs is not None
+            assert found.outputs.dtype == found.source_outputs.dtype == torch.bfloat16
+            assert found.answers["logits"].dtype == torch.bfloat16
+            assert found.answers["probabilities"].dtype == torch.float32
+            difference = (found.outputs - full.outputs).abs().max()
+            assert 0 < difference < 0.05 * full.outputs.abs().max()  # by bfloat16's rounding
+
+
+@both_backends
+def test_half_precision_moves_through_float32_masters(backend: str) -> None:
+    net, inputs = toy().to(torch.bfloat16), images(4).to(torch.bfloat16)
+    given: dict[str, Any] = {"steps": 20, "lr": 1e-4, "grad_clip": 1.0, "anchor": "ema"}
+    found = adapted(two_steps(net, backend=backend, **given), inputs)
+    for index in range(4):
+        alone = Settings(objective=PUBLISHED, **given)
+        adapter = BatchAdapter(net, takes_prior(net), softmax_label, alone)
+        with adapter.adapted(inputs[index : index + 1]) as expected:
+            pass
+        assert found.outputs is not None
+        assert expected.outputs is not None
+        difference = found.outputs[index : index + 1] - expected.outputs
+        assert difference.abs().max() < 0.02  # units in the last place of outputs about 1
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_batch_of_bad_samples_gets_the_source(steps: int) -> None:
+    net, inputs = toy(), images(3) * torch.nan
+    adapter = two_steps(net, steps=steps)
+    adaptation = adapted(adapter, inputs)
+    assert adaptation.skipped.tolist() == [True] * 3
+    assert adaptation.reason == "non-finite output"
+    assert adaptation.outputs is not None
+    assert adaptation.outputs.isnan().all()
+    if steps:  # what was tried on such samples alone is not trusted
+        later = adapted(adapter, images(3))
+        expected = adapted(two_steps(toy()), images(3))
+        torch.testing.assert_close(later.outputs, expected.outputs)
+        assert backend_of(adapter) == taken("vectorised")
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_without_a_step_a_bad_sample_is_reported_alone(measure: bool) -> None:
+    net, inputs = toy(), images()
+    with torch.no_grad():
+        inputs[1] = torch.nan
+        plain = forward_predict(net, inputs, None)
+    adaptation = adapted(two_steps(net, steps=0, measure=measure), inputs)
+    torch.testing.assert_close(adaptation.outputs, plain, rtol=0, atol=0, equal_nan=True)
+    assert adaptation.skipped.tolist() == [False, True, False, False, False, False]
+    if measure:
+        assert adaptation.distance_source is not None
+        assert adaptation.distance_source.isnan().tolist() == adaptation.skipped.tolist()

@@ -1,54 +1,29 @@
-"""Conditionings: the neutral pass is the network, and a given prior enters where it should."""
+"""FeatureInjection: added to, scaling and shifting features of every layout."""
 
 import copy
-import pickle
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers.conditionings import CLASSES, assert_samples_as_alone, attached, embedded, priors
 from helpers.modules import same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from it3_lightning.conditioning import (
-    Conditioning,
     FeatureInjection,
-    ForwardArgument,
     InputConcat,
 )
 from it3_lightning.conditioning.layout import width
-from it3_lightning.priors import ClassPrior, MaskPrior, Prior, ValuePrior
+from it3_lightning.priors import ClassPrior, MaskPrior
 
-CLASSES = 3
 torch.manual_seed(0)  # for the layers and inputs below
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(1)
-
-
-def attached(
-    conditioning: Conditioning, network: nn.Module, prior: Prior | None = None
-) -> Conditioning:
-    """Attach, then draw all new weights, the embedder's last too, which starts at zero."""
-    conditioning.attach(network, prior or ClassPrior(CLASSES))
-    for parameter in conditioning.parameters():
-        nn.init.normal_(parameter)
-    return conditioning
-
-
-def priors(batch: int) -> Tensor:
-    return torch.randn(batch, CLASSES).softmax(1)
-
-
-def embedded(injection: Conditioning, key: str, prior: Tensor) -> Tensor:
-    """Run the embedder by hand."""
-    mlp = injection.get_submodule(f"embedders.{key}")
-    first, last = mlp.get_submodule("first"), mlp.get_submodule("last")
-    rows: Tensor = last(first(prior).relu())
-    return rows
 
 
 class Named(NamedTuple):
@@ -238,18 +213,6 @@ def test_layers_inside_an_encoder_take_the_prior_with_and_without_gradients() ->
     with torch.no_grad(), injection.given(prior):
         torch.testing.assert_close(encoder(x), found)
     assert not torch.allclose(found, encoder(x))
-
-
-def assert_samples_as_alone(
-    network: nn.Module, conditioning: Conditioning, x: Tensor, prior: Tensor
-) -> None:
-    """Check that samples along dimension 1 come out as each does by itself."""
-    with conditioning.given(prior):
-        together = network(x)
-    for index in range(len(prior)):
-        with conditioning.given(prior[index : index + 1]):
-            alone = network(x[:, index : index + 1])
-        torch.testing.assert_close(together[:, index : index + 1], alone)
 
 
 def test_tokens_inside_a_sequence_first_encoder_are_not_taken_for_samples() -> None:
@@ -485,291 +448,3 @@ def test_given_priors_nest() -> None:
         with injection.given(None):
             assert torch.equal(network(x), plain)
         torch.testing.assert_close(network(x), plain + embedded(injection, "0", outer))
-
-
-CONDITIONINGS: dict[str, Any] = {
-    "injection": lambda: FeatureInjection("layer"),
-    "concat": lambda: InputConcat("layer"),
-    "argument": lambda: ForwardArgument(),
-}
-
-
-class Model(nn.Module):
-    """Owns its conditioning and its prior, as a conditioned module does."""
-
-    def __init__(self, conditioning: Conditioning) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 8)
-        self.takes = nn.Linear(CLASSES, 8)
-        self.it3_prior = ClassPrior(CLASSES, neutral="uniform")
-        self.it3_conditioning = attached(conditioning, self, self.it3_prior)
-
-    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
-        features: Tensor = self.layer(x)
-        return features if prior is None else features + self.takes(prior)
-
-    def conditioned(self, x: Tensor, prior: Tensor | None) -> Tensor:
-        with self.it3_conditioning.given(prior):
-            output: Tensor = self(x)
-        return output
-
-
-def pickled(model: nn.Module) -> Any:
-    return pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("kind", CONDITIONINGS)
-def test_a_copy_is_conditioned_by_its_own_conditioning(kind: str, copied: Any) -> None:
-    model, x, prior = Model(CONDITIONINGS[kind]()), torch.randn(5, 4), priors(5)
-    given, neutral = model.conditioned(x, prior), model.conditioned(x, None)
-    twin = copied(model)
-    assert same([(twin.conditioned(x, prior), given), (twin.conditioned(x, None), neutral)])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(torch.nan)  # the original does not reach the copy
-    assert same([(twin.conditioned(x, prior), given), (twin.conditioned(x, None), neutral)])
-    with pytest.raises(RuntimeError, match="never ran"), model.it3_conditioning.given(prior):
-        twin(x)
-    twin.it3_conditioning.attach(twin, twin.it3_prior)  # once more is not twice
-    assert same([(twin.conditioned(x, prior), given)])
-
-
-@pytest.mark.parametrize("kind", CONDITIONINGS)
-def test_attaching_twice_is_attaching_once(kind: str) -> None:
-    model, x, prior = Model(CONDITIONINGS[kind]()), torch.randn(5, 4), priors(5)
-    before = model.conditioned(x, prior)
-    model.it3_conditioning.attach(model, model.it3_prior)
-    assert torch.equal(model.conditioned(x, prior), before)
-
-
-@pytest.mark.parametrize("kind", CONDITIONINGS)
-def test_one_conditioning_serves_one_network(kind: str) -> None:
-    conditioning = CONDITIONINGS[kind]()
-    Model(conditioning)
-    with pytest.raises(ValueError, match="attached to another network already"):
-        Model(conditioning)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: FeatureInjection([]),
-        lambda: FeatureInjection(["a", "a"]),
-        lambda: FeatureInjection(["a", "b"], mode=["add"]),
-        lambda: FeatureInjection("a", mode="mix"),  # type: ignore[arg-type]
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match="Expected"):
-        make()
-
-
-@pytest.mark.parametrize(
-    "conditioning",
-    [
-        FeatureInjection(["a", "b"], mode=["film", "add"], channels=7, hidden=5),
-        InputConcat("a"),
-        ForwardArgument("label", layer="net"),
-    ],
-)
-def test_init_args_make_an_equal_conditioning(conditioning: Conditioning) -> None:
-    again = type(conditioning)(**conditioning.init_args())
-    assert again.init_args() == conditioning.init_args()
-    assert again.layers == conditioning.layers
-
-
-# InputConcat
-
-
-GEOMETRIES: dict[str, tuple[Any, Tensor]] = {
-    "conv2d": (
-        lambda c: nn.Conv2d(c, 8, 3, stride=2, padding=1, dilation=2),
-        torch.randn(5, 4, 9, 9),
-    ),
-    "conv2d, same": (lambda c: nn.Conv2d(c, 8, 3, padding="same"), torch.randn(5, 4, 6, 6)),
-    "conv2d, reflected": (
-        lambda c: nn.Conv2d(c, 8, 3, padding=1, padding_mode="reflect", bias=False),
-        torch.randn(5, 4, 6, 6),
-    ),
-    "conv1d": (lambda c: nn.Conv1d(c, 8, 5, stride=3, padding=2), torch.randn(5, 4, 12)),
-    "conv3d": (lambda c: nn.Conv3d(c, 8, 2), torch.randn(5, 4, 3, 3, 3)),
-    "linear": (lambda c: nn.Linear(c, 8), torch.randn(5, 4)),
-    "linear on tokens": (lambda c: nn.Linear(c, 8), torch.randn(5, 7, 4)),
-}
-NEUTRALS: list[Any] = ["zeros", "uniform", "constant"]
-
-
-def concatenated(x: Tensor, prior: Tensor, linear: bool) -> Tensor:
-    """Append a prior `(B, C)` to the channels of every position."""
-    channel = x.ndim - 1 if linear else 1
-    shape = [x.shape[0], *[1] * (x.ndim - 1)]
-    shape[channel] = prior.shape[1]
-    size = list(x.shape)
-    size[channel] = prior.shape[1]
-    return torch.cat([x, prior.reshape(shape).expand(size)], dim=channel)
-
-
-@pytest.mark.parametrize("neutral", NEUTRALS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_concat_equals_a_widened_layer(geometry: str, neutral: Any) -> None:
-    make, x = GEOMETRIES[geometry]
-    layer, widened = make(4), make(4 + CLASSES)
-    concat = attached(InputConcat("0"), nn.Sequential(layer), ClassPrior(CLASSES, neutral=neutral))
-    extra = concat.get_parameter("extra.0.weight")
-    widened.weight.data = torch.cat([layer.weight, extra], dim=1)
-    if layer.bias is not None:
-        widened.bias.data = layer.bias.data
-    linear, prior = isinstance(layer, nn.Linear), priors(5)
-    fill = {"zeros": 0.0, "uniform": 1 / CLASSES, "constant": -1.0}[neutral]
-    unknown = torch.full((5, CLASSES), fill)
-    present = torch.tensor([True, False, True, False, True])
-    mixed = torch.where(present[:, None], prior, unknown)
-    for given, mask, expected in (
-        (prior, None, prior),
-        (None, None, unknown),
-        (prior, present, mixed),
-    ):
-        with concat.given(given, mask):
-            found = layer(x)
-        torch.testing.assert_close(found, widened(concatenated(x, expected, linear)))
-    torch.testing.assert_close(layer(x), widened(concatenated(x, unknown, linear)))
-
-
-def test_concat_of_a_zero_neutral_is_the_plain_layer_bit_for_bit() -> None:
-    layer, x = nn.Conv2d(4, 8, 3), torch.randn(5, 4, 6, 6)
-    plain = layer(x)
-    concat = attached(InputConcat("0"), nn.Sequential(layer))
-    with concat.given(None):
-        assert torch.equal(layer(x), plain)
-
-
-def test_untrained_concat_changes_nothing() -> None:
-    layer, x = nn.Conv2d(4, 8, 3), torch.randn(5, 4, 6, 6)
-    plain, concat = layer(x), InputConcat("0")
-    concat.attach(nn.Sequential(layer), ClassPrior(CLASSES))
-    with concat.given(priors(5)):
-        assert torch.equal(layer(x), plain)
-
-
-@pytest.mark.parametrize("size", [6, 3])
-def test_concat_lays_masks_over_the_image(size: int) -> None:
-    layer, x = nn.Conv2d(4, 8, 3, padding=1), torch.randn(5, 4, 6, 6)
-    prior = MaskPrior()
-    concat = attached(InputConcat("0"), nn.Sequential(layer), prior)
-    mask = torch.rand(5, 1, size, size)
-    full = F.interpolate(mask, (6, 6), mode="bilinear")
-    weight = torch.cat([layer.weight, concat.get_parameter("extra.0.weight")], dim=1)
-    present = torch.tensor([True, False, True, True, False])
-    flag = torch.ones(5, 1, 6, 6)
-    for seen, mask_of_samples in ((torch.ones(5, dtype=torch.bool), None), (present, present)):
-        with concat.given(mask, mask_of_samples):
-            found = layer(x)
-        channels = torch.cat([full, flag], dim=1) * seen[:, None, None, None]
-        expected = F.conv2d(torch.cat([x, channels], dim=1), weight, layer.bias, padding=1)
-        torch.testing.assert_close(found, expected)
-
-
-def test_concat_on_a_sequence_first_layer_keeps_samples_apart() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.rest = nn.Linear(4, 8), nn.LSTM(8, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            output: Tensor = self.rest(self.first(x))[0]
-            return output
-
-    network, x, prior = Recurrent(), torch.randn(5, 5, 4), priors(5)  # as long as the batch
-    concat = attached(InputConcat("first"), network)
-    assert_samples_as_alone(network, concat, x, prior)
-
-
-def test_concat_takes_inputs_by_keyword() -> None:
-    layer, x, prior = nn.Conv2d(4, 8, 3), torch.randn(5, 4, 6, 6), priors(5)
-    concat = attached(InputConcat("0"), nn.Sequential(layer))
-    with concat.given(prior):
-        assert torch.equal(layer(input=x), layer(x))
-
-
-@pytest.mark.parametrize("layer", [nn.LSTM(4, 8), nn.Conv2d(4, 8, 3, groups=2), nn.ReLU()])
-def test_concat_refuses_other_layers(layer: nn.Module) -> None:
-    with pytest.raises(ValueError, match=f"at '0', got {type(layer).__name__}"):
-        InputConcat("0").attach(nn.Sequential(layer), ClassPrior(CLASSES))
-
-
-# ForwardArgument
-
-
-class Echo(nn.Module):
-    """Returns the prior it was called with."""
-
-    def forward(self, x: Any, prior: Tensor | None = None) -> Tensor | None:
-        return prior
-
-
-@pytest.mark.parametrize(
-    ("neutral", "expected"),
-    [("none", None), ("zeros", 0.0), ("uniform", 1 / 3), ("constant", -1.0)],
-)
-def test_forward_argument_is_the_neutral_prior_unless_given(
-    neutral: Any, expected: float | None
-) -> None:
-    network, x = Echo(), torch.zeros(5, 4, dtype=torch.float64)
-    argument = attached(ForwardArgument(), network, ClassPrior(CLASSES, neutral=neutral))
-    with argument.given(None):
-        inside = network(x)
-    for found in (inside, network(x)):
-        if expected is None:
-            assert found is None
-        else:
-            assert torch.equal(found, torch.full((5, CLASSES), expected, dtype=torch.float64))
-    prior = priors(5)
-    with argument.given(prior):
-        assert torch.equal(network(x), prior.double())
-
-
-def test_forward_argument_of_values_carries_the_presence_flag() -> None:
-    network = Echo()
-    argument = attached(ForwardArgument(), network, ValuePrior(mean=0.0, std=1.0))
-    prior, present = torch.tensor([[2.0], [3.0]]), torch.tensor([True, False])
-    with argument.given(prior, present):
-        assert network(torch.zeros(2)).tolist() == [[2.0, 1.0], [0.0, 0.0]]
-
-
-@pytest.mark.parametrize(
-    "inputs", [torch.zeros(2, 4, dtype=torch.long), {"x": torch.zeros(2, 4)}, ["a", torch.zeros(2)]]
-)
-def test_forward_argument_takes_any_inputs_with_a_tensor(inputs: Any) -> None:
-    network = Echo()
-    attached(ForwardArgument(), network, ClassPrior(CLASSES, neutral="uniform"))
-    found = network(inputs)
-    assert torch.equal(found, torch.full((2, CLASSES), 1 / 3))
-
-
-def test_forward_argument_needs_a_tensor() -> None:
-    network = Echo()
-    attached(ForwardArgument(), network)
-    with pytest.raises(
-        ValueError, match=r"called with a tensor \(B, ...\) or a batch of graphs, got str"
-    ):
-        network("text")
-
-
-def test_a_prior_handed_over_by_the_caller_goes_first() -> None:
-    network, own = Echo(), priors(5)
-    argument = attached(ForwardArgument(), network)
-    assert torch.equal(network(torch.zeros(5, 4), prior=own), own)
-    with pytest.raises(RuntimeError, match="never ran"), argument.given(priors(5)):
-        network(torch.zeros(5, 4), prior=own)
-
-
-def test_forward_argument_reaches_a_named_module_by_another_name() -> None:
-    class Inner(nn.Module):
-        def forward(self, x: Tensor, label: Tensor) -> Tensor:
-            return label
-
-    network, prior = nn.Sequential(Inner()), priors(5)
-    argument = attached(ForwardArgument("label", layer="0"), network)
-    with argument.given(prior):
-        assert torch.equal(network(torch.zeros(5, 4)), prior)

@@ -1,24 +1,17 @@
-"""Scope ``"sample"`` under a Trainer: the laws, whole runs, precision, logs."""
+"""Scope ``"sample"`` under a Trainer: whole runs, predictions, stages, precision, logs."""
 
 import copy
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.toy import (
     Batch,
-    Draws,
     IT3Net,
-    Marked,
-    Raises,
     adapting,
-    differing,
     doubles,
-    ending,
-    everything,
     loader,
     net,
     quiet,
@@ -26,10 +19,9 @@ from helpers.toy import (
 )
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from it3_lightning import Idempotence, IT3TestTimeCallback
+from it3_lightning import IT3TestTimeCallback
 
 BACKENDS = ["loop", "vectorised"]
 
@@ -53,66 +45,12 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
 
 
-# 1. Labels never reach adaptation
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_scrambled_labels_leave_every_prediction_unchanged(backend: str) -> None:
-    images, labels = samples()
-    runs = [
-        predicted(net(), each(backend), data=DataLoader(TensorDataset(images, y), batch_size=4))
-        for y in (labels, labels.roll(1), torch.full_like(labels, 2))
-    ]
-    assert torch.equal(runs[0], runs[1])
-    assert torch.equal(runs[0], runs[2])
-
-
-# 2. Nothing is left behind
-
-
-@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-@pytest.mark.parametrize(
-    "error", [None, ValueError("step"), KeyboardInterrupt(), ValueError("engine")], ids=str
-)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_is_left_behind(stage: Any, error: BaseException | None, backend: str) -> None:
-    model: Any = net(Marked).eval()
-    quiet().predict(model, loader())  # Lightning leaves attributes of its own
-    in_engine = str(error) == "engine"
-    model.fails = None if in_engine else error
-    model.calls.zero_()
-    Raises.batches = 0
-    objective = Raises(reliability=None) if in_engine else Idempotence(reliability=None)
-    before = everything(model)
-    trainer = quiet(callbacks=[each(backend, objective=objective, stages=[stage])])
-    with ending(error):
-        getattr(trainer, stage)(model, loader())
-    model.calls.sub_({"None": 3, "engine": 0}.get(str(error), 2))  # the step's own doing
-    assert differing(before, everything(model)) == []
-    assert trainer.global_step == 0
-
-
 def test_module_and_callback_can_be_copied_and_pickled_after_a_run() -> None:
     model, callback = net(), each()
     expected = predicted(model, callback)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(predicted(twin, each()), expected)
     assert torch.equal(predicted(model, pickle.loads(pickle.dumps(callback))), expected)
-
-
-def test_checkpoint_written_in_a_step_holds_the_source_weights(tmp_path: Path) -> None:
-    class Saves(IT3Net):
-        def predict_step(self, batch: Batch, batch_idx: int) -> Any:  # type: ignore[override]
-            outputs = self(batch[0])
-            self.trainer.save_checkpoint(tmp_path / "between.ckpt")
-            return outputs
-
-    model = net(Saves)
-    source = {name: value.clone() for name, value in model.state_dict().items()}
-    predicted(model, each("vectorised"))
-    kept = torch.load(tmp_path / "between.ckpt", weights_only=True)["state_dict"]
-    assert kept.keys() == source.keys()
-    assert all(torch.equal(kept[name], value) for name, value in source.items())
 
 
 def test_other_callbacks_see_the_source_weights() -> None:
@@ -126,20 +64,6 @@ def test_other_callbacks_see_the_source_weights() -> None:
     predicted(model, each("vectorised", steps=2), Sees())
     assert len(seen) == 3
     assert all(torch.equal(weights, source) for weights in seen)
-
-
-# 3. Off is off
-
-
-@pytest.mark.parametrize("kind", [IT3Net, Draws])
-@pytest.mark.parametrize("measure", [True, False])
-def test_no_steps_are_no_callback(kind: type[IT3Net], measure: bool) -> None:
-    model, runs = net(kind), []
-    for callbacks in ([], [each(steps=0, measure=measure)]):
-        torch.manual_seed(0)
-        runs.append((predicted(model, *callbacks), torch.get_rng_state()))
-    assert torch.equal(runs[0][0], runs[1][0])
-    assert torch.equal(runs[0][1], runs[1][1])
 
 
 def test_second_prediction_without_steps_is_that_of_the_source() -> None:
@@ -159,21 +83,6 @@ def test_mean_prediction_is_that_of_each_samples_own_weights(backend: str) -> No
         predicted(net(), each(backend, prediction=p, **settings)) for p in ("first", "second")
     )
     close(outputs.softmax(1), (first.softmax(1) + second.softmax(1)) / 2)
-
-
-# 5. A sample's prediction depends on nothing but the sample
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_predictions_depend_neither_on_batch_size_nor_on_order(backend: str) -> None:
-    expected = predicted(net(), each(backend, steps=2, optimizer="adam", lr=0.01))
-    for size in (1, 3, 5, 12):
-        callback = each(backend, steps=2, optimizer="adam", lr=0.01)
-        close(predicted(net(), callback, data=loader(batch=size)), expected)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(1)).tolist()
-    shuffled: Any = DataLoader(Subset(loader().dataset, order), batch_size=4)
-    callback = each(backend, steps=2, optimizer="adam", lr=0.01)
-    close(predicted(net(), callback, data=shuffled), expected[order])
 
 
 def test_backends_agree_however_many_samples_are_vectorised_at_once() -> None:
@@ -202,37 +111,6 @@ def test_run_may_be_limited_and_have_several_dataloaders(backend: str) -> None:
         assert distances.shape == (8,)
         name = f"it3/distance_source/dataloader_idx_{index}"
         assert logged[index][name] == pytest.approx(distances.mean().item())
-
-
-# 8. A bad sample harms no other
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("steps", [1, 2])
-def test_bad_sample_alone_is_skipped_counted_and_logged(backend: str, steps: int) -> None:
-    class Keeps(IT3Net):
-        def test_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
-            outputs.append(self(batch[0]))
-
-    outputs: list[Tensor] = []
-    images, labels = samples()
-    images[5] = float("nan")
-    callback = each(backend, steps=steps)
-    data: Any = DataLoader(TensorDataset(images, labels), batch_size=4)
-    trainer = quiet(callbacks=[callback])
-    with pytest.warns(UserWarning, match="keeps the source prediction of a sample: non-finite"):
-        (logged,) = trainer.test(net(Keeps), data, verbose=False)
-    good = [index for index in range(12) if index != 5]
-    expected = predicted(net(), each(steps=steps))
-    close(torch.cat(outputs)[good], expected[good])
-    assert torch.cat(outputs)[5].isnan().all()
-    assert (logged["it3/skipped"], callback.summary.skipped, callback.summary.samples) == (1, 1, 12)
-    assert callback.summary.reasons == {"non-finite output": 1}
-    (distances,) = callback.summary.distances
-    assert distances.isnan().nonzero().tolist() == [[5]]
-    known = distances[good].mean().item()
-    assert logged["it3/distance_source"] == pytest.approx(known)
-    assert logged["it3/reliable"] == pytest.approx(11 / 12)
 
 
 # Stages, precision, modes

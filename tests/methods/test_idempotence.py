@@ -1,21 +1,15 @@
-"""Objectives against the reference: the loss, which samples are reliable, the batch's balance."""
+"""Idempotence against the reference: the loss, which samples are reliable, the balance."""
 
 import math
 from typing import Any
 
 import pytest
 import torch
-from helpers.reference import Distance, distance, entropy_objective, objective, reliable
+from helpers.modules import predictions
+from helpers.reference import Distance, distance, objective, reliable
 from torch import Tensor
 
-from it3_lightning.methods import Entropy, Idempotence, Objective, agreeing, confident
-
-
-def predictions(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    return logits.softmax(1)
-
+from it3_lightning.methods import Entropy, Idempotence, agreeing, confident
 
 P0, P1 = predictions(40, 3), predictions(40, 3, seed=1)
 
@@ -39,35 +33,6 @@ def test_idempotence_equals_the_reference(
     if reliability is not None:
         assert torch.equal(found.reliable, reliable(P0, P1, reliability))
         assert found.empty == (balance == 0 and not reliable(P0, P1, reliability).any())
-
-
-@pytest.mark.parametrize("reliability", [None, 0.6])
-@pytest.mark.parametrize("balance", [0.0, 0.3])
-def test_entropy_equals_the_reference_and_asks_for_no_second_pass(
-    reliability: float | None, balance: float
-) -> None:
-    def refuse(_: Tensor) -> Tensor:
-        raise AssertionError
-
-    found = Entropy(reliability, balance)(P0, refuse)
-    expected = entropy_objective(P0, reliability, balance)
-    torch.testing.assert_close(found.loss(), expected, rtol=0, atol=1e-12)
-
-
-def test_unreliable_samples_have_no_gradient_even_if_not_finite() -> None:
-    measure = torch.tensor([1.0, torch.inf, 3.0], requires_grad=True)
-    loss = Objective(measure, torch.tensor([True, False, True])).loss()
-    (gradient,) = torch.autograd.grad(loss, measure)
-    assert loss.item() == 2.0
-    assert gradient.tolist() == [0.5, 0.0, 0.5]
-
-
-def test_nothing_reliable_is_empty_unless_a_batch_term_remains() -> None:
-    measure, none = torch.ones(2), torch.zeros(2, dtype=torch.bool)
-    assert Objective(measure, none).empty
-    assert Objective(measure, none).loss().item() == 0.0
-    assert not Objective(measure, none, torch.tensor(3.0)).empty
-    assert Objective(measure, none, torch.tensor(3.0)).loss().item() == 3.0
 
 
 def test_maps_are_reliable_where_most_positions_are() -> None:
@@ -95,12 +60,6 @@ def test_maps_are_reliable_where_most_positions_are() -> None:
 def test_predictions_that_are_no_classes_always_count(values: Tensor) -> None:
     found = Idempotence(reliability=0.99)(values, lambda y0: -y0)
     assert found.reliable.tolist() == [True] * 6
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_rounded_probabilities_still_count_as_classes(dtype: torch.dtype) -> None:
-    y0 = predictions(50, 1000).to(dtype)
-    assert confident(y0, 0.9).sum().item() == int((y0.amax(1) > 0.9).sum())
 
 
 def test_balance_is_lowest_where_classes_are_equally_frequent() -> None:

@@ -1,10 +1,15 @@
 """The engine against the reference: the same numbers for the same settings, and what it costs."""
 
 import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import pytest
 import torch
+from helpers.adapters import ONLINE, PUBLISHED, batch_adapter, outputs_of, results
 from helpers.modules import (
     Conditioned,
     LastOutput,
@@ -27,7 +32,7 @@ from helpers.reference import (
 )
 from torch import Tensor, nn
 
-from it3_lightning.engine import Adaptation, BatchAdapter, Settings, adapt, batch_size
+from it3_lightning.engine import Adaptation, BatchAdapter, Forward, Settings, adapt, batch_size
 from it3_lightning.methods import Entropy, Idempotence
 
 BATCHES = stream(4)
@@ -385,36 +390,174 @@ def test_batch_size_is_that_of_the_first_tensor() -> None:
         batch_size("a")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": -1}, "steps >= 0, got -1"),
-        ({"lr": -0.1}, "lr >= 0, got -0.1"),
-        ({"lr": float("nan")}, "finite lr >= 0, got nan"),
-        ({"optimizer": "adan"}, "Unknown optimizer 'adan'. Did you mean 'adam'"),
-        ({"reset": 0}, "'batch', 'never' or N >= 1, got 0"),
-        ({"reset": True}, "'batch', 'never' or N >= 1, got True"),
-        ({"anchor": "teacher"}, "anchor in frozen, ema, live, got 'teacher'"),
-        ({"norm_stats": "test"}, "norm_stats in source, batch, got 'test'"),
-        ({"ema_decay": 1.1}, r"ema_decay in \[0, 1\], got 1.1"),
-        ({"grad_clip": 0}, "grad_clip > 0 or None, got 0"),
-    ],
-)
-def test_settings_refuse_what_is_out_of_range(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Settings(**settings)
+# Whatever the network does, in whatever mode
 
 
-def test_an_objective_that_does_not_say_whether_it_needs_a_batch_is_refused() -> None:
-    def mine(y0: Tensor, second: Any) -> Any:
-        raise AssertionError("it was evaluated")
-
-    with pytest.raises(TypeError, match=r"needs_batch, .* got function without"):
-        Settings(objective=mine)  # type: ignore[arg-type]
-    mine.needs_batch = False  # type: ignore[attr-defined]
-    assert Settings(objective=mine).moves == ("polyak", 0.5)  # type: ignore[arg-type]
+def two_steps(net: nn.Module, forward: Forward | None = None, **given: Any) -> BatchAdapter:
+    return batch_adapter(net, forward, **{"steps": 2, **given})
 
 
-def test_one_batch_is_an_episode() -> None:
-    assert Settings(reset=1).episodic
-    assert not Settings(reset=2).episodic
+EVERY: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "online": ONLINE,
+    "batch statistics": {"norm_stats": "batch"},
+    "no step": {"steps": 0},
+}
+
+
+@pytest.mark.parametrize("settings", EVERY)
+def test_a_network_that_writes_into_its_inputs_spoils_no_pass(settings: str) -> None:
+    def forward_of(net: nn.Module) -> Forward:
+        return lambda x, prior: forward_predict(net, x.mul_(1.5), prior)
+
+    net, batches = toy(), stream(2)
+    found = results(two_steps(net, forward_of(net), **EVERY[settings]), batches)
+    expected = results(two_steps(toy(), **EVERY[settings]), [1.5 * x for x in stream(2)])
+    assert same(zip(batches, stream(2), strict=True))
+    assert same((a.outputs, b.outputs) for a, b in zip(found, expected, strict=True))
+    assert same(
+        (a.distance_source, b.distance_source) for a, b in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("objective", [PUBLISHED, Idempotence("js", 0.4, 0.3), Entropy()])
+def test_no_activation_outlives_its_step(objective: Idempotence | Entropy) -> None:
+    net, alive, most = toy(), list[weakref.ref[Tensor]](), [0]
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        features = net.dense(net.bn(net.conv(x)).flatten(1))
+        most[0] = max(most[0], sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(features))
+        features = features if prior is None else features + net.embed(prior)
+        logits: Tensor = net.head(features)
+        return logits
+
+    gc.collect()
+    gc.disable()
+    try:
+        adapter = two_steps(net, forward, steps=4, objective=objective, **ONLINE)
+        kept = results(adapter, stream(2))
+        assert len(alive) >= 11
+        assert [ref() for ref in alive] == [None] * len(alive)
+        assert most == [int(not isinstance(objective, Entropy))]  # y0, while y1 is made of it
+    finally:
+        gc.enable()
+    fields = [value for adaptation in kept for value in vars(adaptation).values()]
+    tensors = [value for value in fields if isinstance(value, Tensor)]
+    tensors += [value for adaptation in kept for value in adaptation.weights.values()]
+    assert not any(tensor.requires_grad or tensor.grad_fn for tensor in tensors)
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_no_step_with_batch_statistics_is_that_baseline(measure: bool) -> None:
+    net, x = toy(), images()
+    conv = net.conv(x)
+    mean, var = conv.mean((0, 2, 3), keepdim=True), conv.var((0, 2, 3), correction=0, keepdim=True)
+    scale, shift = net.bn.weight.reshape(1, 2, 1, 1), net.bn.bias.reshape(1, 2, 1, 1)
+    normed = (conv - mean) / (var + net.bn.eps).sqrt() * scale + shift
+    expected = net.head(net.dense(normed.relu().flatten(1)).relu())
+    with two_steps(net, steps=0, norm_stats="batch", measure=measure).adapted(x):
+        torch.testing.assert_close(forward_predict(net, x, None), expected)
+    assert not torch.allclose(forward_predict(net, x, None), expected)
+
+
+def test_one_sample_where_several_are_needed_gets_source_statistics() -> None:
+    net, x = toy(), images(1)
+    with two_steps(net, norm_stats="batch").adapted(x) as adaptation:
+        inside = forward_predict(net, x, None)
+    expected = forward_predict(net, x, None)
+    assert same([(inside, expected), (adaptation.outputs, expected)])
+    assert adaptation.reason == "batch statistics and batch terms need at least two samples"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("settings", [{}, ONLINE])
+def test_results_are_the_same_where_gradients_are_off(
+    settings: dict[str, Any], mode: Callable[[], Any]
+) -> None:
+    net, batches = toy(), stream(3)
+    expected = outputs_of(two_steps(toy(), **settings), batches)
+    with mode():
+        adapter = two_steps(net, **settings)
+        found = []
+        for x in batches:
+            with adapter.adapted(x):
+                found.append(forward_predict(net, x, None))
+    assert same(zip(found, expected, strict=True))
+    loss = forward_predict(net, images(), None).sum()
+    torch.autograd.backward(loss)  # and the network trains afterwards
+    assert net.head.bias.grad is not None
+    assert net.head.bias.grad.tolist() == [6.0] * 3
+
+
+@contextmanager
+def bfloat16() -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@pytest.mark.parametrize("settings", [{}, ONLINE])
+def test_autocast_never_sees_stale_weights(settings: dict[str, Any]) -> None:
+    def run(between: bool) -> list[Tensor]:
+        net = toy().float()
+        first: list[Tensor] = []
+
+        def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+            logits = forward_predict(net, x, prior)
+            if prior is None:
+                first.append(logits.detach().clone())
+            return logits
+
+        adapter = two_steps(net, forward, steps=3, lr=0.05, **settings)
+        with bfloat16():
+            for x in (images().float(), images(seed=1).float()):
+                if between:
+                    forward_predict(net, x, None)  # caches the source's casts
+                with adapter.adapted(x):
+                    first.append(forward_predict(net, x, None).detach())
+                source = forward_predict(net, x, None).detach()
+                torch.clear_autocast_cache()
+                assert torch.equal(source, forward_predict(net, x, None))
+        return first
+
+    moving = run(between=False)
+    steps = moving[:4]
+    assert len({tuple(logits.flatten().tolist()) for logits in steps}) == 4
+    assert torch.equal(moving[3], moving[4])  # measured after the last step, and in the body
+    assert same(zip(moving, run(between=True), strict=True))
+
+
+def test_batch_statistics_write_no_running_statistics() -> None:
+    net = toy()
+    assert net.bn.running_mean is not None
+    before = net.bn.running_mean.clone()
+    with two_steps(net, norm_stats="batch").adapted(images()):
+        forward_predict(net, images(), None)
+        assert torch.equal(net.bn.running_mean, before)
+    assert torch.equal(net.bn.running_mean, before)
+
+
+Anchors = Literal["frozen", "ema", "live"]
+
+
+@pytest.mark.parametrize("anchor", ["frozen", "ema", "live"])
+def test_the_source_is_measured_with_the_source_in_both_passes(anchor: Anchors) -> None:
+    net, batches = toy(), stream(3)
+    for x, adaptation in zip(
+        batches, results(two_steps(net, anchor=anchor, reset="never"), batches), strict=True
+    ):
+        p0 = softmax_label(forward_predict(net, x, None))
+        p1 = softmax_label(forward_predict(net, x, p0))
+        expected = (p0 - p1).square().sum(1)
+        torch.testing.assert_close(adaptation.distance_source, expected, rtol=0, atol=1e-12)
+
+
+def test_a_learning_rate_that_explodes_gets_the_source() -> None:
+    for lr, reason in ((1e200, "non-finite output"), (1e308, "non-finite gradient or weights")):
+        net, x = toy(), images()
+        objective = Idempotence(lambda p, q: 1e3 * (p - q).square().sum(1), None)
+        adapter = two_steps(net, objective=objective, optimizer="sgd", lr=lr, steps=1)
+        with adapter.adapted(x) as adaptation:
+            assert same([(forward_predict(net, x, None), adaptation.source_outputs)])
+        assert adaptation.reason == reason
+        assert adaptation.weights == {}

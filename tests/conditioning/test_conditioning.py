@@ -1,0 +1,116 @@
+"""Conditionings of every kind: copies, attaching, settings."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from helpers.conditionings import CLASSES, attached, priors
+from helpers.modules import same
+from torch import Tensor, nn
+
+from it3_lightning.conditioning import (
+    Conditioning,
+    FeatureInjection,
+    ForwardArgument,
+    InputConcat,
+)
+from it3_lightning.priors import ClassPrior
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(1)
+
+
+CONDITIONINGS: dict[str, Any] = {
+    "injection": lambda: FeatureInjection("layer"),
+    "concat": lambda: InputConcat("layer"),
+    "argument": lambda: ForwardArgument(),
+}
+
+
+class Model(nn.Module):
+    """Owns its conditioning and its prior, as a conditioned module does."""
+
+    def __init__(self, conditioning: Conditioning) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 8)
+        self.takes = nn.Linear(CLASSES, 8)
+        self.it3_prior = ClassPrior(CLASSES, neutral="uniform")
+        self.it3_conditioning = attached(conditioning, self, self.it3_prior)
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        features: Tensor = self.layer(x)
+        return features if prior is None else features + self.takes(prior)
+
+    def conditioned(self, x: Tensor, prior: Tensor | None) -> Tensor:
+        with self.it3_conditioning.given(prior):
+            output: Tensor = self(x)
+        return output
+
+
+def pickled(model: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("kind", CONDITIONINGS)
+def test_a_copy_is_conditioned_by_its_own_conditioning(kind: str, copied: Any) -> None:
+    model, x, prior = Model(CONDITIONINGS[kind]()), torch.randn(5, 4), priors(5)
+    given, neutral = model.conditioned(x, prior), model.conditioned(x, None)
+    twin = copied(model)
+    assert same([(twin.conditioned(x, prior), given), (twin.conditioned(x, None), neutral)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)  # the original does not reach the copy
+    assert same([(twin.conditioned(x, prior), given), (twin.conditioned(x, None), neutral)])
+    with pytest.raises(RuntimeError, match="never ran"), model.it3_conditioning.given(prior):
+        twin(x)
+    twin.it3_conditioning.attach(twin, twin.it3_prior)  # once more is not twice
+    assert same([(twin.conditioned(x, prior), given)])
+
+
+@pytest.mark.parametrize("kind", CONDITIONINGS)
+def test_attaching_twice_is_attaching_once(kind: str) -> None:
+    model, x, prior = Model(CONDITIONINGS[kind]()), torch.randn(5, 4), priors(5)
+    before = model.conditioned(x, prior)
+    model.it3_conditioning.attach(model, model.it3_prior)
+    assert torch.equal(model.conditioned(x, prior), before)
+
+
+@pytest.mark.parametrize("kind", CONDITIONINGS)
+def test_one_conditioning_serves_one_network(kind: str) -> None:
+    conditioning = CONDITIONINGS[kind]()
+    Model(conditioning)
+    with pytest.raises(ValueError, match="attached to another network already"):
+        Model(conditioning)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FeatureInjection([]),
+        lambda: FeatureInjection(["a", "a"]),
+        lambda: FeatureInjection(["a", "b"], mode=["add"]),
+        lambda: FeatureInjection("a", mode="mix"),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="Expected"):
+        make()
+
+
+@pytest.mark.parametrize(
+    "conditioning",
+    [
+        FeatureInjection(["a", "b"], mode=["film", "add"], channels=7, hidden=5),
+        InputConcat("a"),
+        ForwardArgument("label", layer="net"),
+    ],
+)
+def test_init_args_make_an_equal_conditioning(conditioning: Conditioning) -> None:
+    again = type(conditioning)(**conditioning.init_args())
+    assert again.init_args() == conditioning.init_args()
+    assert again.layers == conditioning.layers

@@ -1,0 +1,202 @@
+"""Vectorised samples: layers that torch.func takes; what it cannot take is looped."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers.adapters import adapted, assert_is_reference, backend_of, by_reference, sample_adapter
+from helpers.modules import images, same, toy
+from helpers.reference import adapt_stream, forward_predict, softmax_label
+from helpers.zoo import KINDS, rows
+from torch import Tensor, nn
+
+from it3_lightning.engine import Forward, SampleAdapter
+
+
+def two_steps(net: nn.Module, forward: Forward | None = None, **given: Any) -> SampleAdapter:
+    return sample_adapter(net, forward, **{"steps": 2, **given})
+
+
+def test_recurrent_layers_of_all_kinds_are_vectorised() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(3, 3)
+
+        def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+            if isinstance(self.layer, nn.RNNCellBase):
+                out: Any = self.layer(x[:, 0, 0])
+                out = out[0] if isinstance(out, tuple) else out
+            else:
+                out = self.layer(x.squeeze(1))[0][:, -1, -3:]
+            logits: Tensor = self.head(out)
+            return logits if prior is None else logits + prior
+
+    layers = [
+        nn.GRU(4, 3, batch_first=True),
+        nn.GRU(4, 3, num_layers=2, batch_first=True, bidirectional=True),
+        nn.RNN(4, 3, batch_first=True),
+        nn.LSTM(4, 5, proj_size=3, batch_first=True),
+        nn.LSTMCell(4, 3),
+        nn.GRUCell(4, 3),
+        nn.RNNCell(4, 3),
+    ]
+    for layer in layers:
+        net, inputs = Recurrent(layer).double().eval(), images(3)
+        records = by_reference(net, inputs, lr=0.01, optimizer="adam", steps=2)
+        adapter = sample_adapter(net, steps=2)
+        assert_is_reference(adapted(adapter, inputs), records, 1e-10)
+        assert backend_of(adapter) == "vectorised"
+
+
+@pytest.mark.parametrize("kind", ["lstm", "transformer", "vit"])
+def test_no_operation_runs_sample_by_sample(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "filterwarnings", lambda *_, **__: None)  # torch's stay errors
+    for dtype in (torch.float32, torch.float64):
+        net, inputs = KINDS[kind].build(dtype), KINDS[kind].batch(3, dtype)
+        adapter = sample_adapter(net, enters=KINDS[kind].enters, steps=2)
+        adapted(adapter, inputs)
+        assert backend_of(adapter) == "vectorised"
+
+
+# What torch.func cannot take goes through the loop, with one warning that says why
+
+
+class Item(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + 0 * x.sum().item())
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, 4, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.mean, Tensor)
+        self.mean.add_(x[0].detach())
+        return x + 0 * self.mean
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand(1).double() * 0
+
+
+CANNOT = {
+    "item": (Item, r"item\(\)"),
+    "branch": (Branch, "data-dependent control flow"),
+    "in-place buffer": (Counts, "in-place"),
+    "random": (Noise, "random"),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "vectorised"])
+@pytest.mark.parametrize("kind", CANNOT)
+def test_what_cannot_be_vectorised_is_looped_with_one_warning(kind: str, backend: str) -> None:
+    layer, cause = CANNOT[kind]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.net = layer(), toy()
+
+        def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+            return forward_predict(self.net, self.first(x), prior)
+
+    net, inputs = Net(), images(4)
+    adapter = two_steps(net, backend=backend)
+    with pytest.warns(UserWarning, match=f"cannot be vectorised.*{cause}") as caught:
+        found = adapted(adapter, inputs)
+    assert len(caught) == 1
+    adapted(adapter, inputs)  # and says no more
+    assert adapter.backend_selection is not None
+    assert adapter.backend_selection.backend == "loop"
+    assert "cannot be vectorised" in str(adapter.backend_selection)
+    records = adapt_stream(
+        net,
+        [rows(inputs, [index]) for index in range(4)],
+        predict=forward_predict,
+        to_label=softmax_label,
+        steps=2,
+        lr=0.01,
+        optimizer="adam",
+    )
+    expected = torch.cat([record.outputs for record in records])
+    torch.testing.assert_close(found.outputs, expected, rtol=0, atol=1e-10)
+
+
+class Centred(torch.optim.Optimizer):
+    """Subtracts the mean gradient of each tensor: mixes its elements."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p -= group["lr"] * (p.grad - p.grad.mean())
+
+
+class CentredSGD(torch.optim.SGD):
+    """The same, by what looks like SGD."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad = p.grad - p.grad.mean()
+        super().step()
+
+
+def hooked(parameters: Any) -> torch.optim.Optimizer:
+    """SGD, with a hook that clips all gradients together."""
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+
+    def clip(optimizer: Any, args: Any, kwargs: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1e-3)
+
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
+MIXING: dict[str, Any] = {
+    "own": lambda parameters: Centred(parameters, 0.1),
+    "subclass": lambda parameters: CentredSGD(parameters, lr=0.1),
+    "hooked": hooked,
+    "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_an_optimizer_that_mixes_elements_is_looped(kind: str) -> None:
+    net, inputs = toy(), images(4)
+    adapter = two_steps(net, optimizer=MIXING[kind], backend="auto")
+    with pytest.warns(UserWarning, match="may mix the samples' weights"):
+        found = adapted(adapter, inputs)
+    assert backend_of(adapter) == "loop"
+    expected = adapted(two_steps(toy(), optimizer=MIXING[kind], backend="loop"), inputs)
+    assert same([(found.outputs, expected.outputs)])
+
+
+def test_wrong_numbers_are_noticed() -> None:
+    net = toy()
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        inside = torch._C._functorch.is_functorch_wrapped_tensor(x)
+        logits = forward_predict(net, x, prior)
+        return logits * (1.01 if inside and prior is not None else 1.0)
+
+    adapter = two_steps(net, forward)
+    with pytest.warns(UserWarning, match="outputs differ by .*, where .* may be rounding"):
+        adapted(adapter, images())
+    assert backend_of(adapter) == "loop"

@@ -1,0 +1,126 @@
+"""Backend selection: which backend a batch takes, and how many samples at once."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.adapters import PUBLISHED, adapted, sample_adapter
+from helpers.modules import images, toy
+from helpers.reference import softmax_label
+from helpers.times import Times
+from torch import Tensor, nn
+
+from it3_lightning.engine import Adaptation, SampleAdapter, Settings, per_sample
+
+
+def adapter_of(net: nn.Module, **given: Any) -> SampleAdapter:
+    return sample_adapter(net, **{"lr": 1e-3, **given})
+
+
+@pytest.mark.parametrize("faster", ["loop", "vectorised"])
+def test_the_faster_backend_is_taken(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Times(*((1.0, 2.0) if faster == "loop" else (2.0, 1.0)))
+    monkeypatch.setattr(per_sample, "_timed", times)
+    adapter = adapter_of(toy(), backend="auto")
+    first = adapted(adapter, images(6))
+    assert adapter.backend_selection is not None
+    assert adapter.backend_selection.backend == faster
+    expected = (
+        f"backend {faster!r}: loop {1e3 * times.times['loop']:.3g}, vectorised "
+        f"{1e3 * times.times['vectorised']:.3g} ms a sample, 6 at once"
+    )
+    assert str(adapter.backend_selection) == expected
+    doubtful = [("vectorised", 6)] if faster == "loop" else []  # its first run may be slow
+    assert times.asked == [("loop", 1), ("loop", 1), ("vectorised", 6), *doubtful]
+    asked = len(times.asked)
+    again = adapted(adapter, images(6))
+    assert len(times.asked) == asked  # selected once
+    assert first.outputs is not None
+    torch.testing.assert_close(again.outputs, first.outputs)
+    forwards = 4 if faster == "vectorised" else 6 * 4
+    assert again.forwards == forwards
+
+
+def test_a_much_slower_first_run_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Times(1.0, 5.0)
+    monkeypatch.setattr(per_sample, "_timed", times)
+    adapter = adapter_of(toy(), backend="auto")
+    adapted(adapter, images(6))
+    assert [name for name, _ in times.asked] == ["loop", "loop", "vectorised"]
+
+
+def test_what_the_selection_runs_is_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two samples by the loop and one batch at once, and nothing is run for the choice alone."""
+    monkeypatch.setattr(per_sample, "_timed", Times(2.0, 1.0))
+    net, passes = toy(), []
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        passes.append(len(x))
+        outputs: Tensor = net(x, prior)
+        return outputs
+
+    made = Settings(scope="sample", objective=PUBLISHED, lr=1e-3, measure=False)
+    adapter = SampleAdapter(net, forward, softmax_label, made)
+    adapted(adapter, images(6))
+    counted = len(passes)
+    adapted(adapter, images(6))
+    # two samples one by one, the passes whose memory is measured, and those of a later batch; the
+    # first batch also compares the gradients of a few samples, found layer by layer, with its own
+    assert counted <= 2 * 3 + 2 + (len(passes) - counted) + 4
+
+
+def test_a_much_larger_batch_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Times(1.0, 4.0)
+    monkeypatch.setattr(per_sample, "_timed", times)
+    adapter = adapter_of(toy(), backend="auto")
+    backends = []
+    for size in (3, 5, 2, 6, 11, 12, 64, 100, 200):
+        times.times["vectorised"] = 4.0 if size < 12 else 0.5
+        adapted(adapter, images(size))
+        assert adapter.backend_selection is not None
+        backends.append((size, adapter.backend_selection.backend))
+    assert [samples for name, samples in times.asked if name == "vectorised"] == [3, 6, 12, 64]
+    assert backends[4:6] == [(11, "loop"), (12, "vectorised")]
+
+
+def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = adapter_of(toy(), chunk_size=6)
+    expected = adapted(adapter, images(6)).outputs
+    vectorised: Any = adapter._vectorised
+    sizes: list[int] = []
+    assert vectorised is not None
+
+    class Limited:
+        def __call__(self, inputs: Tensor, answer: Any) -> Adaptation:
+            sizes.append(len(inputs))
+            if len(inputs) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            found: Adaptation = vectorised(inputs, answer)
+            return found
+
+        def release(self) -> None:
+            """Do nothing."""
+
+    monkeypatch.setattr(adapter, "_vectorised", Limited())
+    with pytest.warns(UserWarning, match="no more than [31] sample") as told:
+        found = adapted(adapter, images(6)).outputs
+    assert [str(each.message).count("Memory ran out") for each in told] == [1, 1]
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+    assert expected is not None
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert adapter.backend_selection is not None
+    assert adapter.backend_selection.backend == "vectorised"
+    assert adapter.backend_selection.chunk_size == 1
+    sizes.clear()
+    adapted(adapter, images(6))
+    assert sizes == [1] * 6  # remembered
+
+
+def test_what_is_asked_for_is_taken_whatever_time_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Times(1.0, 2.0)
+    monkeypatch.setattr(per_sample, "_timed", times)
+    for backend in ("loop", "vectorised"):
+        adapter = adapter_of(toy(), backend=backend)
+        adapted(adapter, images(3))
+        assert adapter.backend_selection is not None
+        assert str(adapter.backend_selection) == f"backend {backend!r}: as asked for"

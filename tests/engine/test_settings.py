@@ -1,0 +1,105 @@
+"""Settings: what they refuse, and what is chosen where it is not given."""
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from it3_lightning import IT3TestTimeCallback
+from it3_lightning.engine import Settings
+from it3_lightning.methods import Idempotence
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": -1}, "steps >= 0, got -1"),
+        ({"lr": -0.1}, "lr >= 0, got -0.1"),
+        ({"lr": float("nan")}, "finite lr >= 0, got nan"),
+        ({"optimizer": "adan"}, "Unknown optimizer 'adan'. Did you mean 'adam'"),
+        ({"reset": 0}, "'batch', 'never' or N >= 1, got 0"),
+        ({"reset": True}, "'batch', 'never' or N >= 1, got True"),
+        ({"anchor": "teacher"}, "anchor in frozen, ema, live, got 'teacher'"),
+        ({"norm_stats": "test"}, "norm_stats in source, batch, got 'test'"),
+        ({"ema_decay": 1.1}, r"ema_decay in \[0, 1\], got 1.1"),
+        ({"grad_clip": 0}, "grad_clip > 0 or None, got 0"),
+    ],
+)
+def test_settings_refuse_what_is_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+def test_an_objective_that_does_not_say_whether_it_needs_a_batch_is_refused() -> None:
+    def mine(y0: Tensor, second: Any) -> Any:
+        raise AssertionError("it was evaluated")
+
+    with pytest.raises(TypeError, match=r"needs_batch, .* got function without"):
+        Settings(objective=mine)  # type: ignore[arg-type]
+    mine.needs_batch = False  # type: ignore[attr-defined]
+    assert Settings(objective=mine).moves == ("polyak", 0.5)  # type: ignore[arg-type]
+
+
+def test_one_batch_is_an_episode() -> None:
+    assert Settings(reset=1).episodic
+    assert not Settings(reset=2).episodic
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm_stats": "batch"}, "each sample alone, but norm_stats='batch'"),
+        ({"objective": Idempotence(balance=0.1)}, "balance terms need several"),
+        ({"reset": "never"}, "its own weights, but reset='never' carries them"),
+        ({"reset": 2}, "its own weights, but reset=2 carries them"),
+        ({"compile": True, "backend": "loop"}, "not backend='loop'"),
+        ({"scope": "batch", "compile": True}, "scope='batch' runs your network as it is"),
+        ({"scope": "each"}, "scope in batch, sample, got 'each'"),
+        ({"backend": "fast"}, "backend in auto, vectorised, loop, got 'fast'"),
+        ({"chunk_size": 0}, "chunk_size 'auto' or N >= 1, got 0"),
+        ({"chunk_size": True}, "chunk_size 'auto' or N >= 1, got True"),
+        ({"memory": 0}, "memory > 0 bytes, got 0"),
+        ({"gate": float("nan")}, "gate to be a distance or None, got NaN"),
+    ],
+)
+def test_settings_refuse_what_a_single_sample_cannot_have(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**{"scope": "sample", **settings})
+
+
+def test_a_reset_after_every_batch_is_taken() -> None:
+    assert Settings(scope="sample", reset=1).episodic
+
+
+@pytest.mark.parametrize(
+    ("given", "moves"),
+    [
+        ({}, ("polyak", 0.5)),
+        ({"lr": 1e-3}, ("adam", 1e-3)),
+        ({"optimizer": "polyak", "lr": 1.0}, ("polyak", 1.0)),
+        ({"optimizer": "sgd"}, ("sgd", 1e-4)),
+        ({"grad_clip": 1.0}, ("adam", 1e-4)),
+        ({"objective": Idempotence("js", balance=0.3)}, ("adam", 1e-4)),
+    ],
+)
+def test_polyak_is_the_default_where_no_learning_rate_is_given(
+    given: dict[str, Any], moves: tuple[str, float]
+) -> None:
+    assert Settings(**given).moves == moves
+    assert IT3TestTimeCallback(**given).settings.moves == moves
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr": 1e-4}, r"share of the distance in \[0.01, 2\], .* got 0.0001"),
+        ({"lr": 1e-3}, "share of the distance in .* got 0.001"),
+        ({"grad_clip": 1.0}, "Leave out grad_clip"),
+        ({"objective": Idempotence("js", balance=0.3)}, "cannot fall below 0"),
+    ],
+)
+def test_what_does_not_go_with_polyak_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**{"optimizer": "polyak", "lr": 0.5, **given})

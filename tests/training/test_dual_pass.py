@@ -1,0 +1,376 @@
+"""The training loss against the same written out by hand: passes, steps, batches, input noise."""
+
+import functools
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from helpers.by_hand import EXACT, ONE_HOT, X, Y, agree, by_hand, one, step_once
+from helpers.reference import ToyNet
+from helpers.toy import Batch, IT3Net, LitNet, doubles, net, parts, quiet, seeded
+from helpers.toy import net as any_net
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn import functional as F
+
+from it3_lightning import ClassPrior, DualPass, IT3Mixin
+from it3_lightning.training.dual_pass import RandomNoise
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    with doubles():
+        yield
+
+
+def made(dual: DualPass | None = None, **args: Any) -> Any:
+    return any_net(dual_pass=dual, **args)
+
+
+def test_loss_and_gradients_are_those_of_both_passes() -> None:
+    expected = by_hand(
+        made(EXACT), lambda f: F.cross_entropy(f(X, None), Y) + F.cross_entropy(f(X, ONE_HOT), Y)
+    )
+    agree(step_once(made(EXACT), (X, Y)), expected)
+    assert expected.grads["it3_conditioning.embedders.net-dense.first.weight"].abs().max() > 0
+
+
+def test_prior_is_perturbed_by_a_random_class_and_share() -> None:
+    torch.manual_seed(7)
+    other, share = torch.randint(3, (6,)), torch.rand(6, 1)
+    prior = share * ONE_HOT + (1 - share) * F.one_hot(other, 3)
+    expected = by_hand(
+        made(), lambda f: F.cross_entropy(f(X, None), Y) + F.cross_entropy(f(X, prior), Y)
+    )
+    agree(step_once(made(DualPass()), (X, Y)), expected)
+
+
+def test_label_weight_scales_the_label_pass_alone() -> None:
+    dual = DualPass(label_weight=0.25, perturb_prior=False)
+    expected = by_hand(
+        made(), lambda f: F.cross_entropy(f(X, None), Y) + 0.25 * F.cross_entropy(f(X, ONE_HOT), Y)
+    )
+    agree(step_once(made(dual), (X, Y)), expected)
+
+
+def test_single_pass_shows_each_sample_its_prior_or_none() -> None:
+    dual = DualPass(passes="single", neutral_share=0.4, perturb_prior=False)
+    torch.manual_seed(7)
+    present = torch.rand(6) >= 0.4
+    assert present.any()
+    assert not present.all()
+
+    def loss(f: Callable[..., Tensor]) -> Tensor:
+        return F.cross_entropy(torch.where(present[:, None], f(X, ONE_HOT), f(X, None)), Y)
+
+    agree(step_once(made(dual), (X, Y)), by_hand(made(), loss))
+
+
+def test_single_pass_perturbs_the_inputs_of_those_that_see_a_prior() -> None:
+    dual = DualPass(passes="single", perturb_prior=False, perturb_inputs=lambda x: 2 * x)
+    torch.manual_seed(7)
+    present = torch.rand(6) >= 0.5
+    mixed = torch.where(present.reshape(-1, 1, 1, 1), 2 * X, X)
+
+    def loss(f: Callable[..., Tensor]) -> Tensor:
+        return F.cross_entropy(torch.where(present[:, None], f(mixed, ONE_HOT), f(mixed, None)), Y)
+
+    agree(step_once(made(dual), (X, Y)), by_hand(made(), loss))
+
+
+def test_third_pass_sees_the_own_prediction_without_a_gradient_to_it() -> None:
+    dual = DualPass(third_pass=True, label_weight=0.5, perturb_prior=False)
+
+    def loss(f: Callable[..., Tensor]) -> Tensor:
+        own = f(X, None).softmax(1).detach()
+        with_priors = F.cross_entropy(f(X, ONE_HOT), Y) + F.cross_entropy(f(X, own), Y)
+        return F.cross_entropy(f(X, None), Y) + 0.5 * with_priors
+
+    agree(step_once(made(dual), (X, Y)), by_hand(made(), loss))
+
+
+def test_own_share_replaces_labels_by_predictions_on_the_same_inputs() -> None:
+    dual = DualPass(own_share=0.5, perturb_prior=False, perturb_inputs=lambda x: x + 1)
+    torch.manual_seed(7)
+    chosen = (torch.rand(6) < 0.5)[:, None]
+
+    def loss(f: Callable[..., Tensor]) -> Tensor:
+        prior = torch.where(chosen, f(X + 1, None).softmax(1).detach(), ONE_HOT)
+        return F.cross_entropy(f(X, None), Y) + F.cross_entropy(f(X + 1, prior), Y)
+
+    agree(step_once(made(dual), (X, Y)), by_hand(made(), loss))
+
+
+def test_post_hoc_loss_is_the_label_pass_through_a_network_in_eval_mode() -> None:
+    model = made(EXACT, train="conditioning")
+    twin = made(EXACT)
+    twin.eval()
+    with torch.no_grad():
+        label = F.cross_entropy(twin.predict_with(X, ONE_HOT), Y)
+    recorded = step_once(model, (X, Y))
+    torch.testing.assert_close(recorded.loss, label)
+    moved = {name for name, gradient in recorded.grads.items() if gradient.abs().max() > 0}
+    assert moved == {n for n, _ in model.named_parameters() if n.startswith("it3_conditioning")}
+
+
+def test_post_hoc_third_pass_adds_the_loss_on_the_own_prediction() -> None:
+    dual = DualPass(third_pass=True, perturb_prior=False)
+    twin = made()
+    twin.eval()
+    with torch.no_grad():
+        own = twin.predict_with(X, None).softmax(1)
+        losses = [F.cross_entropy(twin.predict_with(X, prior), Y) for prior in (ONE_HOT, own)]
+    recorded = step_once(made(dual, train="conditioning"), (X, Y))
+    torch.testing.assert_close(recorded.loss, losses[0] + losses[1])
+
+
+def test_off_is_the_plain_module() -> None:
+    plain = seeded(LitNet())
+    plain.load_state_dict(made().state_dict(), strict=False)
+    expected, actual = step_once(plain, (X, Y)), step_once(made(train="off"), (X, Y))
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=0, atol=0)
+    for name, gradient in expected.grads.items():
+        assert torch.equal(actual.grads[name], gradient)
+
+
+@pytest.mark.parametrize("train", ["joint", "conditioning"])
+def test_it3_loss_in_a_step_of_ones_own(train: Any) -> None:
+    class Own(IT3Net):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            return self.it3_loss(batch, F.cross_entropy)
+
+    own = step_once(seeded(Own(**parts(dual_pass=EXACT, train=train))), (X, Y))
+    agree(own, step_once(made(EXACT, train=train), (X, Y)))
+
+
+def test_predict_with_is_the_conditioned_forward_pass() -> None:
+    model = made()
+    expected = by_hand(model, lambda f: f(X, ONE_HOT).sum() + 10 * f(X, None).sum())
+    model.train()
+    actual = model.predict_with(X, ONE_HOT).sum() + 10 * model.predict_with(X, None).sum()
+    torch.testing.assert_close(actual.detach(), expected.loss.detach())
+
+
+def test_priors_of_a_class_prior_are_one_hot_and_softmax() -> None:
+    prior = ClassPrior(3)
+    assert torch.equal(prior.from_target(Y), ONE_HOT)
+    logits = ToyNet()(X)
+    torch.testing.assert_close(prior.from_output(logits), logits.softmax(1))
+
+
+# Any step on any batch
+
+
+class DictStep(LitNet):
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        logits = self(batch[0])
+        return {"loss": F.cross_entropy(logits, batch[1]), "preds": logits.detach()}
+
+
+class StepWithoutIndex(LitNet):
+    def training_step(self, batch: Batch) -> Any:  # type: ignore[override]
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def checked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a step as libraries do."""
+
+    @functools.wraps(step)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(LitNet):
+    @checked
+    def training_step(self, batch: Batch) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+class TakesAnything(LitNet):
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        (images, labels), index = args
+        assert (index, kwargs) == (0, {})
+        return F.cross_entropy(self(images), labels)
+
+
+class NamedBatch(LitNet):
+    """Takes the label out of a dict batch, as many steps do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if isinstance(batch, dict):
+            return F.cross_entropy(self(batch["image"]), batch.pop("label"))
+        return F.cross_entropy(self(batch.image), batch.label)
+
+
+def mixed(base: type[LitNet], **args: Any) -> IT3Net:
+    model: IT3Net = seeded(type("IT3Foreign", (IT3Mixin, base), {})(**parts(**args)))
+    return model
+
+
+@dataclass
+class Pair:
+    image: Tensor
+    label: Tensor
+
+
+Named = namedtuple("Named", ["image", "label"])
+
+
+@pytest.mark.parametrize(
+    ("base", "batch"),
+    [
+        (LitNet, (X, Y)),
+        (LitNet, [X, Y]),
+        (DictStep, (X, Y)),
+        (StepWithoutIndex, (X, Y)),
+        (Decorated, (X, Y)),
+        (TakesAnything, (X, Y)),
+        (NamedBatch, {"image": X, "label": Y}),
+        (NamedBatch, Pair(X, Y)),
+        (NamedBatch, Named(X, Y)),
+    ],
+    ids=[
+        *("tuple", "list", "dict step", "no batch_idx", "decorated", "anything"),
+        *("dict", "dataclass", "named tuple"),
+    ],
+)
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_any_step_and_any_batch_give_the_same_loss(
+    base: type[LitNet], batch: Any, perturbed: bool
+) -> None:
+    perturb = (lambda x: x * 0.5) if perturbed else None
+    dual = DualPass(perturb_prior=False, perturb_inputs=perturb)
+    shown = X * 0.5 if perturbed else X
+    expected = by_hand(
+        net(), lambda f: F.cross_entropy(f(X, None), Y) + F.cross_entropy(f(shown, ONE_HOT), Y)
+    )
+    agree(step_once(mixed(base, dual_pass=dual), batch), expected)
+
+
+def test_step_may_be_called_by_keyword() -> None:
+    model = net(dual_pass=EXACT, train="off")
+    model.log = lambda *_, **__: None
+    expected = model.training_step((X, Y), 0)
+    assert torch.equal(model.training_step(batch=(X, Y), batch_idx=0), expected)
+
+
+class Scaled(LitNet):
+    """Takes two inputs, one of them not a tensor."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x * scale)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(*batch["inputs"]), batch["label"])
+
+
+def test_single_pass_mixes_tensors_of_nested_inputs_and_takes_the_rest_as_it_is() -> None:
+    def perturb(inputs: Any) -> Any:
+        return inputs[0] + 1, inputs[1]
+
+    dual = DualPass(passes="single", perturb_prior=False, perturb_inputs=perturb)
+    torch.manual_seed(7)
+    present = torch.rand(6) >= 0.5
+    mixture = 0.5 * torch.where(present.reshape(-1, 1, 1, 1), X + 1, X)
+
+    def loss(f: Callable[..., Tensor]) -> Tensor:
+        shown = torch.where(present[:, None], f(mixture, ONE_HOT), f(mixture, None))
+        return F.cross_entropy(shown, Y)
+
+    batch = {"inputs": (X, 0.5), "label": Y}
+    agree(step_once(mixed(Scaled, dual_pass=dual), batch), by_hand(net(), loss))
+
+
+def test_dict_of_a_step_keeps_its_other_entries_from_the_neutral_pass() -> None:
+    kept: list[Tensor] = []
+
+    class Keep(Callback):
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+        ) -> None:
+            kept.append(outputs["preds"])
+
+    twin = net()
+    twin.train()
+    expected = twin(X).detach()
+    model = mixed(DictStep, dual_pass=EXACT)
+    quiet(max_steps=1, callbacks=[Keep()]).fit(model, one((X, Y)))
+    torch.testing.assert_close(kept[0], expected)
+
+
+def test_step_that_returns_none_skips_the_batch() -> None:
+    class Skips(LitNet):
+        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+            return None
+
+    model = mixed(Skips)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="returned `None`"):
+        quiet().fit(model, one((X, Y)))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_step_that_returns_something_else_is_refused() -> None:
+    class Odd(LitNet):
+        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+            return str(self(batch[0]).sum())
+
+    with pytest.raises(TypeError, match=r"to return a loss tensor.*got str"):
+        quiet().fit(mixed(Odd), one((X, Y)))
+
+
+# Random noise on inputs
+
+
+def test_noise_has_one_random_size_a_sample() -> None:
+    torch.manual_seed(0)
+    noise = RandomNoise(2.0)(torch.zeros(2000, 1, 8, 8))
+    sizes = noise.flatten(1).std(1)
+    assert sizes.max().item() < 2.0 * 1.4
+    assert sizes.mean().item() == pytest.approx(1.0, abs=0.05)  # of U(0, 2)
+    assert noise.square().mean().item() == pytest.approx(4 / 3, abs=0.08)
+    assert noise.mean().item() == pytest.approx(0.0, abs=0.02)
+
+
+def test_values_are_clamped_where_asked() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(50, 20)
+    assert RandomNoise(5.0, low=0.0)(x).min().item() == 0.0
+    assert RandomNoise(5.0, low=0.0)(x).max().item() > 1.0
+    assert RandomNoise(5.0, high=1.0)(x).max().item() == 1.0
+
+
+def test_only_floating_tensors_are_noisy_and_the_given_ones_stay() -> None:
+    torch.manual_seed(0)
+    x, tokens, scale = torch.zeros(3, 2), torch.arange(3), torch.tensor(1.0)
+    noisy: dict[str, Any] = RandomNoise()({"x": [x, tokens], "scale": scale, "name": "a"})
+    assert (noisy["x"][0] != 0).all()
+    assert noisy["x"][1] is tokens
+    assert noisy["scale"] is scale
+    assert noisy["name"] == "a"
+    assert not x.any()
+
+
+def test_no_noise_is_the_input_and_seeds_repeat() -> None:
+    x = torch.randn(3, 2, dtype=torch.float64)
+    assert torch.equal(RandomNoise(0.0)(x), x)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        draws.append(RandomNoise()(x))
+    assert torch.equal(*draws)
+    assert draws[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [({"size": -1.0}, "size >= 0, got -1.0"), ({"low": 2.0, "high": 1.0}, "low <= high, got 2.0")],
+)
+def test_noise_refuses_settings_that_make_no_sense(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RandomNoise(**args)
