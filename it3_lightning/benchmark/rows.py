@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from it3_lightning.benchmark.config import Recipe
@@ -110,7 +110,8 @@ validation samples in a callback, which a benchmark does not calibrate. Leave it
         """Return the callback that does it; ``None`` for the source row."""
         if self.settings is None:
             return None
-        settings = {name: value for name, value in vars(self.settings).items() if name != "gate"}
+        names = [field.name for field in fields(self.settings) if field.name != "gate"]
+        settings = {name: getattr(self.settings, name) for name in names}
         return IT3TestTimeCallback(**settings, prediction=self.prediction)
 
 

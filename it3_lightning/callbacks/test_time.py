@@ -266,7 +266,7 @@ class IT3TestTimeCallback(TestTimeCallback):
     def __init__(
         self, *, objective: TestTimeMethod | TestTimeObjective | None = None, **settings: Any
     ) -> None:
-        super().__init__(objective, **settings)
+        super().__init__(method=objective, **settings)
 
 
 def _wrapped(
@@ -315,15 +315,16 @@ def _visible_signature(*classes: type, hidden: Sequence[str] = ()) -> inspect.Si
     """Return the signature of the first class with the arguments that it hands on to the others."""
     merged: dict[str, inspect.Parameter] = {}
     for each in classes:
-        for name, parameter in inspect.signature(each).parameters.items():
+        own: Any = each.__init__  # type: ignore[misc]
+        for name, parameter in inspect.signature(own).parameters.items():
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD and name not in hidden:
                 merged.setdefault(name, parameter)
     return inspect.Signature(list(merged.values()))
 
 
 TestTimeCallback.__signature__ = _visible_signature(  # type: ignore[attr-defined]
-    TestTimeCallback, Settings, hidden=("objective",)
+    TestTimeCallback, Settings, hidden=("self", "objective")
 )
 IT3TestTimeCallback.__signature__ = _visible_signature(  # type: ignore[attr-defined]
-    IT3TestTimeCallback, TestTimeCallback, hidden=("method",)
+    IT3TestTimeCallback, TestTimeCallback, Settings, hidden=("self", "method")
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, get_args
 
 from it3_lightning.engine.optimizers import (
@@ -88,33 +89,10 @@ class Settings:
     memory: int = 2**30
     compile: bool = False
 
-    # What follows from these, found once
-    moves: tuple[OptimizerName | OptimizerFactory, float] = field(
-        init=False, repr=False, compare=False
-    )
-    """The optimizer and its learning rate, given or chosen."""
-    method: TestTimeMethod = field(init=False, repr=False, compare=False)
-    """The objective as a method."""
-    rule: Rule | None = field(init=False, repr=False, compare=False)
-    """The rule of a named optimizer; ``None`` of a callable."""
-    episodic: bool = field(init=False, repr=False, compare=False)
-    """Whether every batch starts from the source."""
-    needs_batch: bool = field(init=False, repr=False, compare=False)
-    """Whether one sample alone makes no sense: batch statistics or a batch term."""
-    single_step: bool = field(init=False, repr=False, compare=False)
-    """Whether a step in closed form, straight from the source, is all there is."""
-
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"Expected steps >= 0, got {self.steps}.")
-        if not isinstance(getattr(self.objective, "needs_batch", None), bool):
-            raise TypeError(
-                "Expected an objective with an attribute needs_batch, whether it looks at several "
-                f"samples at once, got {type(self.objective).__name__} without. Set it to False or "
-                "True, as on a function: objective.needs_batch = False."
-            )
         self._choose_optimizer()
-        self._derive()
         optimizer, lr = self.moves
         if not 0 <= lr < math.inf:
             raise ValueError(f"Expected a finite lr >= 0, got {lr}.")
@@ -142,35 +120,71 @@ class Settings:
         if self.memory <= 0:
             raise ValueError(f"Expected memory > 0 bytes, got {self.memory}.")
         self._check_scope()
+        for name in ("method", "needs_batch", "single_step"):
+            getattr(self, name)  # so that no batch waits for it
+
+    # What follows from the settings, found once
+
+    @cached_property
+    def moves(self) -> tuple[OptimizerName | OptimizerFactory, float]:
+        """The optimizer and its learning rate, given or chosen."""
+        assert self.optimizer is not None
+        assert self.lr is not None
+        return self.optimizer, self.lr
+
+    @cached_property
+    def method(self) -> TestTimeMethod:
+        """The objective as a method."""
+        return as_method(self.objective)
+
+    @cached_property
+    def rule(self) -> Rule | None:
+        """The rule of a named optimizer; ``None`` of a callable."""
+        return rule_of(self.moves[0])
+
+    @cached_property
+    def episodic(self) -> bool:
+        """Whether every batch starts from the source."""
+        return self.reset in ("batch", 1)
+
+    @cached_property
+    def batch_term(self) -> bool:
+        """Whether the objective looks at several samples at once."""
+        needs = getattr(self.objective, "needs_batch", None)
+        if not isinstance(needs, bool):
+            raise TypeError(
+                "Expected an objective with an attribute needs_batch, whether it looks at several "
+                f"samples at once, got {type(self.objective).__name__} without. Set it to False or "
+                "True, as on a function: objective.needs_batch = False."
+            )
+        return needs
+
+    @cached_property
+    def needs_batch(self) -> bool:
+        """Whether one sample alone makes no sense: batch statistics or a batch term."""
+        return self.norm_stats == "batch" or self.batch_term
+
+    @cached_property
+    def single_step(self) -> bool:
+        """Whether a step in closed form, straight from the source, is all there is."""
+        rule = self.rule
+        return (
+            self.episodic
+            and self.steps == 1
+            and self.anchor != "ema"
+            and self.grad_clip is None
+            and rule is not None
+            and (rule.first_step is not None or rule.length is not None)
+            and type(self.method).step is TestTimeMethod.step
+        )
 
     def _choose_optimizer(self) -> None:
         """Set the optimizer and the learning rate where they are not given."""
         if self.optimizer is None:
-            free = self.lr is None and self.grad_clip is None and not self.objective.needs_batch
+            free = self.lr is None and self.grad_clip is None and not self.batch_term
             object.__setattr__(self, "optimizer", "polyak" if free else "adam")
         if self.lr is None:
             object.__setattr__(self, "lr", 0.5 if self.optimizer == "polyak" else 1e-4)
-        object.__setattr__(self, "moves", (self.optimizer, self.lr))
-
-    def _derive(self) -> None:
-        """Set what follows from the settings."""
-        method, rule = as_method(self.objective), rule_of(self.moves[0])
-        episodic = self.reset in ("batch", 1)
-        closed = rule is not None and (rule.first_step is not None or rule.length is not None)
-        derived = {
-            "method": method,
-            "rule": rule,
-            "episodic": episodic,
-            "needs_batch": self.norm_stats == "batch" or self.objective.needs_batch,
-            "single_step": closed
-            and episodic
-            and self.steps == 1
-            and self.anchor != "ema"
-            and self.grad_clip is None
-            and type(method).step is TestTimeMethod.step,
-        }
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
 
     def _check_polyak(self) -> None:
         if not _LEAST <= self.moves[1] <= 2:
@@ -184,7 +198,7 @@ class Settings:
                 "optimizer='polyak' tells the length of a step by the gradients' norm; grad_clip "
                 "would lengthen it. Leave out grad_clip."
             )
-        if self.objective.needs_batch:
+        if self.batch_term:
             raise ValueError(
                 "optimizer='polyak' needs an objective that cannot fall below 0, and the balance "
                 "term can. Use balance=0, or another optimizer."

@@ -310,7 +310,10 @@ class _Interception:
 
     def _keep_conditioning_out(self) -> None:
         """Let hooks of the conditioning on the module itself not run: they come with the engine."""
-        self._listening.enter_context(hooked_by(self._module, lambda h: not owned(h, self._host)))
+        hooks = (*self._module._forward_pre_hooks.values(), *self._module._forward_hooks.values())
+        if any(owned(hook, self._host) for hook in hooks):
+            others = hooked_by(self._module, lambda hook: not owned(hook, self._host))
+            self._listening.enter_context(others)
 
     def _note(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
