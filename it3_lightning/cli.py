@@ -14,9 +14,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from it3_lightning.benchmark import Benchmark, Tuning
-from it3_lightning.benchmark.report import overview, show
+from it3_lightning.benchmark.report import overview, show, show_tuning
 from it3_lightning.benchmark.run import quiet
-from it3_lightning.benchmark.tune_report import show_tuning
 from it3_lightning.data import ShiftedData
 
 _EXTRAS: Mapping[str, str] = MappingProxyType(

@@ -28,6 +28,7 @@ OptimizerName = Literal["adam", "adamw", "sgd", "rmsprop", "polyak"]
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 HALF = (torch.float16, torch.bfloat16)
+CHUNK = 1 << 17  # elements worked on at once, so that they stay in the cache
 
 _MOST = 1e-3  # of the weights' norm: where the loss hardly depends on them, the rule overshoots
 _TINY = 1e-30

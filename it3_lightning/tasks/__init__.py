@@ -2,8 +2,14 @@
 
 from it3_lightning.tasks.classification import AUROC, Classifier, IT3Classifier
 from it3_lightning.tasks.regression import IT3Regressor, Regressor
-from it3_lightning.tasks.road_scores import Completeness, Correctness, Quality, RelaxedScore
-from it3_lightning.tasks.segmentation import IT3Segmenter, Segmenter
+from it3_lightning.tasks.segmentation import (
+    Completeness,
+    Correctness,
+    IT3Segmenter,
+    Quality,
+    RelaxedScore,
+    Segmenter,
+)
 
 __all__ = [
     "AUROC",

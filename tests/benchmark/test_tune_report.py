@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers.benchmark_runs import candidate, toy_tuned
 
-from it3_lightning.benchmark.tune_report import show_tuning, tuning_markdown
+from it3_lightning.benchmark.report import show_tuning, tuning_markdown
 
 
 def test_the_report_ranks_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

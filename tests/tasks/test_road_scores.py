@@ -10,7 +10,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryJaccardIndex
 
 from it3_lightning.tasks import Completeness, Correctness, Quality, RelaxedScore
-from it3_lightning.tasks.road_scores import near, relaxed_counts
+from it3_lightning.tasks.segmentation import near, relaxed_counts
 
 TOLERANCES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.3]
 

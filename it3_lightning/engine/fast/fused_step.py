@@ -9,9 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from it3_lightning.engine.optimizers import HALF, OnlyStep, Rule, full_precision
-
-CHUNK = 1 << 17  # elements worked on at once, so that they stay in the cache
+from it3_lightning.engine.optimizers import CHUNK, HALF, OnlyStep, Rule, full_precision
 
 
 class FusedStep(OnlyStep):

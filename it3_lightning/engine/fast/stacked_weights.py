@@ -12,9 +12,9 @@ from torch import Tensor, nn, optim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from it3_lightning.engine.fast.fused_step import CHUNK
 from it3_lightning.engine.fast.grad_sample import Product
 from it3_lightning.engine.optimizers import (
+    CHUNK,
     HALF,
     OPTIMIZERS,
     Updater,
