@@ -28,7 +28,7 @@ from helpers.adapters import (
     results,
     sample_adapter,
 )
-from helpers.fast import taken
+from helpers.fast import needs_fast_paths, taken
 from helpers.faults import BATCH_FAULTS, SAMPLE_FAULTS, BadBatch, BadSample
 from helpers.modules import (
     Conditioned,
@@ -81,6 +81,7 @@ from it3_lightning.engine import (
     Forward,
     SampleAdapter,
     Settings,
+    fast,
     per_sample,
 )
 
@@ -365,7 +366,8 @@ def test_a_restless_network_is_left_as_it_was() -> None:
     net = restless()  # writes buffers and attributes, draws, switches modes
     before = bits(net)
     adapter = sample_steps(net)
-    with pytest.warns(UserWarning, match="cannot be vectorised"):
+    told: Any = pytest.warns(UserWarning, match="cannot be vectorised")
+    with told if fast.enabled() else nullcontext():
         adapted(adapter, images(3))
     adapted(adapter, images(3))
     assert changed(before, net) == []
@@ -855,6 +857,7 @@ class Dropping(nn.Module):
         return forward_predict(self.net, self.dropout(x), prior)
 
 
+@needs_fast_paths
 def test_dropout_goes_through_the_loop_as_each_sample_alone() -> None:
     def run(batch: Tensor, seed: int) -> Tensor | None:
         adapter = sample_steps(Dropping(), backend="auto")
@@ -892,6 +895,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 # 11. What is checked once is checked for what comes later too
 
 
+@needs_fast_paths
 def test_other_conditions_select_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other shapes, types or modes of the network; those that were met before are known."""
     times = Times(2.0, 1.0)
@@ -918,6 +922,7 @@ def test_other_conditions_select_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(name == "vectorised" for name, _ in times.asked) == 2  # known
 
 
+@needs_fast_paths
 def test_a_batch_unlike_the_first_one_is_looped() -> None:
     net, calls = toy(), [0]
 

@@ -21,6 +21,7 @@ from costs.networks import Architecture, Entry, Subject, resnet18, small_cnn
 from costs.peer import Peer
 from costs.results import Results
 from costs.tables import comparisons
+from helpers.fast import needs_fast_paths
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -137,6 +138,7 @@ def test_the_update_counted_as_unavoidable_lowers_the_ratio(found: dict[str, Any
     assert len(rows) == 8
 
 
+@needs_fast_paths
 def test_both_engines_adapt_the_same_weights_in_as_many_passes(found: dict[str, Any]) -> None:
     number = sum(p.numel() for p in small_cnn(4, 8).make().parameters())
     cases = [f"small CNN, prior at {layer}, a batch" for layer in ("features.0", "dense1")]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fast import needs_fast_paths
 from helpers.toy import (
     Batch,
     IT3Net,
@@ -258,6 +259,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "IT3 takes" in record.getMessage()]
 
 
+@needs_fast_paths
 def test_backend_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     callback = each("auto")
     with caplog.at_level("INFO"):
@@ -271,6 +273,7 @@ def test_backend_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert messages(caplog) == ["IT3 takes backend 'loop': as asked for"]
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("backend", ["auto", "vectorised"])
 def test_network_that_cannot_be_vectorised_is_looped_over_with_one_warning(backend: Any) -> None:
     class Asks(IT3Net):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapters import PUBLISHED, adapted, sample_adapter
+from helpers.fast import needs_fast_paths
 from helpers.modules import images, toy
 from helpers.reference import softmax_label
 from helpers.times import Times
@@ -17,6 +18,7 @@ def adapter_of(net: nn.Module, **given: Any) -> SampleAdapter:
     return sample_adapter(net, **{"lr": 1e-3, **given})
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("faster", ["loop", "vectorised"])
 def test_the_faster_backend_is_taken(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     times = Times(*((1.0, 2.0) if faster == "loop" else (2.0, 1.0)))
@@ -41,6 +43,7 @@ def test_the_faster_backend_is_taken(faster: str, monkeypatch: pytest.MonkeyPatc
     assert again.forwards == forwards
 
 
+@needs_fast_paths
 def test_a_much_slower_first_run_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     times = Times(1.0, 5.0)
     monkeypatch.setattr(per_sample, "_timed", times)
@@ -69,6 +72,7 @@ def test_what_the_selection_runs_is_the_result(monkeypatch: pytest.MonkeyPatch) 
     assert counted <= 2 * 3 + 2 + (len(passes) - counted) + 4
 
 
+@needs_fast_paths
 def test_a_much_larger_batch_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     times = Times(1.0, 4.0)
     monkeypatch.setattr(per_sample, "_timed", times)
@@ -83,6 +87,7 @@ def test_a_much_larger_batch_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> N
     assert backends[4:6] == [(11, "loop"), (12, "vectorised")]
 
 
+@needs_fast_paths
 def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = adapter_of(toy(), chunk_size=6)
     expected = adapted(adapter, images(6)).outputs
@@ -116,6 +121,7 @@ def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) 
     assert sizes == [1] * 6  # remembered
 
 
+@needs_fast_paths
 def test_what_is_asked_for_is_taken_whatever_time_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     times = Times(1.0, 2.0)
     monkeypatch.setattr(per_sample, "_timed", times)

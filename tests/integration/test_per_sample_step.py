@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fast import needs_fast_paths
 from helpers.reference import adapt_stream
 from helpers.toy import (
     Batch,
@@ -180,6 +181,7 @@ def test_question_about_the_batch_costs_no_pass_of_its_own(ask: Any) -> None:
     assert len(passes) - 4 * 12 in (0, 2)  # two to step by, the answer, its distance; a trial
 
 
+@needs_fast_paths
 def test_what_comes_before_the_prior_is_computed_once() -> None:
     class Counts(nn.Conv2d):
         def forward(self, input: Tensor) -> Tensor:

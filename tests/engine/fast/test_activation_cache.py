@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import pytest
 from helpers.cache import Deep, Log, adapter_of, assert_the_cache_changes_no_bit, run
+from helpers.fast import needs_fast_paths
 from helpers.modules import (
     drawn,
     images,
@@ -70,6 +71,7 @@ def test_the_cache_changes_no_bit_of_other_weights(
     assert_deep_networks_change_no_bit(entry, settings, selected)
 
 
+@needs_fast_paths
 def test_the_cache_changes_no_bit_where_the_prior_enters_in_several_places() -> None:
     class Twice(Deep):
         def __init__(self) -> None:
@@ -138,6 +140,7 @@ class Containers(nn.Module):
         return logits
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("selected", [["head.*"], "all"])
 @pytest.mark.parametrize("kind", ["tuple", "nested", "object", "dataclass"])
 def test_modules_may_put_out_anything(kind: str, selected: Any) -> None:
@@ -172,6 +175,7 @@ class Shared(nn.Module):
         return logits
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("selected", [["head.*"], "all"])
 def test_a_module_may_be_called_in_several_places(in_place: bool, selected: Any) -> None:
@@ -185,6 +189,7 @@ def test_a_module_may_be_called_in_several_places(in_place: bool, selected: Any)
     assert adaptation.cache_hits > 0
 
 
+@needs_fast_paths
 @pytest.mark.parametrize(
     ("layer", "width", "norm_stats", "selected"),
     [
@@ -241,6 +246,7 @@ def test_what_is_written_into_is_computed_anew(selected: Any) -> None:
         )
 
 
+@needs_fast_paths
 def test_a_conditioning_may_write_into_the_output_of_its_layer() -> None:
     class Writes(Deep):
         def _after(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
@@ -255,6 +261,7 @@ def test_a_conditioning_may_write_into_the_output_of_its_layer() -> None:
 FUSED = ("lstm", "transformer", "vit")  # torch rounds otherwise where no gradient is needed
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("kind", ["lstm", "transformer", "vit", "batch norm", "graph"])
 @pytest.mark.parametrize("parameters", ["all", ["*head*"], ["*out_proj*", "*head*"]])
 def test_every_kind_of_network(kind: str, parameters: Any) -> None:
@@ -295,6 +302,7 @@ def test_weights_used_by_another_module_than_their_owner_end_the_cache() -> None
     )
 
 
+@needs_fast_paths
 def test_anchors_with_other_weights_know_only_what_came_before_these() -> None:
     class Stem(nn.Module):
         def __init__(self) -> None:
@@ -328,6 +336,7 @@ def test_anchors_with_other_weights_know_only_what_came_before_these() -> None:
 # Conditionings of the library
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("selected", [["head.*"], "all"])
 def test_a_conditioning_notices_that_its_layer_was_passed(selected: Any) -> None:
     conditionings: list[Any] = [
@@ -367,6 +376,7 @@ def test_a_conditioning_notices_that_its_layer_was_passed(selected: Any) -> None
 # What it saves
 
 
+@needs_fast_paths
 def test_no_activation_is_kept_after_a_batch() -> None:
     net = drawn(Deep())
     adapter = adapter_of(net, {"trunk.0": "output"}, steps=2)
@@ -376,6 +386,7 @@ def test_no_activation_is_kept_after_a_batch() -> None:
         assert cache["_inputs"] is None
 
 
+@needs_fast_paths
 @pytest.mark.parametrize(
     ("settings", "runs"),
     [
@@ -412,6 +423,7 @@ def test_what_is_known_is_not_run(settings: dict[str, Any], runs: dict[str, int]
         assert (adaptation.cache_hits > 0) == (runs["stem"] < adaptation.forwards)
 
 
+@needs_fast_paths
 def test_carried_weights_are_measured_against_a_source_that_is_run_once() -> None:
     log: Log = []
     adapter = adapter_of(drawn(Deep(log=log)), {"trunk.0": "output"}, reset="never")
@@ -425,6 +437,7 @@ def test_carried_weights_are_measured_against_a_source_that_is_run_once() -> Non
     assert counts[1:] == [{"stem": 3, "trunk.0.0": 3, "head": 6}] * 2
 
 
+@needs_fast_paths
 def test_entries_at_an_input_are_known_in_every_batch() -> None:
     log: Log = []
     adapter = adapter_of(drawn(Deep("head", "input", log)), {"head": "input"})
@@ -437,6 +450,7 @@ def test_entries_at_an_input_are_known_in_every_batch() -> None:
         }
 
 
+@needs_fast_paths
 def test_the_outermost_known_modules_are_answered() -> None:
     ((one, _),) = run(adapter_of(drawn(Deep("trunk")), {"trunk": "output"}), stream(1))
     assert (
@@ -452,6 +466,7 @@ def test_without_a_known_entry_the_anchor_runs_in_full() -> None:
     assert {log.count(name) for name in ("stem", "trunk.0.0", "trunk.1.0", "head")} == {4}
 
 
+@needs_fast_paths
 def test_gated_samples_are_cached_apart() -> None:
     log: Log = []
     ((ungated, _),) = run(adapter_of(drawn(Deep("trunk.0")), {}), [images()])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cache import Deep, adapter_of, assert_the_cache_changes_no_bit, equal, run
+from helpers.fast import needs_fast_paths
 from helpers.modules import (
     Conditioned,
     LastOutput,
@@ -200,6 +201,7 @@ def test_features_left_on_the_network_and_taken_away_again(kind: str, selected: 
     assert [adaptation.cache_hits for adaptation in adaptations] == [0, 0]
 
 
+@needs_fast_paths
 def test_features_taken_by_hooks_are_taken_in_every_pass() -> None:
     class Hooked(nn.Module):
         def __init__(self) -> None:
@@ -284,6 +286,7 @@ def test_inputs_that_are_objects_are_watched() -> None:
     assert equal(found[0].outputs, found[1].outputs)
 
 
+@needs_fast_paths
 def test_a_mixture_of_experts_takes_other_ways_with_other_batches() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
@@ -352,6 +355,7 @@ def test_a_layer_with_a_forward_of_its_own_is_no_known_entry() -> None:
     assert_the_cache_changes_no_bit(make, stream(1), enters, steps=2)
 
 
+@needs_fast_paths
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # which dynamo asks for
 @pytest.mark.parametrize("inside", [True, False])
 def test_compiled_modules_are_run(inside: bool) -> None:
@@ -381,6 +385,7 @@ def test_a_batch_in_inference_tensors_is_not_cached() -> None:
     assert equal(adaptation.outputs, expected.outputs)
 
 
+@needs_fast_paths
 def test_tied_weights_and_nested_networks() -> None:
     for body in (Tied(), LastOutput(nn.GRU(4, 8, batch_first=True))):
         (adaptation,) = assert_the_cache_changes_no_bit(

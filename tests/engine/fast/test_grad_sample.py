@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.fast import needs_fast_paths
 from helpers.modules import Conditioned, drawn, images, takes_prior, toy
 from helpers.reference import Record as Expected
 from helpers.reference import adapt_stream, forward_predict, softmax_label
@@ -165,6 +166,7 @@ def assert_alone(
 SERVED = ["mlp", "batch norm", "group norm", "layer norm", "graph"]
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("kind", SERVED)
 @pytest.mark.usefixtures("everything_is_large")
 def test_large_weights_are_used_up_in_pieces_and_equal_each_sample_alone(
@@ -176,6 +178,7 @@ def test_large_weights_are_used_up_in_pieces_and_equal_each_sample_alone(
     assert_alone(adaptation, net, inputs)
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("given", [{"steps": 3}, {"optimizer": "sgd"}, {"optimizer": "rmsprop"}])
 @pytest.mark.usefixtures("everything_is_large")
 def test_other_updates_take_the_same_gradients(given: dict[str, Any], spy: Spy) -> None:
@@ -185,6 +188,7 @@ def test_other_updates_take_the_same_gradients(given: dict[str, Any], spy: Spy) 
     assert_alone(adaptation, net, inputs, **given)
 
 
+@needs_fast_paths
 def test_resnet18_in_float32_is_served_layer_by_layer(spy: Spy) -> None:
     net, inputs = RESNET.build(torch.float32), RESNET.batch(3, torch.float32)
     adaptation = adapted(net, inputs, lr=1e-3)
@@ -192,6 +196,7 @@ def test_resnet18_in_float32_is_served_layer_by_layer(spy: Spy) -> None:
     assert_alone(adaptation, net, inputs, atol=1e-5, rtol=1e-5, lr=1e-3)  # outputs of about 10
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("selection", ["bias", "norm", ["conv.weight"]])
 def test_only_selected_weights_move(selection: Any, spy: Spy) -> None:
     net, inputs = toy(), images(5)
@@ -219,6 +224,7 @@ def test_the_next_batch_leaves_what_was_given_out_alone() -> None:
     assert torch.equal(before.outputs, kept)
 
 
+@needs_fast_paths
 def test_an_objective_without_a_second_pass_needs_none(spy: Spy) -> None:
     net, inputs = toy(), images(5)
     adaptation = adapted(net, inputs, objective=Entropy(), measure=False)
@@ -285,6 +291,7 @@ class Transposed(TwiceCalled):
 NOT_SERVED = [TwiceCalled, Borrowed, Tied, Transposed]
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("body", NOT_SERVED)
 def test_what_the_rules_do_not_know_of_is_left_to_torch_func(
     body: Callable[[], nn.Module], spy: Spy
@@ -295,6 +302,7 @@ def test_what_the_rules_do_not_know_of_is_left_to_torch_func(
     assert_alone(adaptation, net, inputs)
 
 
+@needs_fast_paths
 def test_inputs_that_are_written_into_are_left_to_torch_func(spy: Spy) -> None:
     net, inputs = drawn(Conditioned(Overwritten())), images(2)
     adaptation = adapted(net, inputs, batches=2, parameters="bias")  # needs no inputs itself
@@ -302,6 +310,7 @@ def test_inputs_that_are_written_into_are_left_to_torch_func(spy: Spy) -> None:
     assert_alone(adaptation, net, inputs, parameters=lambda name: name.endswith("bias"))
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("kind", ["lstm", "transformer", "vit"])
 def test_networks_with_other_layers_are_left_to_torch_func(kind: str, spy: Spy) -> None:
     net, inputs = KINDS[kind].build(), KINDS[kind].batch(2)
@@ -309,6 +318,7 @@ def test_networks_with_other_layers_are_left_to_torch_func(kind: str, spy: Spy) 
     assert not spy.batches
 
 
+@needs_fast_paths
 def test_an_objective_that_asks_for_another_pass_is_left_to_torch_func(spy: Spy) -> None:
     def doubled(y0: Tensor, second: Callable[[Tensor], Tensor]) -> Objective:
         measure = (y0 - second(y0.square())).square().sum(1)
@@ -334,6 +344,7 @@ class Switching(nn.Module):
         return self.seldom(features) if len(x) > 100 else features
 
 
+@needs_fast_paths
 @pytest.mark.usefixtures("everything_is_large")
 def test_a_layer_that_is_not_called_keeps_its_weights(spy: Spy) -> None:
     net, inputs = drawn(Conditioned(Switching())), images(3)
@@ -342,6 +353,7 @@ def test_a_layer_that_is_not_called_keeps_its_weights(spy: Spy) -> None:
     assert_alone(adaptation, net, inputs)
 
 
+@needs_fast_paths
 def test_a_failure_on_a_later_batch_is_left_to_torch_func(
     spy: Spy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +374,7 @@ def test_a_failure_on_a_later_batch_is_left_to_torch_func(
     assert_alone(adaptation, net, inputs)
 
 
+@needs_fast_paths
 @pytest.mark.usefixtures("everything_is_large")
 def test_a_gradient_that_is_not_finite_harms_no_other_sample(spy: Spy) -> None:
     net, inputs = toy(), images(4)
@@ -474,6 +487,7 @@ class TwoInputs(nn.Module):
         return features
 
 
+@needs_fast_paths
 def test_a_weight_that_is_used_beside_its_layer_is_left_to_torch_func() -> None:
     net, inputs = drawn(Conditioned(Masked())), images(5)
     by = adapter_of(net)
@@ -482,6 +496,7 @@ def test_a_weight_that_is_used_beside_its_layer_is_left_to_torch_func() -> None:
     assert_as_in_a_loop(by, net, inputs)
 
 
+@needs_fast_paths
 def test_one_sample_alone_tells_nothing_of_several() -> None:
     net = drawn(Conditioned(Mixing()))
     by = adapter_of(net)
@@ -493,6 +508,7 @@ def test_one_sample_alone_tells_nothing_of_several() -> None:
     torch.testing.assert_close(found.outputs, torch.cat([y for y in alone if y is not None]))
 
 
+@needs_fast_paths
 def test_single_samples_are_served_layer_by_layer_and_then_several(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -511,6 +527,7 @@ def test_single_samples_are_served_layer_by_layer_and_then_several(
     assert set(sizes) == {1, 5}
 
 
+@needs_fast_paths
 def test_inputs_that_need_gradients_change_nothing() -> None:
     net = drawn(Conditioned(TwoInputs()))
     by, inputs = adapter_of(net), (images(5), images(5, seed=1))
@@ -520,6 +537,7 @@ def test_inputs_that_need_gradients_change_nothing() -> None:
     assert inputs[0].grad is None
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("large", [1, 1 << 20])
 def test_a_network_that_writes_into_its_inputs_spoils_no_batch(
     large: int, monkeypatch: pytest.MonkeyPatch
@@ -532,6 +550,7 @@ def test_a_network_that_writes_into_its_inputs_spoils_no_batch(
     assert torch.equal(inputs, images(5))
 
 
+@needs_fast_paths
 def test_calls_that_are_answered_are_counted_by_the_batch() -> None:
     net = toy()
     made = Settings(scope="sample", objective=Idempotence("l2", None), backend="vectorised")
@@ -542,6 +561,7 @@ def test_calls_that_are_answered_are_counted_by_the_batch() -> None:
     assert len(set(counts)) == 1
 
 
+@needs_fast_paths
 def test_memory_for_weights_follows_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stacked, "_LARGE", 1)
     net = toy()
@@ -559,6 +579,7 @@ def colours() -> nn.Module:
     return drawn(Conditioned(nn.Sequential(body, nn.Flatten())))
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("made", [colours, toy])
 def test_weights_may_lie_with_channels_last(made: Callable[[], nn.Module], steps: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fast import needs_fast_paths
 from helpers.memory import Live, size_of
 from helpers.modules import Conditioned, images, takes_prior, toy
 from helpers.reference import softmax_label
@@ -135,6 +136,7 @@ def uncollected() -> Iterator[None]:
     gc.enable()
 
 
+@needs_fast_paths
 @pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("network", NETWORKS)
 def test_live_bytes_stay_within_the_memory(network: str) -> None:
@@ -171,6 +173,7 @@ def test_live_bytes_stay_within_the_memory(network: str) -> None:
             assert live.bytes < 1000, name  # of gradients and activations nothing is kept
 
 
+@needs_fast_paths
 def test_a_small_memory_makes_several_chunks() -> None:
     calls: list[int] = []
     net, inputs = toy(), images(6)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapters import adapted, assert_is_reference, backend_of, by_reference, sample_adapter
+from helpers.fast import needs_fast_paths
 from helpers.modules import images, same, toy
 from helpers.reference import adapt_stream, forward_predict, softmax_label
 from helpers.zoo import KINDS, rows
@@ -18,6 +19,7 @@ def two_steps(net: nn.Module, forward: Forward | None = None, **given: Any) -> S
     return sample_adapter(net, forward, **{"steps": 2, **given})
 
 
+@needs_fast_paths
 def test_recurrent_layers_of_all_kinds_are_vectorised() -> None:
     class Recurrent(nn.Module):
         def __init__(self, layer: nn.Module) -> None:
@@ -50,6 +52,7 @@ def test_recurrent_layers_of_all_kinds_are_vectorised() -> None:
         assert backend_of(adapter) == "vectorised"
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("kind", ["lstm", "transformer", "vit"])
 def test_no_operation_runs_sample_by_sample(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "filterwarnings", lambda *_, **__: None)  # torch's stay errors
@@ -97,6 +100,7 @@ CANNOT = {
 }
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("backend", ["auto", "vectorised"])
 @pytest.mark.parametrize("kind", CANNOT)
 def test_what_cannot_be_vectorised_is_looped_with_one_warning(kind: str, backend: str) -> None:
@@ -177,6 +181,7 @@ MIXING: dict[str, Any] = {
 }
 
 
+@needs_fast_paths
 @pytest.mark.parametrize("kind", MIXING)
 def test_an_optimizer_that_mixes_elements_is_looped(kind: str) -> None:
     net, inputs = toy(), images(4)
@@ -188,6 +193,7 @@ def test_an_optimizer_that_mixes_elements_is_looped(kind: str) -> None:
     assert same([(found.outputs, expected.outputs)])
 
 
+@needs_fast_paths
 def test_wrong_numbers_are_noticed() -> None:
     net = toy()
 
