@@ -122,7 +122,9 @@ class SampleAdapter:
         self._vectorised: Callable[[Any, Answer], Adaptation] | None = None
         if self._fast is not None and settings.method.vmappable:
             network = self._alone.network
-            self._vectorised = self._fast.Vectorised(module, self.selected, network, settings)
+            self._vectorised = self._fast.Vectorised(
+                module, self.selected, network, settings, fast.enabled("grad_sample")
+            )
         self._known: dict[Any, BackendSelection] = {}  # by the conditions they were made under
         self.backend_selection: BackendSelection | None = None
         self._like: Any = None  # outputs and answers of the loop, in their data types
@@ -169,7 +171,8 @@ class SampleAdapter:
         """What predicts and measures with the source weights."""
         module, forward, to_label, alone, given = self._common
         measure = self._settings.measure or self._settings.gate is not None
-        still = replace(alone, steps=0, measure=measure)
+        known = frozenset(self.selected)  # by name: they may be frozen by now
+        still = replace(alone, steps=0, measure=measure, parameters=lambda name, _: name in known)
         return BatchAdapter(module, forward, to_label, still, **given)
 
     def _gated(self, inputs: Any, answer: Answer, gate: float) -> Adaptation:

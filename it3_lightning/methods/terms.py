@@ -1,4 +1,4 @@
-"""Per-sample distances between two predictions, by name or as a callable.
+"""Terms that methods share: distances between predictions, filters, balance, sharpening.
 
 Both arguments live in *label space* (probabilities for classes, scaled values for regression), as a
 :class:`~it3_lightning.priors.Prior` makes them. Every distance sums over the channels (dimension 1)

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -220,7 +221,7 @@ def test_masters_survive_a_bad_batch() -> None:
         def distance(p: Tensor, q: Tensor) -> Tensor:
             return (p - q).square().sum(1) * (torch.inf if len(p) == 3 else 1)
 
-        given = Settings(**{**vars(settings), "objective": Idempotence(distance, None)})
+        given = replace(settings, objective=Idempotence(distance, None))
         adapter = BatchAdapter(net, takes_prior(net), lambda y: y, given)
         return results(adapter, batches)[-1].weights["w"].clone()
 

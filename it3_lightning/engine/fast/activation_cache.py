@@ -281,12 +281,13 @@ def _marks(value: Any, depth: int) -> Iterator[tuple[Any, Any]]:
 
 
 def _inside(value: Any) -> list[Any]:
-    """Return what a container holds, or an object in its attributes."""
+    """Return what a container holds, or an object in its attributes; not what runs the network."""
     if isinstance(value, dict):
         return [*dict.keys(value), *dict.values(value)]
     if isinstance(value, list | tuple | set | frozenset | deque):
         return list(value)
-    if isinstance(value, type | ModuleType):
+    runs_it = type(value).__module__.startswith(("lightning.", "pytorch_lightning."))
+    if runs_it or isinstance(value, type | ModuleType):
         return []
     return list(getattr(value, "__dict__", {}).values())
 

@@ -15,7 +15,6 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from it3_lightning.engine import fast
 from it3_lightning.engine.fast.grad_sample import Gradient, Layerwise, Product
 from it3_lightning.engine.fast.stacked_weights import Compiled, Stacked, bytes_kept, samples_at_once
 from it3_lightning.engine.passes import FunctionalPasses, Network, Sites, copied
@@ -161,6 +160,7 @@ class Gradients:
         selected: the adapting parameters by name.
         network: runs the passes; has run an ordinary one.
         settings: how to adapt.
+        shared: whether the first gradients may be found by shared passes.
     """
 
     def __init__(
@@ -169,6 +169,7 @@ class Gradients:
         selected: Mapping[str, nn.Parameter],
         network: Network,
         settings: Settings,
+        shared: bool,
     ) -> None:
         self._selected = selected
         self._sites = Sites(module, selected)
@@ -176,12 +177,7 @@ class Gradients:
         self._method = settings.method
         self._layerwise = Layerwise(module, selected, network, settings.method)
         on_cpu = next(iter(selected.values())).device.type == "cpu"  # faster there, as measured
-        self._may_share = (
-            fast.enabled("grad_sample")
-            and on_cpu
-            and not settings.compile
-            and settings.anchor != "live"
-        )
+        self._may_share = shared and on_cpu and not settings.compile and settings.anchor != "live"
         self._agreed = 0  # samples on which that is known to agree with torch.func
         self._compiled: dict[bool, Compiled] = {}
         if settings.compile:
@@ -321,6 +317,7 @@ class Vectorised:
         selected: the adapting parameters by name.
         network: runs the passes; has run an ordinary one.
         settings: how to adapt, in at least one step.
+        shared: whether the first gradients may be found by shared passes.
     """
 
     def __init__(
@@ -329,6 +326,7 @@ class Vectorised:
         selected: Mapping[str, nn.Parameter],
         network: Network,
         settings: Settings,
+        shared: bool,
     ) -> None:
         self._module = module
         self._recurrent = bool(recurrent_layers(module))
@@ -337,7 +335,7 @@ class Vectorised:
         self._network = network
         self._settings = settings
         self._method = settings.method
-        self._gradients = Gradients(module, selected, network, settings)
+        self._gradients = Gradients(module, selected, network, settings, shared)
         self._device = next(iter(selected.values())).device.type
         self._large = sum(p.numel() for p in selected.values()) >= _LARGE and self._device == "cpu"
         self._memory: Weights = {}
