@@ -49,6 +49,8 @@ class Rule:
             itself has ``needs_loss = True`` and gets the loss as the closure of its step.
         elementwise: whether each element moves by its own gradients alone, so that the weights of
             many samples can be stacked; optimizers of torch are known.
+        write: ``(weights, gradients, lr, out)``, the closed form of one tensor, written into
+            ``out``, which may be the gradients; only fast paths ask for it.
     """
 
     factory: Callable[[list[Tensor], float], Optimizer]
@@ -56,6 +58,7 @@ class Rule:
     moments: int = 4
     length: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
     elementwise: bool = False
+    write: Callable[[Tensor, Tensor, float, Tensor], object] | None = None
 
 
 def polyak_length(loss: Tensor, square: Tensor, weights: Tensor, share: float) -> Tensor:
@@ -137,18 +140,33 @@ def _signed_step(
     return list(torch._foreach_addcdiv(weights, gradients, sizes, value=-lr))
 
 
+def _write_sgd(weights: Tensor, gradients: Tensor, lr: float, out: Tensor) -> None:
+    torch.add(weights, gradients, alpha=-lr, out=out)
+
+
+def _write_signed(share: float, weights: Tensor, gradients: Tensor, lr: float, out: Tensor) -> None:
+    size = gradients.abs()
+    if share != 1:
+        size.mul_(share)
+    torch.addcdiv(weights, gradients, size.add_(_EPS), value=-lr, out=out)
+
+
 _ADAM = Rule(  # AdamW without decay is Adam
-    partial(_fused, optim.AdamW, weight_decay=0.0), partial(_signed_step, 1.0), 2
+    partial(_fused, optim.AdamW, weight_decay=0.0),
+    partial(_signed_step, 1.0),
+    2,
+    write=partial(_write_signed, 1.0),
 )
 
 OPTIMIZERS: dict[str, Rule] = {
     "adam": _ADAM,
     "adamw": _ADAM,
-    "sgd": Rule(partial(_fused, optim.SGD), _sgd_step, 0),
+    "sgd": Rule(partial(_fused, optim.SGD), _sgd_step, 0, write=_write_sgd),
     "rmsprop": Rule(
         lambda parameters, lr: optim.RMSprop(parameters, lr=lr, foreach=True),
         partial(_signed_step, 0.1),  # sqrt(1 - 0.99)
         2,
+        write=partial(_write_signed, 0.1),
     ),
     "polyak": Rule(Polyak, moments=1, length=polyak_length),
 }
@@ -194,6 +212,18 @@ def optimizer_factory(optimizer: str | OptimizerFactory, lr: float) -> Optimizer
     if lr < 0:
         raise ValueError(f"Expected lr >= 0, got {lr}.")
     return lambda parameters: rule.factory(list(parameters), lr)
+
+
+def write_first_step(
+    rule: Rule, weights: Tensor, gradients: Tensor, lr: float, out: Tensor
+) -> None:
+    """Write weights after the first step of a rule into ``out``, which may be the gradients."""
+    if rule.write is not None and out.dtype not in HALF:
+        rule.write(weights, gradients, lr, out)
+        return
+    assert rule.first_step is not None
+    given = [full_precision(weights)], [full_precision(gradients)]
+    out.copy_(rule.first_step(*given, lr)[0])
 
 
 class OnlyStep:

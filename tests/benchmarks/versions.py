@@ -80,10 +80,14 @@ class Version:
                 enters={subject.conditioned.enters: "output"},
             )
 
+            answer = self.plain(subject)
+
         def run(images: Tensor) -> object:
-            with self.active(), adapter.adapted(images, self.plain(subject)) as adaptation:
+            with adapter.adapted(images, answer) as adaptation:
                 return adaptation.outputs
 
+        with self.active():  # whatever is imported at the first run
+            run(subject.images(1))
         return run
 
     def plain(self, subject: Subject) -> Any:
@@ -131,12 +135,17 @@ def cases() -> Iterator[tuple[str, Architecture, Entry, int, dict[str, Any]]]:
     yield "scope sample, loop", small, "first", 16, {"scope": "sample", "backend": "loop"}
 
 
-def compared(other: Version, plan: Plan) -> Iterator[tuple[str, float, float, float, str]]:
+def compared(
+    other: Version, plan: Plan, only: str
+) -> Iterator[tuple[str, float, float, float, str]]:
     """Yield for each case its name, milliseconds here and there, their ratio, and a note."""
     this = Version(None)
     device = torch.device("cpu")
     for name, architecture, entry, size, settings in cases():
         subject = Subject.of(architecture, entry, device)
+        label = f"{name}: {subject.name}, {size}"
+        if only not in label:
+            continue
         images = subject.images(size)
         runs = {"here": this.engine_on(subject, **settings)}
         runs["there"] = other.engine_on(subject, **settings)
@@ -145,9 +154,8 @@ def compared(other: Version, plan: Plan) -> Iterator[tuple[str, float, float, fl
         pieces += [piece for piece in floor if piece.name == LOOP]
         times = side_by_side(pieces, plan)
         note = f"{times.ratio(['here'], [LOOP]):.2f} x a plain loop" if floor else ""
-        label = f"{name}: {subject.name}, {size}"
         yield label, *_both(times), note
-    for batches in (4, 40):
+    for batches in (4, 40) if only in "Trainer.predict" else ():
         subject = Subject.of(small_cnn(), "first", device)
         loader: DataLoader[Any] = DataLoader(subject.images(batches * 64), batch_size=64)  # type: ignore[arg-type]
         runs = {"here": this.trainer_on(Subject.of(small_cnn(), "first", device), loader)}
@@ -166,6 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path, help="folder of the other version")
     parser.add_argument("--seconds", default=4.0, type=float, help="for each comparison")
+    parser.add_argument("--only", default="", help="cases whose name has these words in it")
     parser.add_argument("--least", default=5, type=int, help="rounds, whatever the seconds")
     given = parser.parse_args()
     table = Table("case", "here, ms", "there, ms", "times as fast", "", title="This version first")
@@ -173,7 +182,7 @@ def main() -> None:
     with threads(1):
         other = Version(given.checkout.resolve())
         plan = Plan(given.seconds, given.least, 300)
-        for label, here, there, ratio, note in compared(other, plan):
+        for label, here, there, ratio, note in compared(other, plan, given.only):
             table.add_row(label, f"{here:.3g}", f"{there:.3g}", f"{ratio:.2f}", note)
             console.print(f"{label}: {here:.3g} {there:.3g} {ratio:.2f} {note}", highlight=False)
     console.print(table)

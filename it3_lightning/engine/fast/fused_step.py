@@ -9,7 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from it3_lightning.engine.optimizers import CHUNK, HALF, OnlyStep, Rule, full_precision
+from it3_lightning.engine.optimizers import (
+    CHUNK,
+    HALF,
+    OnlyStep,
+    Rule,
+    full_precision,
+    write_first_step,
+)
 
 
 class FusedStep(OnlyStep):
@@ -80,8 +87,7 @@ class FusedStep(OnlyStep):
         return torch.stack([self._piece(*piece) for piece in pieces]).sum()
 
     def _piece(self, weights: Tensor, gradients: Tensor, out: Tensor) -> Tensor:
-        given = [full_precision(weights)], [full_precision(gradients)]
-        out.copy_(self._first_step(*given, self._lr)[0])
+        write_first_step(self._rule, weights, gradients, self._lr, out)
         return out.sum(dtype=torch.float32 if out.dtype in HALF else None)
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from it3_lightning.engine.optimizers import (
     Updater,
     full_precision,
     optimizer_factory,
+    write_first_step,
 )
 from it3_lightning.engine.passes import all_finite
 from it3_lightning.engine.settings import Settings
@@ -134,8 +135,6 @@ class Compiled:
         return run, result
 
 
-FirstStep = Callable[[list[Tensor], list[Tensor], float], list[Tensor]]
-
 _OWN = 4  # tensors of a weight's size of an optimizer that is not known by name
 _TRANSIENT = 2  # of what backward keeps: what it makes of it meanwhile
 _LARGE = 1 << 15  # elements of a weight that does not stay in the cache until it is moved
@@ -166,9 +165,8 @@ class Stacked:
         self._source: Weights = {name: p.detach() for name, p in parameters.items()}
         rule = settings.rule
         self._length = None if rule is None else rule.length
-        self._first_step: FirstStep | None = None
-        if rule is not None and settings.single_step:
-            self._first_step = rule.first_step or OPTIMIZERS["sgd"].first_step
+        self._rule = OPTIMIZERS["sgd"] if self._length is not None else rule  # scaled by then
+        self._once = settings.single_step
         self._lr = settings.moves[1] if self._length is None else 1.0
         self._updater: Updater | None = None
         self._average: Weights = {}
@@ -195,7 +193,7 @@ class Stacked:
         """Move a large weight by its gradients as they are made, if one step is all there is."""
         weights = self._source[name]
         if (
-            self._first_step is None
+            not self._once
             or self._length
             or weights.numel() < _LARGE
             or weights.device.type != "cpu"
@@ -228,7 +226,7 @@ class Stacked:
         fresh = (~self._moved).nonzero()[:, 0].tolist()
         still = (self._moved & ~active).nonzero()[:, 0].tolist()
         before = {name: self.weights[name].detach()[still] for name in gradients if still}
-        if self._first_step is not None:
+        if self._once:
             total = self._move_once(self._scaled(gradients, losses))
         else:
             self._move(self._scaled(gradients, losses))
@@ -268,11 +266,8 @@ class Stacked:
 
     def _write(self, weights: Tensor, gradients: Tensor, *, out: Tensor) -> None:
         """Write moved weights into ``out``, which may be the gradients, for one or several rows."""
-        assert self._first_step is not None
-        given = [weights], [gradients]
-        if weights.dtype in HALF:
-            given = [weights.float()], [gradients.float()]
-        out.copy_(self._first_step(*given, self._lr)[0])
+        assert self._rule is not None
+        write_first_step(self._rule, weights, gradients, self._lr, out)
 
     def _move(self, gradients: Weights) -> None:
         """Take a step of the optimizer; parameters without gradients have no influence."""
