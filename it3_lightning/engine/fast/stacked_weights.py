@@ -60,7 +60,7 @@ def optimizer_of_all(settings: Settings, stacked: Iterable[Any]) -> optim.Optimi
     if rule is not None and rule.length is not None:  # the gradients have the length of the step
         return OPTIMIZERS["sgd"].factory(many, 1.0)
     one = [nn.Parameter(weights.detach()[0]) for weights in many]  # shapes may decide
-    optimizer = optimizer_factory(*settings.moves)(one)
+    optimizer = optimizer_factory(*settings.moves)(one if rule is None else many)
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     known = type(optimizer) in _ELEMENTWISE or (rule is not None and rule.elementwise)
     if not known or hooks:
@@ -68,6 +68,8 @@ def optimizer_of_all(settings: Settings, stacked: Iterable[Any]) -> optim.Optimi
             f"{type(optimizer).__name__} may mix the samples' weights, as optimizers of one's own "
             "and those with hooks may"
         )
+    if rule is not None:
+        return optimizer
     all_of = {id(alone): weights for alone, weights in zip(one, many, strict=True)}
     groups = [
         {**group, "params": [all_of[id(p)] for p in group["params"]]}
