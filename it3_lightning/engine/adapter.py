@@ -222,15 +222,17 @@ class BatchAdapter:
         hits = self.network.cache.hits
         return Adaptation.skipping(inputs, outputs, reason, self.network.forwards, hits, answers)
 
-    def _passes(self, inputs: Any, weights: AnchoredWeights) -> NetworkPasses:
-        return NetworkPasses(self.network, inputs, weights)
+    def _passes(
+        self, inputs: Any, weights: AnchoredWeights, outputs: Tensor | None = None
+    ) -> NetworkPasses:
+        return NetworkPasses(self.network, inputs, weights, outputs)
 
     @torch.no_grad()
     def _measure(
         self, inputs: Any, weights: AnchoredWeights, outputs: Tensor | None = None
     ) -> Evaluation:
         """Evaluate without a graph, from these outputs of the first pass where they are given."""
-        passes = NetworkPasses(self.network, inputs, weights, outputs)
+        passes = self._passes(inputs, weights, outputs)
         return Evaluation(passes.outputs, self._method.loss(passes))
 
     def _gate(self, inputs: Any, state: State, limit: float) -> _Gate | None:
@@ -253,11 +255,8 @@ class BatchAdapter:
             return self._carried, True
         if self._at_first:
             self._method.load_state_dict(copy.deepcopy(self._at_first))
-        return self._fresh(), False
-
-    def _fresh(self) -> State:
         start = self._at_first
-        return State(self.selected, self._settings, self._method, self._only_step, start)
+        return State(self.selected, self._settings, self._method, self._only_step, start), False
 
     def bytes_of_step(self, inputs: Any, count: Any) -> int:
         """Return ``count(run)`` of the passes of a step, as the bytes that they keep."""
