@@ -25,7 +25,7 @@ from it3_lightning.engine.adapter import BatchAdapter
 from it3_lightning.engine.restore import Snapshot, without_side_effects
 from it3_lightning.engine.result import Adaptation, merged, replaced
 from it3_lightning.engine.settings import Settings
-from it3_lightning.engine.trees import batch_size, cast_like, kind_of, taken
+from it3_lightning.engine.trees import batch_size, cast_like, taken
 from it3_lightning.engine.types import (
     Answer,
     Enters,
@@ -281,7 +281,7 @@ class SampleAdapter:
         device = next(iter(self.selected.values())).device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         modes = tuple(layer.training for layer in self._module.modules())
-        return tuple(map(kind_of, tree_leaves(inputs))), modes, autocast
+        return tuple(map(_kind, tree_leaves(inputs))), modes, autocast
 
     def _selecting(
         self, inputs: Any, answer: Answer, size: int
@@ -421,6 +421,13 @@ def _wait() -> None:
     """Wait until the accelerator has done what it was told."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
+
+
+def _kind(leaf: Any) -> Any:
+    """Return what inputs of a kind have in common, whatever their number."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape[1:], leaf.dtype, leaf.device
+    return type(leaf)
 
 
 def _empty(leaf: Any) -> Any:

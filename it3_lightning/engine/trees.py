@@ -30,13 +30,6 @@ def batch_size(inputs: Any) -> int:
     )
 
 
-def kind_of(leaf: Any) -> Any:
-    """Return what inputs of a kind have in common, whatever their number."""
-    if isinstance(leaf, Tensor):
-        return leaf.shape[1:], leaf.dtype, leaf.device
-    return type(leaf)
-
-
 def batched(leaf: Any, size: int) -> bool:
     """Whether a leaf is a tensor with one entry for each sample."""
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size

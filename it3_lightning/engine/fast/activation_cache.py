@@ -23,7 +23,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from it3_lightning.engine.selection import OWN
-from it3_lightning.engine.trees import kind_of
 from it3_lightning.engine.types import Enters
 
 _DEPTH = 3  # of containers and objects inside attributes
@@ -123,7 +122,7 @@ class ActivationCache:
         if inputs is self._inputs or not (_ordinary(leaves) and _in_evaluation(self._module)):
             return run()
         self.clear()
-        key = tuple(map(kind_of, leaves))
+        key = tuple(map(_kind, leaves))
         wrapped = any(map(_is_wrapped, leaves))
         plan = self._plans.get(key)
         if plan is None and wrapped:  # inside torch.func, where nothing can be found out
@@ -314,6 +313,13 @@ def _outside(leaves: list[Any]) -> Marks:
 
 def _ordinary(leaves: list[Any]) -> bool:
     return not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves)
+
+
+def _kind(leaf: Any) -> Any:
+    """Return what inputs of a kind have in common, whatever their number."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape[1:], leaf.dtype, leaf.device
+    return type(leaf)
 
 
 def _is_wrapped(leaf: Any) -> bool:
