@@ -89,13 +89,17 @@ class Snapshot:
 
     def restore_buffers(self) -> None:
         """Put each buffer's tensor back, and its values into it; remove new ones."""
-        for owner, tensors, values in self._buffers:
+        into: list[Tensor] = []
+        values: list[Tensor] = []
+        for owner, tensors, copies in self._buffers:
             now = owner._buffers
             for name in [name for name in now if name not in tensors]:
                 del now[name]
             now.update(tensors)
-            for name, copy in values.items():
-                _write(tensors[name], copy)
+            into += [tensor for n, tensor in tensors.items() if n in copies and tensor is not None]
+            values += copies.values()
+        if into:
+            _write(into, values)
 
 
 def _parameters_of(owner: nn.Module) -> list[nn.Parameter]:
@@ -114,10 +118,16 @@ def _writable(tensor: Tensor) -> bool:
     return all(stride > 0 or size <= 1 for size, stride in shape)
 
 
-def _write(tensor: Tensor | None, values: Tensor) -> None:
-    if tensor is not None:
-        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            tensor.copy_(values)
+def _write(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Write values into tensors; those of inference mode can be written within it only."""
+    with torch.no_grad():
+        inference = [tensor.is_inference() for tensor in tensors]
+        if not any(inference):
+            torch._foreach_copy_(tensors, values)
+            return
+        for tensor, copy, within in zip(tensors, values, inference, strict=True):
+            with torch.inference_mode(within):
+                tensor.copy_(copy)
 
 
 @contextmanager

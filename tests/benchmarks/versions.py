@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from costs.clock import Piece, Plan, side_by_side
-from costs.floor import LOOP, Floor
+from costs.floor import BY_OPTIMIZER, LOOP, Floor
 from costs.networks import CLASSES, Architecture, Entry, Subject, resnet18, small_cnn
 from rich.console import Console
 from rich.table import Table
@@ -151,10 +152,13 @@ def compared(
         runs["there"] = other.engine_on(subject, **settings)
         pieces = [Piece(key, run, lambda images=images: images) for key, run in runs.items()]  # type: ignore[misc]
         floor = Floor(subject, images).pieces() if not settings and size <= 2 else []
-        pieces += [piece for piece in floor if piece.name == LOOP]
+        pieces += [piece for piece in floor if piece.name in (LOOP, BY_OPTIMIZER)]
         times = side_by_side(pieces, plan)
-        note = f"{times.ratio(['here'], [LOOP]):.2f} x a plain loop" if floor else ""
-        yield label, *_both(times), note
+        loops = ", ".join(
+            f"{times.ratio(['here'], [name]):.2f} x a {name}"
+            for name in ((LOOP, BY_OPTIMIZER) if floor else ())
+        )
+        yield label, *_both(times), loops
     for batches in (4, 40) if only in "Trainer.predict" else ():
         subject = Subject.of(small_cnn(), "first", device)
         loader: DataLoader[Any] = DataLoader(subject.images(batches * 64), batch_size=64)  # type: ignore[arg-type]
@@ -176,12 +180,14 @@ def main() -> None:
     parser.add_argument("--seconds", default=4.0, type=float, help="for each comparison")
     parser.add_argument("--only", default="", help="cases whose name has these words in it")
     parser.add_argument("--least", default=5, type=int, help="rounds, whatever the seconds")
+    parser.add_argument("--cpu-time", action="store_true", help="on a busy machine")
     given = parser.parse_args()
     table = Table("case", "here, ms", "there, ms", "times as fast", "", title="This version first")
     console = Console(width=120)
     with threads(1):
         other = Version(given.checkout.resolve())
-        plan = Plan(given.seconds, given.least, 300)
+        clock = time.process_time if given.cpu_time else time.perf_counter
+        plan = Plan(given.seconds, given.least, 300, clock)
         for label, here, there, ratio, note in compared(other, plan, given.only):
             table.add_row(label, f"{here:.3g}", f"{there:.3g}", f"{ratio:.2f}", note)
             console.print(f"{label}: {here:.3g} {there:.3g} {ratio:.2f} {note}", highlight=False)

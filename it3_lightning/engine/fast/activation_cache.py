@@ -125,7 +125,7 @@ class ActivationCache:
         key = tuple(map(_kind, leaves))
         wrapped = any(map(_is_wrapped, leaves))
         plan = self._plans.get(key)
-        if plan is None and wrapped:  # inside torch.func, where nothing can be found out
+        if plan == () or (plan is None and wrapped):  # in torch.func nothing can be found out
             return run()
         before = None if wrapped else _outside(leaves)
         result = self._found(key, run) if plan is None else _run_patched(plan, self._keep, run)

@@ -19,6 +19,7 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
+from it3_lightning.engine.optimizers import HALF
 from it3_lightning.engine.passes import FunctionalPasses, Network, Site, sites_of
 from it3_lightning.engine.trees import batch_size
 from it3_lightning.engine.types import SOURCE, SampleEvaluations
@@ -54,6 +55,21 @@ class Product:
         both = (each.flatten(1).abs().amax(1) for each in (self.left, self.inputs))
         return self.left.shape[-1] * next(both) * next(both)
 
+    @property
+    def single(self) -> bool:
+        """Whether it is of one position, so that no element is a sum."""
+        return self.left.shape[-1] == 1
+
+    def squares(self) -> Tensor:
+        """Return ``(B,)``, the squared norms of the products of one position."""
+        left, right = self.left.flatten(1), self.right(self.inputs).flatten(1)
+        return squared_norms(left) * squared_norms(right)
+
+    def add_to(self, source: Tensor, scale: Tensor, out: Tensor) -> None:
+        """Write ``source + scale * product`` into ``out``, of one position, ``scale (B,)``."""
+        left = self.left * scale.to(self.left)[:, None, None]
+        torch.addcmul(source.flatten(1), left, self.right(self.inputs), out=out.flatten(2))
+
     def whole(self, shape: tuple[int, ...]) -> Tensor:
         """Return all products ``(B, *shape)``."""
         first = self.right(self.inputs[:1])
@@ -73,6 +89,17 @@ class Product:
             for start in range(0, len(left), rows):
                 part = slice(start, start + rows)
                 yield row, part, torch.mm(left[part], right)
+
+
+def squared_norms(values: Tensor) -> Tensor:
+    """Return ``(B,)``, of values ``(B, ...)``, in full precision.
+
+    >>> squared_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+    tensor([25.,  4.])
+    """
+    dtype = torch.float32 if values.dtype in HALF else None
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=dtype)
+    return norms.square()
 
 
 Gradient = Tensor | Product

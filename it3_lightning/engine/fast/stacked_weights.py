@@ -12,7 +12,7 @@ from torch import Tensor, nn, optim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from it3_lightning.engine.fast.grad_sample import Product
+from it3_lightning.engine.fast.grad_sample import Product, squared_norms
 from it3_lightning.engine.optimizers import (
     CHUNK,
     HALF,
@@ -162,6 +162,7 @@ class Stacked:
         self._memory: Weights = {} if memory is None else memory
         self._early: Weights = {}  # moved before all gradients are known
         self._sums: list[Tensor] = []
+        self._products: dict[str, Product] = {}  # gradients of one position, never made whole
         self._settings = settings
         self.size = size
         self._source: Weights = {name: p.detach() for name, p in parameters.items()}
@@ -194,26 +195,29 @@ class Stacked:
     def use_up(self, name: str, product: Product) -> bool:
         """Move a large weight by its gradients as they are made, if one step is all there is."""
         weights = self._source[name]
-        if (
-            not self._once
-            or self._length
-            or weights.numel() < _LARGE
-            or weights.device.type != "cpu"
-        ):
+        if not self._once or weights.numel() < _LARGE or weights.device.type != "cpu":
             return False
-        out = self._memory.get(name)
-        if out is None or len(out) < self.size or out.dtype != weights.dtype:
-            out = self._memory[name] = weights.new_empty(self.size, *weights.shape)
-        moved = self._early[name] = out[: self.size]
+        if self._length is not None:  # known only after all gradients
+            if product.single and weights.dtype not in HALF:
+                self._products[name] = product
+            return name in self._products
+        moved = self._early[name] = self._room(name)
         rows, source = moved.flatten(2), weights.flatten(1)
         for sample, part, gradient in product.pieces():
             self._write(source[part], gradient, out=rows[sample, part])
         self._sums.append(product.bound())
         return True
 
+    def _room(self, name: str) -> Tensor:
+        """Return memory ``(B, *shape)`` for moved weights."""
+        weights, out = self._source[name], self._memory.get(name)
+        if out is None or len(out) < self.size or out.dtype != weights.dtype:
+            out = self._memory[name] = weights.new_empty(self.size, *weights.shape)
+        return out[: self.size]
+
     def forget(self) -> None:
         """Forget what is used up."""
-        self._early, self._sums = {}, []
+        self._early, self._sums, self._products = {}, [], {}
 
     @torch.no_grad()
     def step(self, gradients: Weights, active: Tensor, losses: Tensor) -> Tensor:
@@ -229,7 +233,7 @@ class Stacked:
         still = (self._moved & ~active).nonzero()[:, 0].tolist()
         before = {name: self.weights[name].detach()[still] for name in gradients if still}
         if self._once:
-            total = self._move_once(self._scaled(gradients, losses))
+            total = self._move_once(gradients, losses)
         else:
             self._move(self._scaled(gradients, losses))
             total = torch.stack([_by_sample(w) for w in self.weights.values()]).sum(0)
@@ -252,17 +256,29 @@ class Stacked:
         for name, values in self.weights.items():
             values.data[rows] = self._source[name]
 
-    def _move_once(self, gradients: Weights) -> Tensor:
+    def _move_once(self, gradients: Weights, losses: Tensor) -> Tensor:
         users = Counter(gradient.untyped_storage().data_ptr() for gradient in gradients.values())
+        scale = None if self._length is None else -self._scale(gradients, losses)
         moved, sums = dict(self._early), list(self._sums)
         for name, gradient in gradients.items():
             source = self._source[name]
             shared = users[gradient.untyped_storage().data_ptr()] > 1 or 0 in gradient.stride()
             apart = shared or gradient.dtype != source.dtype
             moved[name] = torch.empty_like(gradient, dtype=source.dtype) if apart else gradient
-            for rows, out in zip(*map(_in_pieces, (gradient, moved[name])), strict=True):
-                self._write(source, rows, out=out)
+            if scale is None:
+                for rows, out in zip(*map(_in_pieces, (gradient, moved[name])), strict=True):
+                    self._write(source, rows, out=out)
+            elif source.dtype in HALF:
+                full = full_precision(gradient)
+                moved[name].copy_(full_precision(source) + full * _like(scale, full))
+            else:
+                torch.addcmul(source, gradient, _like(scale, gradient), out=moved[name])
             sums.append(_by_sample(moved[name]))
+        for name, product in self._products.items():
+            assert scale is not None
+            moved[name] = self._room(name)
+            product.add_to(self._source[name], scale, moved[name])
+            sums.append(product.bound() * scale)
         self.weights, self.dim = {name: moved[name] for name in self._source}, 0
         return torch.stack(sums).sum(0)
 
@@ -292,19 +308,24 @@ class Stacked:
         """Return gradients as the optimizer is to see them."""
         if self._length is None:
             return self._clipped(gradients)
-        half = any(w.dtype in HALF for w in self._source.values())
-        full = {n: full_precision(g) for n, g in gradients.items()} if half else gradients
-        squares = torch.stack([_by_sample(g.square()) for g in full.values()]).sum(0)
-        own = [(w.detach().float() if half else w.detach()).square() for w in self.weights.values()]
-        weights = torch.stack([_by_sample(w) if self.dim == 0 else w.sum() for w in own]).sum(0)
-        scale = self._length(losses.to(squares), squares, weights.sqrt(), self._settings.moves[1])
-        return {name: g * _like(scale, g) for name, g in full.items()}
+        scale = self._scale(gradients, losses)
+        return {name: full_precision(g) * _like(scale, g) for name, g in gradients.items()}
+
+    def _scale(self, gradients: Weights, losses: Tensor) -> Tensor:
+        """Return ``(B,)``, what each sample's gradients are to be multiplied by."""
+        assert self._length is not None
+        norms = [squared_norms(gradient) for gradient in gradients.values()]
+        norms += [product.squares() for product in self._products.values()]
+        squares = torch.stack(norms).sum(0)
+        own = [w.detach() if self.dim == 0 else w.detach()[None] for w in self.weights.values()]
+        weights = torch.stack([squared_norms(w) for w in own], 1).sum(1)
+        return self._length(losses.to(squares), squares, weights.sqrt(), self._settings.moves[1])
 
     def _clipped(self, gradients: Weights) -> Weights:
         clip = self._settings.grad_clip
         if clip is None:
             return gradients
-        norm = sum(_by_sample(full_precision(g).square()) for g in gradients.values())
+        norm = sum(squared_norms(gradient) for gradient in gradients.values())
         assert isinstance(norm, Tensor)
         scale = (clip / (norm.sqrt() + 1e-6)).clamp(max=1.0)
         return {name: full_precision(g) * _like(scale, g) for name, g in gradients.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from costs.clock import Piece, side_by_side
 from costs.engines import LR, Ours
 from costs.extent import Extent
-from costs.floor import LOOP, PARTS, UPDATE, Floor
+from costs.floor import BY_OPTIMIZER, LOOP, PARTS, UPDATE, Floor
 from costs.items import Item, Job, Required, Row
 from costs.memory import MIB, kept_bytes, peak_bytes
 from costs.networks import Architecture, Entry, Subject
@@ -55,8 +55,12 @@ def _floor(
     pieces = [Piece("ours", Ours(subject), lambda: images), *Floor(subject, images).pieces()]
     times = side_by_side(pieces, extent.plan)
     parts = ", ".join(f"{name} {times.milliseconds(name):.3g}" for name in (*PARTS, UPDATE))
-    compared = (("its passes", PARTS, f"ms: {parts}"), ("a plain loop", (LOOP,), ""))
-    row, loop = (
+    compared = (
+        ("its passes", PARTS, f"ms: {parts}"),
+        ("a plain loop", (LOOP,), "plain gradient descent, weights not put back"),
+        ("a loop with torch.optim", (BY_OPTIMIZER,), "Adam, weights put back"),
+    )
+    row, *loops = (
         Row.timed(
             times,
             section=_FLOOR,
@@ -70,7 +74,7 @@ def _floor(
         )
         for against, names, note in compared
     )
-    return [replace(row, with_update=times.ratio(["ours"], [*PARTS, UPDATE])), loop]
+    return [replace(row, with_update=times.ratio(["ours"], [*PARTS, UPDATE])), *loops]
 
 
 def _gate(

@@ -13,6 +13,7 @@ from it3_lightning.priors import ClassPrior
 PARTS = ("first forward", "second forward", "distance", "backward", "final forward")
 UPDATE = "update"
 LOOP = "plain loop"
+BY_OPTIMIZER = "loop with torch.optim"
 
 
 class Floor:
@@ -33,7 +34,7 @@ class Floor:
         self._moved = [torch.empty_like(p, requires_grad=False) for p in self._parameters]
 
     def pieces(self) -> list[Piece]:
-        """Return each of :data:`PARTS`, :data:`UPDATE`, and :data:`LOOP`, all of them in one."""
+        """Return each of :data:`PARTS`, :data:`UPDATE`, and the loops: all of them in one."""
         return [
             Piece(PARTS[0], lambda _: self.first(), self._train),
             Piece(PARTS[1], lambda known: self.second(*known), self._known),
@@ -42,6 +43,7 @@ class Floor:
             Piece(PARTS[4], lambda _: self.final()),
             Piece(UPDATE, lambda _: self._update()),
             Piece(LOOP, lambda _: self._loop()),
+            Piece(BY_OPTIMIZER, lambda _: self._by_optimizer()),
         ]
 
     def first(self) -> tuple[Tensor, Tensor]:
@@ -91,6 +93,21 @@ class Floor:
         self._gradients = list(self.gradients(self.loss()))
         self._update()
         return self.final()
+
+    def _by_optimizer(self) -> Tensor:
+        """Do the same with an optimizer of torch, predict by the new weights, put the old back."""
+        source = [parameter.detach().clone() for parameter in self._parameters]
+        optimizer = torch.optim.AdamW(self._parameters, lr=LR, weight_decay=0.0, fused=True)
+        loss = self.loss()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        prediction = self.final()
+        with torch.no_grad():
+            torch._foreach_copy_(list[Tensor](self._parameters), source)
+        for parameter in self._parameters:
+            parameter.grad = None
+        return prediction
 
     def _known(self) -> tuple[Tensor, Tensor]:
         """Return what the second pass starts from: features, and a prior that needs gradients."""

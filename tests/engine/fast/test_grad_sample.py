@@ -95,6 +95,18 @@ def test_a_product_in_pieces_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> No
     assert bool((product.bound() >= found.abs().amax((1, 2))).all())
 
 
+def test_a_product_of_one_position_is_measured_and_added_without_being_made() -> None:
+    left, right = noise(5, 1, count=3), noise(1, 4, count=3, seed=1)
+    product = Product(left, right, lambda part: part)
+    source, scale = noise(4, count=5), noise(count=3)
+    assert product.single
+    assert not Product(noise(5, 2, count=3), noise(2, 4, count=3), lambda part: part).single
+    torch.testing.assert_close(product.squares(), (left @ right).square().sum((1, 2)))
+    moved = torch.full((3, 5, 4), torch.nan, dtype=left.dtype)
+    product.add_to(source, scale, moved)
+    torch.testing.assert_close(moved, source + scale[:, None, None] * (left @ right))
+
+
 # In the engine
 
 
@@ -186,6 +198,39 @@ def test_other_updates_take_the_same_gradients(given: dict[str, Any], spy: Spy) 
     adaptation = adapted(net, inputs, **given)
     assert spy.batches
     assert_alone(adaptation, net, inputs, **given)
+
+
+@needs_fast_paths
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.usefixtures("everything_is_large")
+def test_polyak_moves_by_products_that_are_never_made(
+    kind: str, spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, inputs = KINDS[kind].build(), KINDS[kind].batch(5)
+    used: list[Product] = []
+    own = Product.add_to
+
+    def noted(product: Product, *given: Any) -> None:
+        used.append(product)
+        own(product, *given)
+
+    monkeypatch.setattr(Product, "add_to", noted)
+    given: dict[str, Any] = {"optimizer": "polyak", "lr": 0.5}
+    found = adapted(net, inputs, batches=3, **given).outputs
+    assert spy.batches >= 2
+    assert used
+    looped = SampleAdapter(
+        net,
+        takes_prior(net),
+        softmax_label,
+        Settings(scope="sample", objective=Idempotence("l2", None), backend="loop", **given),
+    )
+    with looped.adapted(inputs) as expected:
+        pass
+    assert expected.outputs is not None
+    assert expected.source_outputs is not None
+    torch.testing.assert_close(found, expected.outputs, rtol=0, atol=1e-10)
+    assert (expected.outputs - expected.source_outputs).abs().max() > 1e-5
 
 
 @needs_fast_paths
