@@ -6,21 +6,26 @@ says where samples come from and how they shift.
 
 from __future__ import annotations
 
+import gzip
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from it3_lightning.data.sampling import Selectable, loader, seeded, split
-from it3_lightning.data.shifts import SEVERITIES, Severity, by_severity, check_severity
+from it3_lightning.data.sampling import S, chosen, held_out, loader, seeded
+from it3_lightning.data.shifts import SEVERITIES, Severity, check_severity
 from it3_lightning.utils.messages import undefined, unknown
 
-Batch = tuple[Tensor, Tensor]
 Stream = Literal["equal", "unequal"]
 Split = Literal["test", "validation"]
-S = TypeVar("S", bound=Selectable)
+_AGAIN = "Delete it and fetch it again."
 
 
 class ShiftedData(LightningDataModule):
@@ -60,6 +65,8 @@ class ShiftedData(LightningDataModule):
     """Which of ``val_size``, ``train_size`` and ``test_size`` must not be None."""
     sample_settings: ClassVar[tuple[str, ...]] = ()
     """Names of the attributes that the samples depend on, beside the sizes and the seed."""
+    shift_settings: ClassVar[tuple[str, ...]] = ("severity",)
+    """Names of those that the shifts depend on, and the samples do not."""
     severity: Severity | None = None
 
     def __init__(
@@ -115,7 +122,13 @@ class ShiftedData(LightningDataModule):
     @property
     def test_names(self) -> list[str]:
         """Names of the test and prediction loaders, in their order: clean first."""
-        return ["clean", *(self.shifts if self.severity is None else self._wanted())]
+        return ["clean", *self.wanted()]
+
+    def wanted(self) -> dict[str, tuple[str, Any]]:
+        """Return name and severity of every shift to test on, by the name of its loader."""
+        if self.severity != "all":
+            return {name: (name, self.severity) for name in self.shifts}
+        return {f"{name}/{level}": (name, level) for name in self.shifts for level in SEVERITIES}
 
     # Hooks of a subclass
 
@@ -134,14 +147,6 @@ class ShiftedData(LightningDataModule):
     def frequent(self, samples: Any) -> Tensor:
         """Return which samples, in which order, make a stream of unequal frequencies."""
         raise undefined(self, "frequent(self, samples) -> Tensor", "Return indices (M,).")
-
-    def source(self) -> tuple[object, ...]:
-        """Return the settings of its own that the samples depend on."""
-        return tuple(getattr(self, name) for name in self.sample_settings)
-
-    def strength(self) -> tuple[object, ...]:
-        """Return the settings of its own that the shifts depend on, and the samples do not."""
-        return (self.severity,)
 
     def training(self, samples: Any) -> Dataset[Any]:
         """Return the samples as they are trained on."""
@@ -169,7 +174,11 @@ class ShiftedData(LightningDataModule):
         check_choice("evaluate_on", self.evaluate_on, get_args(Split))
         if self.severity not in (None, "all"):
             check_severity(self.severity)
-        check_names(self.shifts, next(iter(self.reporting_shifts), "fog"))
+        if not isinstance(self.shifts, list | tuple) or len(set(self.shifts)) != len(self.shifts):
+            raise ValueError(
+                f"Expected shifts to be a list of different names, got {self.shifts!r}. Write for "
+                f'example shifts=["{next(iter(self.reporting_shifts), "fog")}"].'
+            )
         for name in self.shifts:
             self.check_shift(name)
 
@@ -178,12 +187,17 @@ class ShiftedData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Load and split the samples, and shift them for the stages ``test`` and ``predict``."""
         self.check()
-        sizes = self.seed, self.val_size, self.train_size, self.test_size
-        key = repr((*sizes, *self.source()))
+        key = self._values("seed", "val_size", "train_size", "test_size", *self.sample_settings)
         if self._splits_key != key:
             self._splits, self._splits_key = self.split(), key
-        if stage in ("test", "predict"):
-            self._shift()
+        if stage not in ("test", "predict"):
+            return
+        key += self._values("evaluate_on", *self.shift_settings)
+        if self._shifted_key != key:  # shifts of other settings make room
+            self._shifted, self._shifted_key = {}, key
+        for name in self.test_names[1:]:
+            if name not in self._shifted:
+                self._shifted[name] = self.shifted(name)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, in an order that is new in every epoch."""
@@ -216,39 +230,26 @@ class ShiftedData(LightningDataModule):
 
     def parted(self, train: S, test: S) -> dict[str, S]:
         """Part validation samples from those to train on, as many of each as the sizes say."""
-        sizes = {"val_size": self.val_size, "train_size": self.train_size}
-        return split(train, test, **sizes, test_size=self.test_size, seed=self.seed)
+        size = max(1, len(train) // 10) if self.val_size is None else self.val_size
+        validation, kept = held_out(train, size, self.seed, "val_size")
+        if not len(kept):
+            raise ValueError(
+                f"Expected val_size to leave samples to train on, got {size} of {len(train)}. "
+                "Lower val_size, or give more data."
+            )
+        return {
+            "train": chosen(kept, self.train_size, self.seed, "train_size"),
+            "validation": validation,
+            "test": chosen(test, self.test_size, self.seed, "test_size"),
+        }
 
-    def _wanted(self) -> dict[str, tuple[str, int]]:
-        """Return name and severity of every shift to test on, by the name of its loader."""
-        return {} if self.severity is None else by_severity(self.shifts, self.severity)
+    def _values(self, *names: str) -> str:
+        return repr([getattr(self, name) for name in names])
 
-    def _shift(self) -> None:
-        """Compute the shifts that are missing; those of other settings make room."""
-        key = repr((self._splits_key, self.evaluate_on, *self.strength()))
-        if self._shifted_key != key:
-            self._shifted, self._shifted_key = {}, key
-        for name in self.test_names[1:]:
-            if name not in self._shifted:
-                self._shifted[name] = self.shifted(name)
-
-    def _loader(
-        self,
-        source: Dataset[Any],
-        size: int,
-        *,
-        shuffle: bool = False,
-        sampler: Sampler[int] | None = None,
-    ) -> DataLoader[Any]:
+    def _loader(self, source: Dataset[Any], size: int, **order: Any) -> DataLoader[Any]:
         """Return a loader whose order depends on the seed and the epoch it is built in."""
-        return loader(
-            source,
-            size,
-            generator=seeded(self.seed, "loader", self._epoch),
-            shuffle=shuffle,
-            sampler=sampler,
-            num_workers=self.num_workers,
-        )
+        generator = seeded(self.seed, "loader", self._epoch)
+        return loader(source, size, generator=generator, num_workers=self.num_workers, **order)
 
     @property
     def _epoch(self) -> int:
@@ -300,10 +301,31 @@ def check_equal(stream: Stream, why: str) -> None:
         )
 
 
-def check_names(shifts: Sequence[str], example: str) -> None:
-    """Refuse a single string and repeated names."""
-    if not isinstance(shifts, list | tuple) or len(set(shifts)) != len(shifts):
-        raise ValueError(
-            f"Expected shifts to be a list of different names, got {shifts!r}. "
-            f'Write for example shifts=["{example}"].'
-        )
+def damaged(path: Path, what: str, error: Exception, remedy: str = _AGAIN) -> ValueError:
+    """Build the error for a file that is empty, cut off, damaged or of another kind."""
+    return ValueError(
+        f"Expected {path} to be {what}, got {path.stat().st_size} bytes that are none "
+        f"({type(error).__name__}: {str(error).strip()}). {remedy}"
+    )
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return what a file holds, unpacked where its name ends in ``.gz``."""
+    data = path.read_bytes()
+    try:
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, OSError, zlib.error) as error:
+        raise damaged(path, "a whole gzip file", error) from error
+
+
+def read_npz(path: Path, names: Sequence[str], remedy: str) -> tuple[list[Tensor], str]:
+    """Return some arrays of an ``.npz`` file, and the text ``settings`` in it, if there is one.
+
+    Nothing is unpickled: a file from elsewhere cannot run code.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            settings = str(arrays["settings"]) if "settings" in arrays else ""
+            return [torch.from_numpy(arrays[name]) for name in names], settings
+    except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise damaged(path, f"a whole .npz file of {', '.join(names)}", error, remedy) from error

@@ -96,15 +96,13 @@ class AdultDataModule(ShiftedTables):
                 f"Expected the files {' and '.join(_ADULT)} in {folder.resolve()}, got no "
                 f"{' and no '.join(absent)}. Place them there, or set root to their folder."
             )
-        train, test = (self._table(folder / name) for name in _ADULT)
-        return train, test
-
-    def _table(self, file: Path) -> Table:
-        frame = read(file, names=_ADULT_COLUMNS, comment="|")
-        if file.name == "adult.test":
-            frame["income"] = frame["income"].replace(r"\.$", "", regex=True)
+        train, test = (read(folder / name, names=_ADULT_COLUMNS, comment="|") for name in _ADULT)
+        test["income"] = test["income"].replace(r"\.$", "", regex=True)
         schema = Schema(_ADULT_NUMBERS, ADULT_CATEGORIES, ("<=50K", ">50K"))
-        return to_table(frame, file, schema, "income", known=file.name == "adult.data")
+        return (
+            to_table(train, folder / _ADULT[0], schema, "income", known=True),
+            to_table(test, folder / _ADULT[1], schema, "income", known=False),
+        )
 
 
 class CovertypeDataModule(ShiftedTables):
@@ -142,14 +140,15 @@ class CovertypeDataModule(ShiftedTables):
                 f"Expected {' or '.join(_COVERTYPE)} in {Path(self.root).resolve()}, got neither. "
                 "Place one there, or set root to the folder that holds it."
             )
-        blocks = _COVERTYPE_BLOCKS.values()
-        columns = [*_COVERTYPE_NUMBERS, *(name for names in blocks for name in names), "Cover_Type"]
-        frame = read(file, names=columns)
-        schema = Schema(_COVERTYPE_NUMBERS, {}, tuple("1234567"))
-        numbers = to_table(frame, file, schema, "Cover_Type", known=True)
-        codes = torch.stack([_code(frame, file, names) for names in blocks], dim=1)
-        schema = Schema(_COVERTYPE_NUMBERS, _COVERTYPE_BLOCKS, schema.classes)
-        return Table(schema, numbers.numeric, codes, numbers.target), None
+        names = [name for names in _COVERTYPE_BLOCKS.values() for name in names]
+        columns, classes = (*_COVERTYPE_NUMBERS, *names), tuple("1234567")
+        frame = read(file, names=[*columns, "Cover_Type"])
+        whole = to_table(frame, file, Schema(columns, {}, classes), "Cover_Type", known=True)
+        numbers, *blocks = torch.split(whole.numeric, [10, 4, 40], dim=1)
+        pairs = zip(blocks, _COVERTYPE_BLOCKS.values(), strict=True)
+        codes = torch.stack([_code(block, file, names) for block, names in pairs], dim=1)
+        schema = Schema(_COVERTYPE_NUMBERS, _COVERTYPE_BLOCKS, classes)
+        return Table(schema, numbers, codes, whole.target), None
 
 
 class BundledDataModule(ShiftedTables):
@@ -273,7 +272,8 @@ class CSVDataModule(ShiftedTables):
         """Return the rows of the file, and those of the test file if there is one."""
         path = Path(self.path)
         text = [*(self.categorical or ()), *[self.target] * (self.task == "classification")]
-        frame = self._read(path, text)
+        form: dict[str, Any] = {"names": self.names, "separator": self.separator}
+        frame = read(path, text=text, **form)
         unlisted = [name for name in self.exclude if name not in frame]
         if unlisted:
             raise ValueError(
@@ -285,11 +285,8 @@ class CSVDataModule(ShiftedTables):
         rows = to_table(frame, path, schema, self.target, known=True)
         if self.test_path is None:
             return rows, None
-        test = self._read(Path(self.test_path), [*schema.categorical, *text])
+        test = read(self.test_path, text=[*schema.categorical, *text], **form)
         return rows, to_table(test, self.test_path, schema, self.target, known=False)
-
-    def _read(self, path: Path, text: Sequence[str]) -> Any:
-        return read(path, names=self.names, text=text, separator=self.separator)
 
 
 class BostonDataModule(ShiftedTables):
@@ -382,10 +379,9 @@ def _packaged() -> Path:
     return Path(folders[0]) / "resources" / "boston_house_prices.csv"
 
 
-def _code(frame: Any, file: Path, names: tuple[str, ...]) -> Tensor:
+def _code(block: Tensor, file: Path, names: tuple[str, ...]) -> Tensor:
     """Return which column of a block is 1, ``(N,)``; exactly one must be, the others 0."""
-    block = to_table(frame.assign(none=0.0), file, Schema(names, {}, None), "none", known=True)
-    wrong = ((block.numeric == 1).sum(1) != 1) | ((block.numeric == 0).sum(1) != len(names) - 1)
+    wrong = ((block == 1).sum(1) != 1) | ((block == 0).sum(1) != len(names) - 1)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
@@ -393,4 +389,4 @@ def _code(frame: Any, file: Path, names: tuple[str, ...]) -> Tensor:
             f"another row {row + 1}, and {int(wrong.sum())} such rows in all. The file is damaged "
             "or another one: fetch it again."
         )
-    return block.numeric.argmax(dim=1)
+    return block.argmax(dim=1)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from it3_lightning.data import contours as geometry
-from it3_lightning.data.airfoils import ProfileSet
-from it3_lightning.data.contours import ContourGraphs, contours, normals, ring, steps
+from it3_lightning.data import airfoils as geometry
+from it3_lightning.data.airfoils import ContourGraphs, ProfileSet, contours, normals, ring, steps
 
 NACA_0012 = torch.tensor([[0.0, 0.4, 0.12]], dtype=torch.float64)
 NACA_2412 = torch.tensor([[0.02, 0.4, 0.12]], dtype=torch.float64)

@@ -11,7 +11,7 @@ from draw_road_scenes import main
 from torch import Tensor
 
 from it3_lightning.data import RoadScenes, RoadScenesDataModule
-from it3_lightning.data.road_scenes import scene_file
+from it3_lightning.data.roads import scene_file
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -11,7 +11,7 @@ from helpers.airfoil_files import write_self_noise
 from torch import Tensor
 
 from it3_lightning.data import AirfoilSelfNoiseDataModule
-from it3_lightning.data.self_noise import Column, read
+from it3_lightning.data.ranges import Column, read
 
 
 @pytest.fixture
