@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -318,6 +318,7 @@ class ProfileSet:
         )
 
 
+@dataclass(eq=False)
 class AirfoilDataModule(RangedData):
     """NACA 4-digit wing profiles and their lift-to-drag ratio at one angle of attack.
 
@@ -352,7 +353,6 @@ class AirfoilDataModule(RangedData):
         inner: Part of each parameter's range to train on, in its middle.
         held_ratio: Part of the inner profiles that is held out for its lift-to-drag ratio.
         noise: Standard deviation of ``noise``, in chords.
-        kwargs: Settings of :class:`~it3_lightning.data.ranges.RangedData`.
 
     Raises:
         FileNotFoundError: Lift and drag of these settings are not in ``root``.
@@ -366,35 +366,18 @@ class AirfoilDataModule(RangedData):
     TUNING_SHIFTS = tuple(PERTURBATIONS)
     sample_settings = ("_profiles", "root", "nodes", "min_confidence", "inner", "held_ratio")
 
-    def __init__(
-        self,
-        root: str | Path = "data/airfoils",
-        *,
-        representation: Representation = "graph",
-        profiles: int = 2000,
-        nodes: int = 64,
-        angle: float = 5.0,
-        reynolds: float = 1e6,
-        model_size: ModelSize = "xlarge",
-        min_confidence: float = 0.8,
-        inner: float = 0.85,
-        held_ratio: float = 0.15,
-        noise: float = 0.002,
-        **kwargs: Any,
-    ) -> None:
-        self.root = root
-        self.representation: Representation = representation
-        self.profiles = profiles
-        self.nodes = nodes
-        self.angle = angle
-        self.reynolds = reynolds
-        self.model_size: ModelSize = model_size
-        self.min_confidence = min_confidence
-        self.inner = inner
-        self.held_ratio = held_ratio
-        self.noise = noise
-        self._dropped = 0
-        super().__init__(**kwargs)
+    root: str | Path = "data/airfoils"
+    _: KW_ONLY
+    representation: Representation = "graph"
+    profiles: int = 2000
+    nodes: int = 64
+    angle: float = 5.0
+    reynolds: float = 1e6
+    model_size: ModelSize = "xlarge"
+    min_confidence: float = 0.8
+    inner: float = 0.85
+    held_ratio: float = 0.15
+    noise: float = 0.002
 
     def check(self) -> None:
         """Refuse settings out of their range, before anything is computed."""

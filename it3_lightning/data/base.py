@@ -10,6 +10,7 @@ import gzip
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -28,6 +29,7 @@ Split = Literal["test", "validation"]
 _AGAIN = "Delete it and fetch it again."
 
 
+@dataclass(eq=False)
 class ShiftedData(LightningDataModule):
     """A LightningDataModule that tests on clean samples and on every shift of them.
 
@@ -36,6 +38,9 @@ class ShiftedData(LightningDataModule):
     are attributes that may be changed between runs; the next ``setup`` (every loader calls it)
     follows them, and does again only what they touch. The same seed gives bitwise the same samples,
     with any number of workers.
+
+    The settings are the fields of a dataclass. A subclass with some of its own is one as well, or
+    sets them before it calls ``super().__init__(**kwargs)``.
 
     Args:
         batch_size: Samples in a training batch.
@@ -67,33 +72,24 @@ class ShiftedData(LightningDataModule):
     """Names of the attributes that the samples depend on, beside the sizes and the seed."""
     shift_settings: ClassVar[tuple[str, ...]] = ("severity",)
     """Names of those that the shifts depend on, and the samples do not."""
-    severity: Severity | None = None
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 128,
-        eval_batch_size: int = 100,
-        shifts: Sequence[str] | None = None,
-        stream: Stream = "equal",
-        evaluate_on: Split = "test",
-        val_size: int | None = None,
-        train_size: int | None = None,
-        test_size: int | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
+    _: KW_ONLY
+    batch_size: int = 128
+    eval_batch_size: int = 100
+    shifts: Sequence[str] = None  # type: ignore[assignment]  # None: those reported on
+    stream: Stream = "equal"
+    evaluate_on: Split = "test"
+    val_size: int | None = None
+    train_size: int | None = None
+    test_size: int | None = None
+    seed: int = 0
+    num_workers: int = 0
+    severity: Severity | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.shifts: Sequence[str] = self.reporting_shifts if shifts is None else shifts
-        self.stream: Stream = stream
-        self.evaluate_on: Split = evaluate_on
-        self.val_size = val_size
-        self.train_size = train_size
-        self.test_size = test_size
-        self.seed = seed
-        self.num_workers = num_workers
+        if self.shifts is None:
+            self.shifts = self.reporting_shifts
         self._splits: dict[str, Any] = {}
         self._shifted: dict[str, Any] = {}
         self._splits_key = self._shifted_key = ""

@@ -10,7 +10,7 @@ import math
 import pickle
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,6 @@ from it3_lightning.data.images import (
     ImageSet,
     ShiftedImages,
     crop_and_flip,
-    found_corruptions,
 )
 from it3_lightning.data.sampling import Batch, held_out
 from it3_lightning.data.shifts import SEVERITIES
@@ -129,6 +128,7 @@ _CIFAR = Published(
 )
 
 
+@dataclass(eq=False)
 class DigitsDataModule(ShiftedImages):
     """Scikit-learn's digits, clean and shifted: 1,000 to train on, 200 to validate, 597 to test.
 
@@ -136,7 +136,6 @@ class DigitsDataModule(ShiftedImages):
 
     Args:
         val_size: Samples taken from the 1,200 that are not for testing.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedImages`.
 
     Raises:
         ImportError: Scikit-learn is not installed (when the data is loaded).
@@ -151,8 +150,8 @@ class DigitsDataModule(ShiftedImages):
 
     num_classes = _CLASSES
 
-    def __init__(self, *, val_size: int = 200, **kwargs: Any) -> None:
-        super().__init__(val_size=val_size, **kwargs)
+    _: KW_ONLY
+    val_size: int = 200
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """Return 1,200 training images and 597 test images, chosen by the seed."""
@@ -168,6 +167,7 @@ class DigitsDataModule(ShiftedImages):
         return train, test
 
 
+@dataclass(eq=False)
 class MNISTDataModule(ShiftedImages):
     """MNIST: 60,000 training and 10,000 test images ``(B, 1, 28, 28)`` of ten digits.
 
@@ -177,7 +177,6 @@ class MNISTDataModule(ShiftedImages):
     Args:
         root: Folder of the data.
         download: Whether missing files may be downloaded.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedImages`.
 
     Raises:
         FileNotFoundError: Files are missing and were not, or could not be, downloaded.
@@ -187,10 +186,9 @@ class MNISTDataModule(ShiftedImages):
     sample_settings = ("root",)
     num_classes = _CLASSES
 
-    def __init__(self, root: str | Path = "data", *, download: bool = True, **kwargs: Any) -> None:
-        self.root = root
-        self.download = download
-        super().__init__(**kwargs)
+    root: str | Path = "data"
+    _: KW_ONLY
+    download: bool = True
 
     def prepare_data(self) -> None:
         """Make sure that the four files are there: look first, then download if that is allowed."""
@@ -202,6 +200,7 @@ class MNISTDataModule(ShiftedImages):
         return _read_idx_files(_MNIST.files(self.root))
 
 
+@dataclass(eq=False)
 class FashionMNISTDataModule(ShiftedImages):
     """Fashion-MNIST: 60,000 training and 10,000 test images ``(B, 1, 28, 28)`` of ten garments.
 
@@ -212,7 +211,6 @@ class FashionMNISTDataModule(ShiftedImages):
     Args:
         root: Folder of the data.
         download: Whether missing files may be downloaded.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedImages`.
 
     Raises:
         FileNotFoundError: Files are missing and were not, or could not be, downloaded.
@@ -222,10 +220,9 @@ class FashionMNISTDataModule(ShiftedImages):
     sample_settings = ("root",)
     num_classes = _CLASSES
 
-    def __init__(self, root: str | Path = "data", *, download: bool = True, **kwargs: Any) -> None:
-        self.root = root
-        self.download = download
-        super().__init__(**kwargs)
+    root: str | Path = "data"
+    _: KW_ONLY
+    download: bool = True
 
     def prepare_data(self) -> None:
         """Make sure that the four files are there: look first, then download if that is allowed."""
@@ -237,6 +234,7 @@ class FashionMNISTDataModule(ShiftedImages):
         return _read_idx_files(_FASHION.files(self.root))
 
 
+@dataclass(eq=False)
 class CIFAR10DataModule(ShiftedImages):
     """CIFAR-10: 50,000 training and 10,000 test images ``(B, 3, 32, 32)`` of ten classes.
 
@@ -259,7 +257,6 @@ class CIFAR10DataModule(ShiftedImages):
         download: Whether missing files may be downloaded. CIFAR-10-C never is.
         augment: Whether training images are cut out at random places of a frame 4 pixels wider,
             and half of them mirrored.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedImages`.
 
     Raises:
         FileNotFoundError: Files are missing and were not, or could not be, downloaded.
@@ -270,24 +267,16 @@ class CIFAR10DataModule(ShiftedImages):
     sample_settings = ("root", "corruptions", "corrupted")
     num_classes = _CLASSES
 
-    def __init__(
-        self,
-        root: str | Path = "data",
-        *,
-        corruptions: Literal["auto", "files", "own"] = "auto",
-        corrupted: str | Path | None = None,
-        download: bool = True,
-        augment: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        self.root = root
-        self.corrupted = Path(root) / "CIFAR-10-C" if corrupted is None else Path(corrupted)
-        self.corruptions = found_corruptions(
-            corruptions, self.corrupted, named=corrupted is not None, sources=self.SOURCES
-        )
-        self.download = download
-        self.augment = augment
-        super().__init__(**kwargs)
+    root: str | Path = "data"
+    _: KW_ONLY
+    corruptions: Literal["auto", "files", "own"] = "auto"
+    corrupted: str | Path | None = None
+    download: bool = True
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        self.find_corrupted(Path(self.root) / "CIFAR-10-C")
+        super().__post_init__()
 
     def prepare_data(self) -> None:
         """Make sure that the files are there: look first, then download if that is allowed."""
@@ -312,11 +301,11 @@ class CIFAR10DataModule(ShiftedImages):
         """Return all test images under a corruption of CIFAR-10-C, where these are asked for."""
         if self.corruptions != "files":
             return None
-        return _read_corrupted(Path(self.corrupted), name, severity, self._test_labels)
+        return _read_corrupted(Path(self.corrupted or ""), name, severity, self._test_labels)
 
     def _look_for_corrupted(self) -> None:
         """Refuse before any training that files of CIFAR-10-C are missing, if these are wanted."""
-        folder = Path(self.corrupted)
+        folder = Path(self.corrupted or "")
         names = [f"{name}.npy" for name in (*self.shifts, "labels")]
         missing = [name for name in names if not (folder / name).is_file()]
         if missing and self.corruptions == "files":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,6 @@ from it3_lightning.data.images import (
     Images,
     ShiftedImages,
     as_float,
-    found_corruptions,
     read_rgb,
 )
 from it3_lightning.data.sampling import Batch, Views
@@ -36,6 +36,7 @@ from it3_lightning.utils.messages import not_installed, unknown
 _ENDS = (".jpeg", ".jpg", ".png")
 
 
+@dataclass(eq=False)
 class ImageNetCDataModule(ShiftedImages):
     """ImageNet: 1,281,167 training and 50,000 test images ``(B, 3, S, S)`` of 1,000 classes.
 
@@ -62,9 +63,6 @@ class ImageNetCDataModule(ShiftedImages):
         corrupted: Folder of the published files; None for the one in ``root``.
         augment: Whether training images are cut out at random and half of them mirrored.
         val_size: Samples taken from the training images for validation.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedImages`. With ``severity="all"``, all
-            fifteen corruptions and the published files, the benchmark reports the mean corruption
-            error.
 
     Raises:
         FileNotFoundError: A folder is missing.
@@ -79,25 +77,17 @@ class ImageNetCDataModule(ShiftedImages):
     SOURCES = ("files", "made", "own")
     sample_settings = ("root", "corruptions", "corrupted", "image_size")
 
-    def __init__(
-        self,
-        root: str | Path = "data/imagenet",
-        *,
-        image_size: int = 224,
-        corruptions: Literal["auto", "files", "made", "own"] = "auto",
-        corrupted: str | Path | None = None,
-        augment: bool = True,
-        val_size: int = 10_000,
-        **kwargs: Any,
-    ) -> None:
-        self.root = root
-        self.image_size = image_size
-        self.corrupted = Path(root) / "ImageNet-C" if corrupted is None else Path(corrupted)
-        self.corruptions = found_corruptions(
-            corruptions, self.corrupted, named=corrupted is not None, sources=self.SOURCES
-        )
-        self.augment = augment
-        super().__init__(val_size=val_size, **kwargs)
+    root: str | Path = "data/imagenet"
+    _: KW_ONLY
+    image_size: int = 224
+    corruptions: Literal["auto", "files", "made", "own"] = "auto"
+    corrupted: str | Path | None = None
+    augment: bool = True
+    val_size: int = 10_000
+
+    def __post_init__(self) -> None:
+        self.find_corrupted(Path(self.root) / "ImageNet-C")
+        super().__post_init__()
 
     @property
     def num_classes(self) -> int:
@@ -118,7 +108,7 @@ class ImageNetCDataModule(ShiftedImages):
         for part in ("train", "val"):
             _synset_folders(Path(self.root) / part)
         for name, severity in self.wanted().values() if self.corruptions == "files" else ():
-            _corrupted_folder(Path(self.corrupted), name, severity)
+            _corrupted_folder(Path(self.corrupted or ""), name, severity)
 
     def load(self) -> tuple[ImageFiles, ImageFiles]:
         """Return all training and all test images."""
@@ -140,7 +130,7 @@ class ImageNetCDataModule(ShiftedImages):
         """Return all test images under a corruption of ImageNet-C, where these are asked for."""
         if self.corruptions != "files":
             return None
-        folder = _corrupted_folder(Path(self.corrupted), name, severity)
+        folder = _corrupted_folder(Path(self.corrupted or ""), name, severity)
         names, there = self._clean.names, set(_listing(folder)[0])
         missing = [name for name in names if name not in there]
         if missing:

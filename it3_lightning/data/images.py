@@ -7,6 +7,7 @@ import struct
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -264,6 +265,7 @@ def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int = 4) -> Tensor:
     return chosen.movedim(-1, 1).contiguous()
 
 
+@dataclass(eq=False)
 class ShiftedImages(ShiftedData):
     """Images for training, and the same held-out images clean and under shifts for testing.
 
@@ -282,18 +284,18 @@ class ShiftedImages(ShiftedData):
         severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for each, whose test
             names end in ``/1`` to ``/5``.
         val_size: Samples taken from the training images for validation.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedData`.
     """
 
     SHIFTS = SHIFTS
     TUNING_SHIFTS = TUNING_SHIFTS
     SOURCES: ClassVar[tuple[str, ...]] = ("own",)
     needed_sizes = ("val_size",)
-    corruptions: str = "own"
+    corruptions: Any = field(default="own", init=False)
+    corrupted: Any = field(default=None, init=False)
 
-    def __init__(self, *, severity: Severity = 3, val_size: int = 5000, **kwargs: Any) -> None:
-        self.severity = severity
-        super().__init__(val_size=val_size, **kwargs)
+    _: KW_ONLY
+    severity: Severity = 3
+    val_size: int = 5000
 
     # Hooks of a subclass
 
@@ -304,6 +306,13 @@ class ShiftedImages(ShiftedData):
             "load(self) -> tuple[Images, Images]",
             "Return the training images and the test images, e.g. as ImageSet.",
         )
+
+    def find_corrupted(self, folder: Path) -> None:
+        """Say where published corruptions lie, and whether they are used, where no setting does."""
+        if self.corruptions == "auto":
+            there = self.corrupted is not None or folder.is_dir()
+            self.corruptions = "files" if there else self.SOURCES[1]
+        self.corrupted = folder if self.corrupted is None else Path(self.corrupted)
 
     def published(self, name: str, severity: int) -> Images | None:
         """Return all test images under a shift where they are not made but lie in files."""
@@ -371,12 +380,3 @@ class ShiftedImages(ShiftedData):
     def frequent(self, samples: Images) -> Tensor:
         """Return an order of images in which three classes are ten times as frequent."""
         return unequal_stream(samples.labels, self.seed)
-
-
-def found_corruptions(
-    corruptions: str, folder: Path, *, named: bool, sources: Sequence[str]
-) -> str:
-    """Return where corruptions come from: ``"auto"`` are the files if there is a folder of them."""
-    if corruptions != "auto":
-        return corruptions
-    return "files" if named or folder.is_dir() else sources[1]

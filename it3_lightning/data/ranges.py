@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -50,6 +50,7 @@ class Pool:
         return cls(samples.select(inside.nonzero()[:, 0]), outside)
 
 
+@dataclass(eq=False)
 class RangedData(ShiftedData, ABC):
     """Samples with a real-valued target; what lies outside a range is held out, level by level.
 
@@ -66,30 +67,17 @@ class RangedData(ShiftedData, ABC):
         eval_batch_size: Samples in a validation, test or prediction batch.
         val_size: Samples inside the range taken for validation.
         test_size: Samples inside the range taken for testing.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedData`.
     """
 
     LEVELS: ClassVar[tuple[str, ...]]
     needed_sizes = ("val_size", "test_size")
     shift_settings = ("noise",)
-    test_size: int
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 32,
-        eval_batch_size: int = 50,
-        val_size: int = 100,
-        test_size: int = 150,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_size=val_size,
-            test_size=test_size,
-            **kwargs,
-        )
+    _: KW_ONLY
+    batch_size: int = 32
+    eval_batch_size: int = 50
+    val_size: int = 100
+    test_size: int = 150
 
     # What a subclass defines
 
@@ -182,6 +170,7 @@ def levels(distance: Tensor, what: str, need: str) -> dict[str, Tensor]:
     return {name: part.sort().values for name, part in zip(level_names(what), parts, strict=True)}
 
 
+@dataclass(eq=False)
 class AirfoilSelfNoiseDataModule(RangedData):
     """The 1,503 measurements of UCI's "Airfoil Self-Noise": five features, sound level in dB.
 
@@ -203,7 +192,6 @@ class AirfoilSelfNoiseDataModule(RangedData):
         column: Whose highest values are held out: a feature, or ``"level"``, the target.
         held: Part of the measurements that is held out; equal values stay together.
         noise: Standard deviation of ``noise``, in those of the training features.
-        kwargs: Settings of :class:`RangedData`.
 
     Raises:
         FileNotFoundError: The file is missing.
@@ -218,20 +206,11 @@ class AirfoilSelfNoiseDataModule(RangedData):
     TUNING_SHIFTS = ("missing", "gain")
     sample_settings = ("root", "column", "held")
 
-    def __init__(
-        self,
-        root: str | Path = "data/airfoil_self_noise",
-        *,
-        column: Column = "thickness",
-        held: float = 0.3,
-        noise: float = 0.2,
-        **kwargs: Any,
-    ) -> None:
-        self.root = root
-        self.column: Column = column
-        self.held = held
-        self.noise = noise
-        super().__init__(**kwargs)
+    root: str | Path = "data/airfoil_self_noise"
+    _: KW_ONLY
+    column: Column = "thickness"
+    held: float = 0.3
+    noise: float = 0.2
 
     def check(self) -> None:
         """Refuse settings out of their range, before the file is read."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -85,6 +85,7 @@ class Tiles(MaskedSet):
         return decoded
 
 
+@dataclass(eq=False)
 class RoadsDataModule(ShiftedMasks):
     """Tiles of aerial images and of the masks of their roads, clean and shifted, read as needed.
 
@@ -104,7 +105,6 @@ class RoadsDataModule(ShiftedMasks):
         val_share: Share of the files to validate on, where the layout does not say which.
         test_share: Share of the files to test on, for ``"pairs"``.
         test_regions: Cities to test on, for ``"roadtracer"``; default: those of its authors.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedMasks`.
 
     Raises:
         FileNotFoundError: A folder is missing or empty.
@@ -114,24 +114,13 @@ class RoadsDataModule(ShiftedMasks):
 
     sample_settings = ("root", "layout", "tile", "val_share", "test_share", "test_regions")
 
-    def __init__(
-        self,
-        root: str | Path = "data/roads",
-        *,
-        layout: Layout = "massachusetts",
-        tile: int = 256,
-        val_share: float = 0.1,
-        test_share: float = 0.2,
-        test_regions: Sequence[str] = ROADTRACER_TEST_REGIONS,
-        **kwargs: Any,
-    ) -> None:
-        self.root = root
-        self.layout: Layout = layout
-        self.tile = tile
-        self.val_share = val_share
-        self.test_share = test_share
-        self.test_regions = test_regions
-        super().__init__(**kwargs)
+    root: str | Path = "data/roads"
+    _: KW_ONLY
+    layout: Layout = "massachusetts"
+    tile: int = 256
+    val_share: float = 0.1
+    test_share: float = 0.2
+    test_regions: Sequence[str] = ROADTRACER_TEST_REGIONS
 
     def load(self) -> dict[str, MaskedSet]:
         """Find the files and cut them into tiles, without reading more than their headers."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,7 @@ class TileOrder(Sampler[int]):
         yield from (order + len(self) * turns).tolist()
 
 
+@dataclass(eq=False)
 class ShiftedMasks(ShiftedData):
     """Images with masks for training, and held-out ones clean and under shifts for testing.
 
@@ -172,24 +173,16 @@ class ShiftedMasks(ShiftedData):
         severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for each, whose test
             names end in ``/1`` to ``/5``.
         augment: Whether training shows each image in one of its eight orientations, at random.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedData`.
     """
 
     SHIFTS = ROAD_SHIFTS
     TUNING_SHIFTS = ROAD_TUNING_SHIFTS
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 16,
-        eval_batch_size: int = 16,
-        severity: Severity = 3,
-        augment: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        self.severity = severity
-        self.augment = augment
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
+    _: KW_ONLY
+    batch_size: int = 16
+    eval_batch_size: int = 16
+    severity: Severity = 3
+    augment: bool = True
 
     def load(self) -> dict[str, MaskedSet]:
         """Return all samples: ``"train"``, ``"validation"`` and ``"test"``."""
@@ -322,6 +315,7 @@ def _colors(colors: Any, shape: tuple[int, ...], generator: Generator) -> Tensor
     return chosen + 0.05 * torch.randn(*shape, 1, generator=generator)
 
 
+@dataclass(eq=False)
 class RoadScenesDataModule(ShiftedMasks):
     """Drawn scenes, clean and shifted, kept in memory: a stand-in where there are no photographs.
 
@@ -335,7 +329,6 @@ class RoadScenesDataModule(ShiftedMasks):
         train_size: Scenes to train on.
         val_size: Scenes to validate on.
         test_size: Scenes to test on.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedMasks`.
 
     Raises:
         FileNotFoundError: There is no file of this size and seed in ``root``.
@@ -344,23 +337,13 @@ class RoadScenesDataModule(ShiftedMasks):
 
     sample_settings = ("root", "size")
     needed_sizes = ("train_size", "val_size", "test_size")
-    train_size: int
-    val_size: int
-    test_size: int
 
-    def __init__(
-        self,
-        root: str | Path | None = None,
-        *,
-        size: int = 64,
-        train_size: int = 512,
-        val_size: int = 96,
-        test_size: int = 128,
-        **kwargs: Any,
-    ) -> None:
-        self.root = root
-        self.size = size
-        super().__init__(train_size=train_size, val_size=val_size, test_size=test_size, **kwargs)
+    root: str | Path | None = None
+    _: KW_ONLY
+    size: int = 64
+    train_size: int = 512
+    val_size: int = 96
+    test_size: int = 128
 
     def load(self) -> dict[str, MaskedSet]:
         """Read or draw all scenes."""

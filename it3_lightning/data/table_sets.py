@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -61,6 +62,7 @@ _COVERTYPE_BLOCKS = {
 }
 
 
+@dataclass(eq=False)
 class AdultDataModule(ShiftedTables):
     """Adult as UCI publishes it: the files ``adult.data`` and ``adult.test`` in ``root``.
 
@@ -73,7 +75,6 @@ class AdultDataModule(ShiftedTables):
 
     Args:
         root: Folder of the two files.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
 
     Raises:
         FileNotFoundError: A file is missing (when the data is loaded, as all that follow).
@@ -83,9 +84,7 @@ class AdultDataModule(ShiftedTables):
 
     sample_settings = ("test_share", "root")
 
-    def __init__(self, root: str | Path = "data/adult", **kwargs: Any) -> None:
-        self.root = root
-        super().__init__(**kwargs)
+    root: str | Path = "data/adult"
 
     def load(self) -> tuple[Table, Table]:
         """Return the rows of the two files."""
@@ -105,6 +104,7 @@ class AdultDataModule(ShiftedTables):
         )
 
 
+@dataclass(eq=False)
 class CovertypeDataModule(ShiftedTables):
     """Covertype as UCI publishes it: ``covtype.data``, or ``covtype.data.gz``, in ``root``.
 
@@ -117,7 +117,6 @@ class CovertypeDataModule(ShiftedTables):
 
     Args:
         root: Folder of the file; a plain one goes first.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
 
     Raises:
         FileNotFoundError: Neither file is there (when the data is loaded, as all that follow).
@@ -127,9 +126,7 @@ class CovertypeDataModule(ShiftedTables):
 
     sample_settings = ("test_share", "root")
 
-    def __init__(self, root: str | Path = "data/covertype", **kwargs: Any) -> None:
-        self.root = root
-        super().__init__(**kwargs)
+    root: str | Path = "data/covertype"
 
     def load(self) -> tuple[Table, None]:
         """Return all rows."""
@@ -151,6 +148,7 @@ class CovertypeDataModule(ShiftedTables):
         return Table(schema, numbers, codes, whole.target), None
 
 
+@dataclass(eq=False)
 class BundledDataModule(ShiftedTables):
     """A table of scikit-learn: all columns numeric, nothing missing, the test rows held out.
 
@@ -164,7 +162,6 @@ class BundledDataModule(ShiftedTables):
 
     Args:
         name: Of the table.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
 
     Raises:
         ImportError: Scikit-learn is not installed (when the data is loaded).
@@ -178,9 +175,7 @@ class BundledDataModule(ShiftedTables):
 
     sample_settings = ("test_share", "name")
 
-    def __init__(self, name: Bundled = "breast_cancer", **kwargs: Any) -> None:
-        self.name: Bundled = name
-        super().__init__(**kwargs)
+    name: Bundled = "breast_cancer"
 
     def check(self) -> None:
         """Refuse settings out of their range."""
@@ -199,6 +194,7 @@ class BundledDataModule(ShiftedTables):
         return Table(schema, torch.from_numpy(bunch.data).double(), none, target), None
 
 
+@dataclass(eq=False)
 class CSVDataModule(ShiftedTables):
     """A CSV file, plain or gzipped (``.gz``), with a target column.
 
@@ -219,7 +215,6 @@ class CSVDataModule(ShiftedTables):
         exclude: Names of columns to leave out.
         names: Of all columns, where the files have no header.
         separator: One character between cells.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
 
     Raises:
         FileNotFoundError: A file is missing (when the data is loaded, as all that follow).
@@ -235,28 +230,15 @@ class CSVDataModule(ShiftedTables):
         *("target", "task", "categorical", "exclude"),
     )
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        target: str,
-        task: Task = "classification",
-        test_path: str | Path | None = None,
-        categorical: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        names: Sequence[str] | None = None,
-        separator: str = ",",
-        **kwargs: Any,
-    ) -> None:
-        self.path = path
-        self.target = target
-        self.task: Task = task
-        self.test_path = test_path
-        self.categorical = categorical
-        self.exclude = exclude
-        self.names = names
-        self.separator = separator
-        super().__init__(**kwargs)
+    path: str | Path
+    _: KW_ONLY
+    target: str
+    task: Task = "classification"
+    test_path: str | Path | None = None
+    categorical: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    names: Sequence[str] | None = None
+    separator: str = ","
 
     def check(self) -> None:
         """Refuse settings out of their range, before any file is read."""
@@ -289,6 +271,7 @@ class CSVDataModule(ShiftedTables):
         return rows, to_table(test, self.test_path, schema, self.target, known=False)
 
 
+@dataclass(eq=False)
 class BostonDataModule(ShiftedTables):
     """Boston housing: 13 numeric columns, and the median value ``MEDV`` in 1,000 dollars.
 
@@ -307,7 +290,6 @@ class BostonDataModule(ShiftedTables):
         exclude: Names of columns to leave out.
         names: Of all columns, where the files have no header.
         separator: One character between cells.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
 
     Raises:
         FileNotFoundError: There is no such file (when the data is loaded).
@@ -326,24 +308,13 @@ class BostonDataModule(ShiftedTables):
         *("categorical", "exclude"),
     )
 
-    def __init__(
-        self,
-        path: str | Path | None = None,
-        *,
-        test_path: str | Path | None = None,
-        categorical: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        names: Sequence[str] | None = None,
-        separator: str = ",",
-        **kwargs: Any,
-    ) -> None:
-        self.path = path
-        self.test_path = test_path
-        self.categorical = categorical
-        self.exclude = exclude
-        self.names = names
-        self.separator = separator
-        super().__init__(**kwargs)
+    path: str | Path | None = None
+    _: KW_ONLY
+    test_path: str | Path | None = None
+    categorical: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    names: Sequence[str] | None = None
+    separator: str = ","
 
     def check(self) -> None:
         """Refuse settings out of their range, before any file is read."""

@@ -7,8 +7,8 @@ the :class:`Layout` that says which features make up one variable, and a generat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -296,6 +296,7 @@ class TabularShift(KindOfShift):
         return shifted.to(features.dtype)
 
 
+@dataclass(eq=False)
 class ShiftedTables(ShiftedData):
     """Rows for training, and the same held-out rows clean and under shifts for testing.
 
@@ -310,19 +311,15 @@ class ShiftedTables(ShiftedData):
         severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for each, whose test
             names end in ``/1`` to ``/5``.
         test_share: Share of the rows held out for testing, where no test file has them.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedData`.
     """
 
     SHIFTS = TABULAR_SHIFTS
     TUNING_SHIFTS = TABULAR_TUNING_SHIFTS
     sample_settings: ClassVar[tuple[str, ...]] = ("test_share",)
-    _schema: Schema
-    _layout: Layout
 
-    def __init__(self, *, severity: Severity = 3, test_share: float = 0.2, **kwargs: Any) -> None:
-        self.severity = severity
-        self.test_share = test_share
-        super().__init__(**kwargs)
+    _: KW_ONLY
+    severity: Severity = 3
+    test_share: float = 0.2
 
     def load(self) -> tuple[Table, Table | None]:
         """Return the rows to train on and those to test on; ``None``: a share is held out."""

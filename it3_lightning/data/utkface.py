@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -31,6 +31,7 @@ _UNSEEN = "unseen_ages"
 _NAME = re.compile(r"(\d{1,3})_[01]_[0-4]_\d+\s*\.jpg(\.chip\.jpg)?", re.IGNORECASE)
 
 
+@dataclass(eq=False)
 class UTKFaceDataModule(ShiftedImages):
     """UTKFace: 23,708 aligned faces of 0 to 116 years, for regression of the age.
 
@@ -55,8 +56,6 @@ class UTKFaceDataModule(ShiftedImages):
         augment: Whether training images are cut out at random places of a frame wider by an
             eighth, and half of them mirrored.
         val_size: Samples taken from the training images for validation.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedImages`; there are no classes, so
-            ``stream`` must be ``"equal"``.
 
     Raises:
         FileNotFoundError: There are no images, or no such list.
@@ -72,29 +71,16 @@ class UTKFaceDataModule(ShiftedImages):
         "in_memory",
     )
 
-    def __init__(
-        self,
-        root: str | Path = "data",
-        *,
-        image_size: int = 128,
-        train_ages: tuple[int, int] | None = None,
-        train_list: str | Path | None = None,
-        test_list: str | Path | None = None,
-        test_share: float = 0.2,
-        in_memory: bool = False,
-        augment: bool = True,
-        val_size: int = 2000,
-        **kwargs: Any,
-    ) -> None:
-        self.root = root
-        self.image_size = image_size
-        self.train_ages = train_ages
-        self.train_list = train_list
-        self.test_list = test_list
-        self.test_share = test_share
-        self.in_memory = in_memory
-        self.augment = augment
-        super().__init__(val_size=val_size, **kwargs)
+    root: str | Path = "data"
+    _: KW_ONLY
+    image_size: int = 128
+    train_ages: tuple[int, int] | None = None
+    train_list: str | Path | None = None
+    test_list: str | Path | None = None
+    test_share: float = 0.2
+    in_memory: bool = False
+    augment: bool = True
+    val_size: int = 2000
 
     @property
     def test_names(self) -> list[str]:

@@ -376,7 +376,7 @@ def test_scenes_too_small_to_draw_are_refused() -> None:
 
 
 def made(root: Path, **settings: int) -> RoadScenesDataModule:
-    sizes = {"size": 16, "train_size": 4, "val_size": 2, "test_size": 3}
+    sizes: dict[str, Any] = {"size": 16, "train_size": 4, "val_size": 2, "test_size": 3}
     return RoadScenesDataModule(root, **{**sizes, **settings})
 
 
