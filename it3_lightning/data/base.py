@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from it3_lightning.data.sampling import S, chosen, held_out, loader, seeded
+from it3_lightning.data.sampling import DrawSampler, S, Views, chosen, held_out, seeded, whole_batch
 from it3_lightning.data.shifts import SEVERITIES, Severity, check_severity
 from it3_lightning.utils.messages import undefined, unknown
 
@@ -242,10 +242,32 @@ class ShiftedData(LightningDataModule):
     def _values(self, *names: str) -> str:
         return repr([getattr(self, name) for name in names])
 
-    def _loader(self, source: Dataset[Any], size: int, **order: Any) -> DataLoader[Any]:
-        """Return a loader whose order depends on the seed and the epoch it is built in."""
+    def _loader(
+        self,
+        source: Dataset[Any],
+        size: int,
+        *,
+        shuffle: bool = False,
+        sampler: Sampler[int] | None = None,
+    ) -> DataLoader[Any]:
+        """Return a loader whose order depends on the seed and the epoch it is built in.
+
+        Its samplers are the usual ones, so that a Trainer can distribute it; random views come with
+        draws, from a sampler that a Trainer wraps, as it does one that is given. Without a
+        generator of its own, each pass over it would draw from the global random state.
+        """
         generator = seeded(self.seed, "loader", self._epoch)
-        return loader(source, size, generator=generator, num_workers=self.num_workers, **order)
+        if isinstance(source, Views) and sampler is None:
+            sampler = DrawSampler(len(source), generator)
+        return DataLoader(
+            source,
+            batch_size=size,
+            shuffle=shuffle and sampler is None,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=whole_batch,
+            generator=generator,
+        )
 
     @property
     def _epoch(self) -> int:

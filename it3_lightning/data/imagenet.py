@@ -156,8 +156,8 @@ class RandomCrops(Views):
 
     def __init__(self, source: ImageFiles, size: int) -> None:
         super().__init__(source)
-        crop = RandomResizedCrop(size)
-        self._view = Compose([read_rgb, crop, RandomHorizontalFlip(), PILToTensor()])
+        steps = RandomResizedCrop(size), RandomHorizontalFlip(), PILToTensor()
+        self._view = Compose([read_rgb, *steps])
 
     def views(self, rows: list[int], draws: list[int]) -> Batch:
         """Return a crop of each of these samples, and their labels."""

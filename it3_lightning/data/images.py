@@ -52,6 +52,7 @@ class Images(Samples):
         """Return the same samples under a shift; the seed fixes every draw."""
 
 
+@dataclass(eq=False)
 class ImageSet(Images):
     """Images and their labels as two tensors.
 
@@ -70,18 +71,19 @@ class ImageSet(Images):
         tensor([0.2000, 1.0000])
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        check_pixels(images)
-        check_labels(labels, len(images))
-        if images.is_floating_point() and images.numel():
-            low, high = images.aminmax()
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        check_pixels(self.images)
+        check_labels(self.labels, len(self.images))
+        if self.images.is_floating_point() and self.images.numel():
+            low, high = self.images.aminmax()
             if not (low >= 0 and high <= 1):
                 raise ValueError(
                     f"Expected images in [0, 1], got {low:.4g} to {high:.4g}. "
                     "Divide by the largest value; normalise inside the model."
                 )
-        self.images = images
-        self.labels = labels
 
     def __getitems__(self, indices: list[int]) -> Batch:
         chosen = torch.as_tensor(indices)
@@ -230,12 +232,11 @@ def as_float(images: Tensor) -> Tensor:
     return values / 255 if images.dtype == torch.uint8 else values
 
 
+@dataclass(eq=False)
 class Augmented(Views):
     """Images, each changed at random."""
 
-    def __init__(self, source: Images, augment: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(source)
-        self.augment = augment
+    augment: Callable[[Tensor, Tensor], Tensor]
 
     def views(self, rows: list[int], draws: list[int]) -> Batch:
         """Return changed images of these samples, and their labels."""

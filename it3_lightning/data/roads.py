@@ -51,6 +51,7 @@ class MaskedSet(Samples):
         """Return a new set of the samples at ``indices`` ``(M,)``, in their order."""
 
 
+@dataclass(eq=False)
 class MaskedImages(MaskedSet):
     """Images and masks as two tensors; 8-bit images are divided by 255 as they are read.
 
@@ -62,16 +63,17 @@ class MaskedImages(MaskedSet):
         ValueError: A shape or dtype is another.
     """
 
-    def __init__(self, images: Tensor, masks: Tensor) -> None:
-        check_pixels(images)
-        if masks.shape != (len(images), 1, *images.shape[2:]) or masks.dtype != torch.bool:
+    images: Tensor
+    masks: Tensor
+
+    def __post_init__(self) -> None:
+        check_pixels(self.images)
+        count, _, height, width = self.images.shape
+        if self.masks.shape != (count, 1, height, width) or self.masks.dtype != torch.bool:
             raise ValueError(
-                f"Expected one bool mask (1, {images.shape[2]}, {images.shape[3]}) for each of "
-                f"{len(images)} images, got {tuple(masks.shape)} of {masks.dtype}. "
-                "Convert with masks > 0."
+                f"Expected one bool mask (1, {height}, {width}) for each of {count} images, got "
+                f"{tuple(self.masks.shape)} of {self.masks.dtype}. Convert with masks > 0."
             )
-        self.images = images
-        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.images)
@@ -85,6 +87,7 @@ class MaskedImages(MaskedSet):
         return MaskedImages(self.images[indices], self.masks[indices])
 
 
+@dataclass(eq=False)
 class Shifted(Samples):
     """The same samples under a shift, which is computed anew each time one is asked for.
 
@@ -92,8 +95,9 @@ class Shifted(Samples):
     bitwise the same in any batch and in any process. Masks stay as they are.
     """
 
-    def __init__(self, source: MaskedSet, shift: Shift, seed: int) -> None:
-        self.source, self.shift, self.seed = source, shift, seed
+    source: MaskedSet
+    shift: Shift
+    seed: int
 
     def __len__(self) -> int:
         return len(self.source)
@@ -116,16 +120,12 @@ class Turned(Views):
 
     def views(self, rows: list[int], draws: list[int]) -> Batch:
         """Return images and masks rotated by ``draw % 4`` quarters, and mirrored from 4 on."""
-        images, masks = (
-            torch.stack([_turned(value, how) for value, how in zip(values, draws, strict=True)])
-            for values in self.source.__getitems__(rows)
-        )
-        return images, masks
-
-
-def _turned(image: Tensor, how: int) -> Tensor:
-    rotated = image.rot90(how % 4, (1, 2))
-    return rotated.flip(2) if how >= 4 else rotated
+        turned = []
+        for values in self.source.__getitems__(rows):
+            rotated = [value.rot90(draw, (1, 2)) for value, draw in zip(values, draws, strict=True)]
+            pairs = zip(rotated, draws, strict=True)
+            turned.append(torch.stack([x.flip(2) if draw >= 4 else x for x, draw in pairs]))
+        return turned[0], turned[1]
 
 
 class TileOrder(Sampler[int]):
@@ -374,17 +374,15 @@ class RoadScenesDataModule(ShiftedMasks):
         arrays, _ = read_npz(file, names, f"Delete it. {script}")
         pairs = dict(zip(counts, zip(arrays[::2], arrays[1::2], strict=True), strict=True))
         for part, (images, masks) in pairs.items():
-            place = (self.size, self.size)
+            place, count = (self.size, self.size), counts[part]
             fits = images.shape[1:] == (3, *place) and masks.shape[1:] == (1, *place)
-            if not fits or not counts[part] <= len(images) == len(masks):
+            kinds = images.dtype, masks.dtype
+            enough = count <= len(images) == len(masks)
+            if not (fits and enough and kinds == (torch.uint8, torch.bool)):
                 raise ValueError(
-                    f"Expected at least {counts[part]} scenes of {self.size} pixels for {part} in "
-                    f"{file}, got {tuple(images.shape)} and {tuple(masks.shape)}. {script}"
-                )
-            if images.dtype != torch.uint8 or masks.dtype != torch.bool:
-                raise ValueError(
-                    f"Expected images of uint8 and bool masks in {file}, got {images.dtype} and "
-                    f"{masks.dtype}. Delete it. {script}"
+                    f"Expected at least {count} scenes of {self.size} pixels for {part} in {file}, "
+                    f"uint8 with bool masks, got {tuple(images.shape)} and {tuple(masks.shape)} of "
+                    f"{kinds[0]} and {kinds[1]}. Delete it. {script}"
                 )
         return {part: MaskedImages(*(x[: counts[part]] for x in pairs[part])) for part in counts}
 

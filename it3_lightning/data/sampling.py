@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -123,6 +124,7 @@ class Samples(Dataset[Batch], ABC):
         return inputs[0], targets[0]
 
 
+@dataclass(eq=False)
 class Rows(Samples):
     """Inputs ``(N, ...)`` and targets as two tensors.
 
@@ -132,9 +134,8 @@ class Rows(Samples):
             [0., 1.]]), tensor([0, 0]))
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        self.inputs = inputs
-        self.targets = targets
+    inputs: Tensor
+    targets: Tensor
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -148,12 +149,12 @@ class Rows(Samples):
         return Rows(self.inputs[indices], self.targets[indices])
 
 
+@dataclass(eq=False)
 class DrawSampler(Sampler[int]):
     """Shuffles the samples anew in each pass, each as ``index + count * draw``."""
 
-    def __init__(self, count: int, generator: Generator) -> None:
-        self.count = count
-        self.generator = generator
+    count: int
+    generator: Generator
 
     def __len__(self) -> int:
         return self.count
@@ -164,6 +165,7 @@ class DrawSampler(Sampler[int]):
         yield from (order + self.count * draws).tolist()
 
 
+@dataclass(eq=False)
 class Views(Samples):
     """Random views of samples that depend on the seed alone, whatever worker makes them.
 
@@ -172,8 +174,7 @@ class Views(Samples):
     function of it. A plain index stands for draw 0.
     """
 
-    def __init__(self, source: Any) -> None:
-        self.source = source
+    source: Any
 
     def __len__(self) -> int:
         return len(self.source)
@@ -190,34 +191,6 @@ class Views(Samples):
 def whole_batch(batch: Any) -> Any:
     """Pass a batch on as it is: ``__getitems__`` of a set has collated it already."""
     return batch
-
-
-def loader(
-    source: Dataset[T],
-    batch_size: int,
-    *,
-    generator: Generator,
-    shuffle: bool = False,
-    sampler: Sampler[int] | None = None,
-    num_workers: int = 0,
-) -> DataLoader[T]:
-    """Return a DataLoader of a set that hands over whole batches (``__getitems__``).
-
-    Its samplers are the usual ones, so that a Trainer can distribute it; random views come with
-    draws, from a sampler that a Trainer wraps, as it does one that is given. Without a generator
-    of its own, each pass over it would draw from the global random state.
-    """
-    if isinstance(source, Views) and sampler is None:
-        sampler = DrawSampler(len(source), generator)
-    return DataLoader(
-        source,
-        batch_size=batch_size,
-        shuffle=shuffle and sampler is None,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=whole_batch,
-        generator=generator,
-    )
 
 
 def sampled(source: DataLoader[T], size: int, *, batch_size: int, seed: int) -> DataLoader[T]:
