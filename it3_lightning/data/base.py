@@ -58,10 +58,8 @@ class ShiftedData(LightningDataModule):
         test_size: Samples to test on, a seeded subset; None for all.
         seed: Seed of the split, the subsets, the shifts, the stream and the training order.
         num_workers: Worker processes of each loader.
-
-    Attributes:
-        severity: Of the shifts, 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for
-            each, whose test names end in ``/1`` to ``/5``. None where shifts have no severity.
+        severity: Of the shifts, where they have one: 1 (weak) to 5 (strong), or ``"all"``: each in
+            turn, a loader for each, whose test names end in ``/1`` to ``/5``.
     """
 
     SHIFTS: ClassVar[tuple[str, ...]] = ()
@@ -144,6 +142,14 @@ class ShiftedData(LightningDataModule):
         """Return which samples, in which order, make a stream of unequal frequencies."""
         raise undefined(self, "frequent(self, samples) -> Tensor", "Return indices (M,).")
 
+    def source(self) -> tuple[object, ...]:
+        """Return the settings of its own that the samples depend on."""
+        return tuple(getattr(self, name) for name in self.sample_settings)
+
+    def strength(self) -> tuple[object, ...]:
+        """Return the settings of its own that the shifts depend on, and the samples do not."""
+        return tuple(getattr(self, name) for name in self.shift_settings)
+
     def training(self, samples: Any) -> Dataset[Any]:
         """Return the samples as they are trained on."""
         return self.dataset(samples)
@@ -183,12 +189,13 @@ class ShiftedData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Load and split the samples, and shift them for the stages ``test`` and ``predict``."""
         self.check()
-        key = self._values("seed", "val_size", "train_size", "test_size", *self.sample_settings)
+        sizes = self.seed, self.val_size, self.train_size, self.test_size
+        key = repr((*sizes, *self.source()))
         if self._splits_key != key:
             self._splits, self._splits_key = self.split(), key
         if stage not in ("test", "predict"):
             return
-        key += self._values("evaluate_on", *self.shift_settings)
+        key = repr((key, self.evaluate_on, *self.strength()))
         if self._shifted_key != key:  # shifts of other settings make room
             self._shifted, self._shifted_key = {}, key
         for name in self.test_names[1:]:
@@ -238,9 +245,6 @@ class ShiftedData(LightningDataModule):
             "validation": validation,
             "test": chosen(test, self.test_size, self.seed, "test_size"),
         }
-
-    def _values(self, *names: str) -> str:
-        return repr([getattr(self, name) for name in names])
 
     def _loader(
         self,

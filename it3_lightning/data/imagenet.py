@@ -51,7 +51,8 @@ class ImageNetCDataModule(ShiftedImages):
     and match the clean ones by synset and file name. Values stay in [0, 1]: normalise inside the
     network (:class:`~it3_lightning.networks.TorchvisionNetwork` does). Shifts are the fifteen
     corruptions (``CORRUPTIONS``), and ``EXTRA_CORRUPTIONS`` for choosing settings, or the
-    library's own.
+    library's own. With ``severity="all"``, all fifteen corruptions and the published files, the
+    benchmark reports the mean corruption error.
 
     Args:
         root: Folder of the data.

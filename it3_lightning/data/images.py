@@ -282,8 +282,6 @@ class ShiftedImages(ShiftedData):
     ``EXTRA_CORRUPTIONS``.
 
     Args:
-        severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for each, whose test
-            names end in ``/1`` to ``/5``.
         val_size: Samples taken from the training images for validation.
     """
 

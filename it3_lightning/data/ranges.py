@@ -63,8 +63,6 @@ class RangedData(ShiftedData, ABC):
     with ``evaluate_on="validation"``, choose under the class's ``TUNING_SHIFTS``.
 
     Args:
-        batch_size: Samples in a training batch.
-        eval_batch_size: Samples in a validation, test or prediction batch.
         val_size: Samples inside the range taken for validation.
         test_size: Samples inside the range taken for testing.
     """

@@ -168,10 +168,6 @@ class ShiftedMasks(ShiftedData):
     ``stream`` must be ``"equal"``.
 
     Args:
-        batch_size: Samples in a training batch.
-        eval_batch_size: Samples in a validation, test or prediction batch.
-        severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for each, whose test
-            names end in ``/1`` to ``/5``.
         augment: Whether training shows each image in one of its eight orientations, at random.
     """
 

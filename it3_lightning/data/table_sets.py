@@ -244,31 +244,11 @@ class CSVDataModule(ShiftedTables):
         """Refuse settings out of their range, before any file is read."""
         super().check()
         check_choice("task", self.task, get_args(Task))
-        if len(self.separator) != 1:
-            raise ValueError(
-                f"Expected a separator of one character, got {self.separator!r}. Give for example "
-                'separator=";".'
-            )
+        _check_separator(self.separator)
 
     def load(self) -> tuple[Table, Table | None]:
         """Return the rows of the file, and those of the test file if there is one."""
-        path = Path(self.path)
-        text = [*(self.categorical or ()), *[self.target] * (self.task == "classification")]
-        form: dict[str, Any] = {"names": self.names, "separator": self.separator}
-        frame = read(path, text=text, **form)
-        unlisted = [name for name in self.exclude if name not in frame]
-        if unlisted:
-            raise ValueError(
-                f"Expected a column {unlisted[0]!r} in {path} to leave out, got "
-                f"{', '.join(map(str, frame.columns[:10]))}. Correct exclude."
-            )
-        frame = frame.drop(columns=list(self.exclude))
-        schema = inferred_schema(frame, path, self.target, self.task, self.categorical)
-        rows = to_table(frame, path, schema, self.target, known=True)
-        if self.test_path is None:
-            return rows, None
-        test = read(self.test_path, text=[*schema.categorical, *text], **form)
-        return rows, to_table(test, self.test_path, schema, self.target, known=False)
+        return _load(self, Path(self.path), self.target, self.task)
 
 
 @dataclass(eq=False)
@@ -319,23 +299,41 @@ class BostonDataModule(ShiftedTables):
     def check(self) -> None:
         """Refuse settings out of their range, before any file is read."""
         super().check()
-        self._file(self.path or "")
+        _check_separator(self.separator)
 
     def load(self) -> tuple[Table, Table | None]:
         """Return the rows of the file, and those of the test file if there is one."""
-        return self._file(self.path or _packaged()).load()
+        return _load(self, Path(self.path or _packaged()), "MEDV", "regression")
 
-    def _file(self, path: str | Path) -> CSVDataModule:
-        return CSVDataModule(
-            path,
-            target="MEDV",
-            task="regression",
-            test_path=self.test_path,
-            categorical=self.categorical,
-            exclude=self.exclude,
-            names=self.names,
-            separator=self.separator,
+
+def _check_separator(separator: str) -> None:
+    if len(separator) != 1:
+        raise ValueError(
+            f"Expected a separator of one character, got {separator!r}. Give for example "
+            'separator=";".'
         )
+
+
+def _load(
+    data: CSVDataModule | BostonDataModule, path: Path, target: str, task: Task
+) -> tuple[Table, Table | None]:
+    """Return the rows of a file, and those of the test file if there is one."""
+    form: dict[str, Any] = {"names": data.names, "separator": data.separator}
+    text = [*(data.categorical or ()), *[target] * (task == "classification")]
+    frame = read(path, text=text, **form)
+    unlisted = [name for name in data.exclude if name not in frame]
+    if unlisted:
+        raise ValueError(
+            f"Expected a column {unlisted[0]!r} in {path} to leave out, got "
+            f"{', '.join(map(str, frame.columns[:10]))}. Correct exclude."
+        )
+    frame = frame.drop(columns=list(data.exclude))
+    schema = inferred_schema(frame, path, target, task, data.categorical)
+    rows = to_table(frame, path, schema, target, known=True)
+    if data.test_path is None:
+        return rows, None
+    test = read(data.test_path, text=[*schema.categorical, *text], **form)
+    return rows, to_table(test, data.test_path, schema, target, known=False)
 
 
 def _packaged() -> Path:

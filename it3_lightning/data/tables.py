@@ -308,8 +308,6 @@ class ShiftedTables(ShiftedData):
     times as frequent.
 
     Args:
-        severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for each, whose test
-            names end in ``/1`` to ``/5``.
         test_share: Share of the rows held out for testing, where no test file has them.
     """
 

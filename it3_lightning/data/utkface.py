@@ -38,7 +38,8 @@ class UTKFaceDataModule(ShiftedImages):
     A batch is ``(images, ages)``: float32 ``(B, 3, S, S)`` in [0, 1] and float32 ``(B, 1)``, in
     years. The published images are used as they are in ``root`` or ``root/UTKFace``, there or in
     ``part1`` to ``part3``, and decoded only when they are read. Names that hold no age are left
-    out, with one warning that counts them. Nothing is downloaded.
+    out, with one warning that counts them. Nothing is downloaded. There are no classes, so
+    ``stream`` must be ``"equal"``.
 
     With ``train_ages``, ages outside them are a shift of their own: training, validation and the
     test loaders hold ages inside, and one more loader, ``unseen_ages``, holds other samples, clean

@@ -54,11 +54,12 @@ class OneFile(ShiftedTables):
 class Classes(ShiftedTables):
     """600 rows in as many classes as asked for."""
 
-    sample_settings = (*ShiftedTables.sample_settings, "classes")
-
     def __init__(self, classes: int, **settings: Any) -> None:
         self.classes = classes
         super().__init__(**settings)
+
+    def source(self) -> tuple[object, ...]:
+        return (*super().source(), self.classes)
 
     def load(self) -> tuple[Table, Table | None]:
         schema = Schema(("x",), {}, tuple(map(str, range(self.classes))))
