@@ -20,6 +20,13 @@ from it3_lightning.utils.messages import not_installed
 Task = Literal["classification", "regression"]
 MISSING_WORDS = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL")
 """Cells that stand for a missing value."""
+_OPTIONS: dict[str, Any] = {
+    "index_col": False,
+    "skipinitialspace": True,
+    "keep_default_na": False,
+    "na_values": list(MISSING_WORDS),
+    "low_memory": False,
+}
 _MOST = 1000  # categories of a column; more are names or numbers of rows
 _FEW = 10  # names shown in an error
 
@@ -53,27 +60,15 @@ def read(
             f"Expected a file {file.resolve()}, got none. Place it there, or give its path."
         )
     content, errors = read_bytes(file), pandas.errors
+    damages = errors.EmptyDataError, errors.ParserError, errors.ParserWarning
+    header = 0 if names is None else None
+    types = dict.fromkeys(text, object) if names is None else None
+    options = {**_OPTIONS, "sep": separator, "header": header, "comment": comment, "dtype": types}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", errors.ParserWarning)  # rows longer than the header
-            frame = pandas.read_csv(
-                io.BytesIO(content),
-                sep=separator,
-                header=0 if names is None else None,
-                comment=comment,
-                dtype=dict.fromkeys(text, object) if names is None else None,
-                index_col=False,
-                skipinitialspace=True,
-                keep_default_na=False,
-                na_values=list(MISSING_WORDS),
-                low_memory=False,
-            )
-    except (
-        UnicodeDecodeError,
-        errors.EmptyDataError,
-        errors.ParserError,
-        errors.ParserWarning,
-    ) as error:
+            frame = pandas.read_csv(io.BytesIO(content), **options)
+    except (UnicodeDecodeError, *damages) as error:
         what = f"a table with cells separated by {separator!r}"
         remedy = "It is empty, damaged or another kind of file: fetch it again, or set separator."
         raise damaged(file, what, error, remedy) from error
