@@ -20,8 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from it3_lightning.data.airfoils import POLAR_NAMES, ModelSize, Polars, ProfileSet
-from it3_lightning.data.contours import contours
+from it3_lightning.data.airfoils import POLAR_NAMES, ModelSize, Polars, ProfileSet, contours
 
 CHUNK = 100  # profiles between two writes of the file
 NODES = 200  # of the contour that is analysed, whatever a network sees of it

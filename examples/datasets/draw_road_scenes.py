@@ -26,7 +26,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from it3_lightning.data.road_scenes import drawn, scene_file
+from it3_lightning.data.roads import drawn, scene_file
 
 _SURFACES = (
     (0.40, 0.40, 0.41),  # asphalt

@@ -6,8 +6,7 @@ on top of it; the other files say where samples come from.
 """
 
 from it3_lightning.data.airfoils import AirfoilDataModule
-from it3_lightning.data.base import Batch, ShiftedData
-from it3_lightning.data.cifar10 import CIFAR10DataModule
+from it3_lightning.data.base import ShiftedData
 from it3_lightning.data.corruptions import (
     ALEXNET_ERRORS,
     CORRUPTIONS,
@@ -15,14 +14,24 @@ from it3_lightning.data.corruptions import (
     Corruption,
     mean_corruption_error,
 )
-from it3_lightning.data.image_sets import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule
+from it3_lightning.data.image_sets import (
+    CIFAR10DataModule,
+    DigitsDataModule,
+    FashionMNISTDataModule,
+    MNISTDataModule,
+)
 from it3_lightning.data.imagenet import ImageNetCDataModule
 from it3_lightning.data.images import ImageFiles, Images, ImageSet, ShiftedImages
+from it3_lightning.data.ranges import AirfoilSelfNoiseDataModule
 from it3_lightning.data.road_files import RoadsDataModule
-from it3_lightning.data.road_scenes import RoadScenes, RoadScenesDataModule
-from it3_lightning.data.roads import ROAD_SHIFTS, ROAD_TUNING_SHIFTS, ShiftedMasks
-from it3_lightning.data.sampling import unequal_stream
-from it3_lightning.data.self_noise import AirfoilSelfNoiseDataModule
+from it3_lightning.data.roads import (
+    ROAD_SHIFTS,
+    ROAD_TUNING_SHIFTS,
+    RoadScenes,
+    RoadScenesDataModule,
+    ShiftedMasks,
+)
+from it3_lightning.data.sampling import Batch, unequal_stream
 from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Shift
 from it3_lightning.data.table_sets import (
     AdultDataModule,

@@ -1,5 +1,7 @@
 """Reader of computed wing profiles: NACA contours, lift-to-drag ratio, shapes outside the range.
 
+A perturbation takes contours ``(B, N, 2)``, a size and a generator, as a poor measurement of the
+same profile makes them; none changes the profile itself, so the target stays what it was.
 ``examples/datasets/compute_airfoils.py`` computes the lift and drag in the files read here.
 """
 
@@ -7,26 +9,191 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from it3_lightning.data.base import check_choice, check_deviation, check_integer, check_share
-from it3_lightning.data.contours import PERTURBATIONS, ContourGraphs, contours, noise
-from it3_lightning.data.files import read_npz
+from it3_lightning.data.base import (
+    check_choice,
+    check_deviation,
+    check_integer,
+    check_share,
+    read_npz,
+)
 from it3_lightning.data.ranges import Pool, RangedData, level_names, levels, outside
 from it3_lightning.data.sampling import Rows, seeded
-from it3_lightning.utils.messages import unknown
 
 Representation = Literal["graph", "contour"]
 ModelSize = Literal[
     "xxsmall", "xsmall", "small", "medium", "large", "xlarge", "xxlarge", "xxxlarge"
 ]
+_THICKNESS = (0.2969, -0.1260, -0.3516, 0.2843, -0.1036)  # of the square root of x, x, x^2, ...
+_WAVES = 4  # along the contour
+
+
+def contours(parameters: Tensor, nodes: int = 64) -> Tensor:
+    r"""Return contours of NACA 4-digit profiles with real-valued digits, ``(B, N, 2)`` in chords.
+
+    With the chord from (0, 0) to (1, 0), camber :math:`m` at :math:`x = p` and thickness :math:`t`,
+
+    .. math::
+        y_t &= 5 t (0.2969 \sqrt{x} - 0.1260 x - 0.3516 x^2 + 0.2843 x^3 - 0.1036 x^4) \\
+        y_c &= \tfrac{m}{p^2} (2 p x - x^2) \text{ before } p, \quad
+               \tfrac{m}{(1-p)^2} (1 - 2 p + 2 p x - x^2) \text{ behind it}
+
+    the surfaces are :math:`(x \mp y_t \sin\theta, y_c \pm y_t \cos\theta)` with
+    :math:`\tan\theta = dy_c / dx`. The nodes have cosine spacing,
+    :math:`x_i = (1 + \cos(2 \pi i / N)) / 2`: from the trailing edge over the upper surface to the
+    leading edge, and back along the lower one. The last node joins the first.
+
+    Args:
+        parameters: ``(B, 3)``: camber :math:`m \ge 0`, its position :math:`0 < p < 1` and thickness
+            :math:`t > 0`, all as parts of the chord: NACA 2412 is ``(0.02, 0.4, 0.12)``.
+        nodes: An even number ``N`` of at least 8.
+
+    Source: E. N. Jacobs, K. E. Ward and R. M. Pinkerton, NACA Report 460 (1933); I. H. Abbott and
+    A. E. von Doenhoff, "Theory of Wing Sections" (1959), section 6.4. The last coefficient there
+    is -0.1015, which leaves the trailing edge open by 0.0021 t on either side.
+
+    >>> profile = contours(torch.tensor([[0.02, 0.4, 0.12]]), nodes=8)[0]
+    >>> round((profile[2, 1] - profile[6, 1]).item(), 4)  # upper less lower, at half the chord
+    0.1057
+    """
+    if parameters.ndim != 2 or parameters.shape[1] != 3 or not parameters.is_floating_point():
+        raise ValueError(
+            "Expected floating-point parameters (B, 3): camber, position, thickness; got "
+            f"{tuple(parameters.shape)} of {parameters.dtype}."
+        )
+    if type(nodes) is not int or nodes < 8 or nodes % 2:
+        raise ValueError(f"Expected an even number of nodes, 8 or more, got {nodes!r}.")
+    m, p, t = (column[:, None] for column in parameters.unbind(1))
+    right = ((m >= 0) & (p > 0) & (p < 1) & (t > 0))[:, 0]
+    if not bool(right.all()):
+        raise ValueError(
+            "Expected camber >= 0, 0 < position < 1 and thickness > 0, as parts of the chord, got "
+            f"{parameters[~right][0].tolist()}. NACA 2412 is [0.02, 0.4, 0.12]."
+        )
+    index = torch.arange(nodes, device=parameters.device)
+    turns = torch.minimum(index, nodes - index).to(parameters) / nodes  # the same on both sides
+    x = ((1 + torch.cos(2 * math.pi * turns)) / 2).expand(len(parameters), nodes)
+    powers = (x.sqrt(), x, x**2, x**3, x**4)
+    half = 5 * t * sum(c * power for c, power in zip(_THICKNESS, powers, strict=True))
+    side = torch.where(index <= nodes // 2, half, -half)
+    line = torch.where(x < p, m / p**2, m / (1 - p) ** 2)
+    camber = line * torch.where(x < p, 2 * p * x - x**2, 1 - 2 * p + 2 * p * x - x**2)
+    angle = torch.atan(2 * line * (p - x))
+    return torch.stack([x - side * angle.sin(), camber + side * angle.cos()], dim=2)
+
+
+def normals(profiles: Tensor) -> Tensor:
+    """Return outward unit normals of contours ``(B, N, 2)``, from each node's two neighbours."""
+    along = profiles.roll(-1, dims=1) - profiles.roll(1, dims=1)
+    outward = torch.stack([along[..., 1], -along[..., 0]], dim=2)
+    units: Tensor = outward / outward.norm(dim=2, keepdim=True).clamp_min(1e-12)
+    return units
+
+
+def noise(contours: Tensor, size: float, generator: Generator) -> Tensor:
+    """Add Gaussian noise of standard deviation ``size``, in chords, to every node."""
+    return contours + size * _normal(contours.shape, contours, generator)
+
+
+def rotation(contours: Tensor, size: float, generator: Generator) -> Tensor:
+    """Turn each profile around its quarter chord by an angle from ``U(-size, size)`` degrees."""
+    draws = torch.rand(len(contours), generator=generator, dtype=contours.dtype)
+    angles = math.radians(size) * (2 * draws - 1)
+    cosine, sine = angles.cos(), angles.sin()
+    turn = torch.stack([cosine, -sine, sine, cosine], dim=1).view(-1, 2, 2)
+    centre = torch.tensor([0.25, 0.0], dtype=contours.dtype)
+    return (contours - centre) @ turn.mT + centre
+
+
+def roughness(contours: Tensor, size: float, generator: Generator) -> Tensor:
+    """Bend the contour in a few smooth waves of root mean square ``size``, in chords."""
+    count, nodes = contours.shape[:2]
+    turns = 2 * math.pi * torch.arange(nodes, dtype=contours.dtype) / nodes
+    phases = turns[:, None] * torch.arange(1, _WAVES + 1)
+    waves = torch.cat([phases.cos(), phases.sin()], dim=1)  # (N, 2 * _WAVES)
+    amplitudes = _normal((count, 2 * _WAVES), contours, generator) / math.sqrt(_WAVES)
+    return contours + size * (amplitudes @ waves.T)[..., None] * normals(contours)
+
+
+def resampling(contours: Tensor, size: float, generator: Generator) -> Tensor:
+    """Move each node towards the next one, by a part of the way from ``U(0, size)``."""
+    parts = torch.rand((*contours.shape[:2], 1), generator=generator, dtype=contours.dtype)
+    return contours + size * parts * (contours.roll(-1, dims=1) - contours)
+
+
+def _normal(shape: tuple[int, ...], like: Tensor, generator: Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=like.dtype)
+
+
+PERTURBATIONS: Mapping[str, tuple[Callable[[Tensor, float, Generator], Tensor], float]] = {
+    "rotation": (rotation, 2.0),
+    "roughness": (roughness, 0.003),
+    "resampling": (resampling, 0.8),
+}
+"""Those for choosing settings alone, each with its size: no result is reported on them."""
+
+
+class ContourGraphs(Dataset[tuple[Any, Tensor]]):
+    """Closed contours as graphs of torch_geometric, and a target for each.
+
+    Each node has the features x, y and the two parts of its outward normal; each edge, one in each
+    direction between neighbours, the way from its first node to its second in mean steps of the
+    contour. A sample is ``(graph, target)``; graphs themselves hold no target.
+    """
+
+    def __init__(self, contours: Tensor, targets: Tensor) -> None:
+        try:
+            from torch_geometric.data import Batch, Data
+        except ImportError as error:
+            raise ImportError(
+                "Expected torch_geometric, which holds the graphs, but it cannot be imported. "
+                "Install it with: pip install 'it3_lightning[graphs]', or take "
+                "representation='contour'."
+            ) from error
+        edges = ring(contours.shape[1])
+        nodes = torch.cat([contours, normals(contours)], dim=2).float()
+        ways = steps(contours, edges).float()
+        self.graphs = [
+            Data(x=x, edge_index=edges, edge_attr=way) for x, way in zip(nodes, ways, strict=True)
+        ]
+        self.targets = targets.float()
+        self._batch = Batch
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
+        return self.graphs[index].clone(), self.targets[index].clone()
+
+    def __getitems__(self, indices: list[int]) -> tuple[Any, Tensor]:
+        """Return a whole batch: a ``Batch`` of graphs and ``(B, 1)`` targets."""
+        chosen = [self.graphs[index] for index in indices]
+        return self._batch.from_data_list(chosen), self.targets[torch.as_tensor(indices)]
+
+
+def ring(nodes: int) -> Tensor:
+    """Return the edges of a closed contour, ``(2, 2 * nodes)``: forth, then back."""
+    here = torch.arange(nodes)
+    there = here.roll(-1)
+    return torch.stack([torch.cat([here, there]), torch.cat([there, here])])
+
+
+def steps(contours: Tensor, edges: Tensor) -> Tensor:
+    """Return the way along each edge ``(N, edges, 2)``, in mean steps of the contour."""
+    forth = contours.roll(-1, dims=1) - contours
+    mean = forth.norm(dim=2).mean(dim=1)[:, None, None]
+    ways: Tensor = (contours[:, edges[1]] - contours[:, edges[0]]) / mean
+    return ways
 
 
 @dataclass(frozen=True)
@@ -65,17 +232,16 @@ class ProfileSet:
     Args:
         count: Number of profiles.
         seed: Of the draw.
-        low: Least camber, position of the camber and thickness, as parts of the chord.
-        high: The largest ones.
         angle: Of attack, in degrees.
         reynolds: Reynolds number, by the chord.
         model_size: Of NeuralFoil's network: the larger, the more exact and the slower.
     """
 
+    LOW: ClassVar = (0.0, 0.2, 0.06)  # camber, position and thickness, as parts of the chord
+    HIGH: ClassVar = (0.08, 0.7, 0.24)
+
     count: int = 2000
     seed: int = 0
-    low: tuple[float, float, float] = (0.0, 0.2, 0.06)
-    high: tuple[float, float, float] = (0.08, 0.7, 0.24)
     angle: float = 5.0
     reynolds: float = 1e6
     model_size: ModelSize = "xlarge"
@@ -83,27 +249,26 @@ class ProfileSet:
     def __post_init__(self) -> None:
         check_integer("profiles", self.count, 1)
         check_integer("seed", self.seed, 0)
-        if self.model_size not in get_args(ModelSize):
-            raise ValueError(unknown("model_size", self.model_size, get_args(ModelSize)))
+        check_choice("model_size", self.model_size, get_args(ModelSize))
         for name, low, high in (("angle", -20, 20), ("reynolds", 1e4, 1e8)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(
                     f"Expected {name} from {low:g} to {high:g}, where NeuralFoil knows its way, "
                     f"got {getattr(self, name)}."
                 )
-        if any(high <= low for low, high in zip(self.low, self.high, strict=True)):
-            raise ValueError(f"Expected low < high, got {self.low} and {self.high}.")
 
     @property
     def settings(self) -> str:
         """All settings as text: they name the file, and stand in it."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps({**asdict(self), "low": self.LOW, "high": self.HIGH}, sort_keys=True)
 
     def parameters(self) -> Tensor:
         """Return camber, its position and thickness of all profiles, ``(N, 3)``, float64."""
-        low, high = (torch.tensor(end, dtype=torch.float64) for end in (self.low, self.high))
+        low, high = torch.tensor([self.LOW, self.HIGH], dtype=torch.float64)
         generator = seeded(self.seed, "profiles")
-        return low + (high - low) * torch.rand(self.count, 3, dtype=low.dtype, generator=generator)
+        draws = torch.rand(self.count, 3, dtype=torch.float64, generator=generator)
+        drawn: Tensor = low + (high - low) * draws
+        return drawn
 
     def file(self, root: str | Path) -> Path:
         """Return where the forces are kept."""
@@ -153,6 +318,7 @@ class ProfileSet:
         )
 
 
+@dataclass(eq=False)
 class AirfoilDataModule(RangedData):
     """NACA 4-digit wing profiles and their lift-to-drag ratio at one angle of attack.
 
@@ -187,7 +353,6 @@ class AirfoilDataModule(RangedData):
         inner: Part of each parameter's range to train on, in its middle.
         held_ratio: Part of the inner profiles that is held out for its lift-to-drag ratio.
         noise: Standard deviation of ``noise``, in chords.
-        kwargs: Settings of :class:`~it3_lightning.data.ranges.RangedData`.
 
     Raises:
         FileNotFoundError: Lift and drag of these settings are not in ``root``.
@@ -201,35 +366,18 @@ class AirfoilDataModule(RangedData):
     TUNING_SHIFTS = tuple(PERTURBATIONS)
     sample_settings = ("_profiles", "root", "nodes", "min_confidence", "inner", "held_ratio")
 
-    def __init__(
-        self,
-        root: str | Path = "data/airfoils",
-        *,
-        representation: Representation = "graph",
-        profiles: int = 2000,
-        nodes: int = 64,
-        angle: float = 5.0,
-        reynolds: float = 1e6,
-        model_size: ModelSize = "xlarge",
-        min_confidence: float = 0.8,
-        inner: float = 0.85,
-        held_ratio: float = 0.15,
-        noise: float = 0.002,
-        **kwargs: Any,
-    ) -> None:
-        self.root = root
-        self.representation: Representation = representation
-        self.profiles = profiles
-        self.nodes = nodes
-        self.angle = angle
-        self.reynolds = reynolds
-        self.model_size: ModelSize = model_size
-        self.min_confidence = min_confidence
-        self.inner = inner
-        self.held_ratio = held_ratio
-        self.noise = noise
-        self._dropped = 0
-        super().__init__(**kwargs)
+    root: str | Path = "data/airfoils"
+    _: KW_ONLY
+    representation: Representation = "graph"
+    profiles: int = 2000
+    nodes: int = 64
+    angle: float = 5.0
+    reynolds: float = 1e6
+    model_size: ModelSize = "xlarge"
+    min_confidence: float = 0.8
+    inner: float = 0.85
+    held_ratio: float = 0.15
+    noise: float = 0.002
 
     def check(self) -> None:
         """Refuse settings out of their range, before anything is computed."""
@@ -243,7 +391,7 @@ class AirfoilDataModule(RangedData):
                 f"Expected min_confidence in [0, 1], got {self.min_confidence}. Set "
                 "min_confidence=0 to keep all profiles."
             )
-        contours(torch.tensor([self._profiles.low]), self.nodes)
+        contours(torch.tensor([self._profiles.LOW]), self.nodes)
 
     def prepare_data(self) -> None:
         """Refuse missing or damaged files of lift and drag before any work."""
@@ -255,10 +403,6 @@ class AirfoilDataModule(RangedData):
         """Number of profiles without usable lift and drag."""
         self.setup("fit")
         return self._dropped
-
-    def strength(self) -> tuple[object, ...]:
-        """Return the deviation of the noise."""
-        return (self.noise,)
 
     def load(self) -> Pool:
         """Return the profiles inside the range of training, and those outside it by level."""
@@ -289,7 +433,7 @@ class AirfoilDataModule(RangedData):
 
     def _levels(self, parameters: Tensor, ratios: Tensor) -> dict[str, Tensor]:
         """Return the profiles outside the range of training, by level."""
-        low, high = torch.tensor([self._profiles.low, self._profiles.high], dtype=torch.float64)
+        low, high = torch.tensor([ProfileSet.LOW, ProfileSet.HIGH], dtype=torch.float64)
         margin = (high - low) * (1 - self.inner) / 2
         shape = outside(parameters, low + margin, high - margin)
         need = "Draw more profiles, or change inner and held_ratio."

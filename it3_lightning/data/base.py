@@ -6,23 +6,30 @@ says where samples come from and how they shift.
 
 from __future__ import annotations
 
+import gzip
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from it3_lightning.data.sampling import Selectable, loader, seeded, split
-from it3_lightning.data.shifts import SEVERITIES, Severity, by_severity, check_severity
+from it3_lightning.data.sampling import DrawSampler, S, Views, chosen, held_out, seeded, whole_batch
+from it3_lightning.data.shifts import SEVERITIES, Severity, check_severity
 from it3_lightning.utils.messages import undefined, unknown
 
-Batch = tuple[Tensor, Tensor]
 Stream = Literal["equal", "unequal"]
 Split = Literal["test", "validation"]
-S = TypeVar("S", bound=Selectable)
+_AGAIN = "Delete it and fetch it again."
 
 
+@dataclass(eq=False)
 class ShiftedData(LightningDataModule):
     """A LightningDataModule that tests on clean samples and on every shift of them.
 
@@ -31,6 +38,9 @@ class ShiftedData(LightningDataModule):
     are attributes that may be changed between runs; the next ``setup`` (every loader calls it)
     follows them, and does again only what they touch. The same seed gives bitwise the same samples,
     with any number of workers.
+
+    The settings are the fields of a dataclass. A subclass with some of its own is one as well, or
+    sets them before it calls ``super().__init__(**kwargs)``.
 
     Args:
         batch_size: Samples in a training batch.
@@ -48,10 +58,8 @@ class ShiftedData(LightningDataModule):
         test_size: Samples to test on, a seeded subset; None for all.
         seed: Seed of the split, the subsets, the shifts, the stream and the training order.
         num_workers: Worker processes of each loader.
-
-    Attributes:
-        severity: Of the shifts, 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for
-            each, whose test names end in ``/1`` to ``/5``. None where shifts have no severity.
+        severity: Of the shifts, where they have one: 1 (weak) to 5 (strong), or ``"all"``: each in
+            turn, a loader for each, whose test names end in ``/1`` to ``/5``.
     """
 
     SHIFTS: ClassVar[tuple[str, ...]] = ()
@@ -60,33 +68,26 @@ class ShiftedData(LightningDataModule):
     """Which of ``val_size``, ``train_size`` and ``test_size`` must not be None."""
     sample_settings: ClassVar[tuple[str, ...]] = ()
     """Names of the attributes that the samples depend on, beside the sizes and the seed."""
-    severity: Severity | None = None
+    shift_settings: ClassVar[tuple[str, ...]] = ("severity",)
+    """Names of those that the shifts depend on, and the samples do not."""
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 128,
-        eval_batch_size: int = 100,
-        shifts: Sequence[str] | None = None,
-        stream: Stream = "equal",
-        evaluate_on: Split = "test",
-        val_size: int | None = None,
-        train_size: int | None = None,
-        test_size: int | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
+    _: KW_ONLY
+    batch_size: int = 128
+    eval_batch_size: int = 100
+    shifts: Sequence[str] = None  # type: ignore[assignment]  # None: those reported on
+    stream: Stream = "equal"
+    evaluate_on: Split = "test"
+    val_size: int | None = None
+    train_size: int | None = None
+    test_size: int | None = None
+    seed: int = 0
+    num_workers: int = 0
+    severity: Severity | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.shifts: Sequence[str] = self.reporting_shifts if shifts is None else shifts
-        self.stream: Stream = stream
-        self.evaluate_on: Split = evaluate_on
-        self.val_size = val_size
-        self.train_size = train_size
-        self.test_size = test_size
-        self.seed = seed
-        self.num_workers = num_workers
+        if self.shifts is None:
+            self.shifts = self.reporting_shifts
         self._splits: dict[str, Any] = {}
         self._shifted: dict[str, Any] = {}
         self._splits_key = self._shifted_key = ""
@@ -115,7 +116,13 @@ class ShiftedData(LightningDataModule):
     @property
     def test_names(self) -> list[str]:
         """Names of the test and prediction loaders, in their order: clean first."""
-        return ["clean", *(self.shifts if self.severity is None else self._wanted())]
+        return ["clean", *self.wanted()]
+
+    def wanted(self) -> dict[str, tuple[str, Any]]:
+        """Return name and severity of every shift to test on, by the name of its loader."""
+        if self.severity != "all":
+            return {name: (name, self.severity) for name in self.shifts}
+        return {f"{name}/{level}": (name, level) for name in self.shifts for level in SEVERITIES}
 
     # Hooks of a subclass
 
@@ -141,7 +148,7 @@ class ShiftedData(LightningDataModule):
 
     def strength(self) -> tuple[object, ...]:
         """Return the settings of its own that the shifts depend on, and the samples do not."""
-        return (self.severity,)
+        return tuple(getattr(self, name) for name in self.shift_settings)
 
     def training(self, samples: Any) -> Dataset[Any]:
         """Return the samples as they are trained on."""
@@ -169,7 +176,11 @@ class ShiftedData(LightningDataModule):
         check_choice("evaluate_on", self.evaluate_on, get_args(Split))
         if self.severity not in (None, "all"):
             check_severity(self.severity)
-        check_names(self.shifts, next(iter(self.reporting_shifts), "fog"))
+        if not isinstance(self.shifts, list | tuple) or len(set(self.shifts)) != len(self.shifts):
+            raise ValueError(
+                f"Expected shifts to be a list of different names, got {self.shifts!r}. Write for "
+                f'example shifts=["{next(iter(self.reporting_shifts), "fog")}"].'
+            )
         for name in self.shifts:
             self.check_shift(name)
 
@@ -182,8 +193,14 @@ class ShiftedData(LightningDataModule):
         key = repr((*sizes, *self.source()))
         if self._splits_key != key:
             self._splits, self._splits_key = self.split(), key
-        if stage in ("test", "predict"):
-            self._shift()
+        if stage not in ("test", "predict"):
+            return
+        key = repr((key, self.evaluate_on, *self.strength()))
+        if self._shifted_key != key:  # shifts of other settings make room
+            self._shifted, self._shifted_key = {}, key
+        for name in self.test_names[1:]:
+            if name not in self._shifted:
+                self._shifted[name] = self.shifted(name)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, in an order that is new in every epoch."""
@@ -216,21 +233,18 @@ class ShiftedData(LightningDataModule):
 
     def parted(self, train: S, test: S) -> dict[str, S]:
         """Part validation samples from those to train on, as many of each as the sizes say."""
-        sizes = {"val_size": self.val_size, "train_size": self.train_size}
-        return split(train, test, **sizes, test_size=self.test_size, seed=self.seed)
-
-    def _wanted(self) -> dict[str, tuple[str, int]]:
-        """Return name and severity of every shift to test on, by the name of its loader."""
-        return {} if self.severity is None else by_severity(self.shifts, self.severity)
-
-    def _shift(self) -> None:
-        """Compute the shifts that are missing; those of other settings make room."""
-        key = repr((self._splits_key, self.evaluate_on, *self.strength()))
-        if self._shifted_key != key:
-            self._shifted, self._shifted_key = {}, key
-        for name in self.test_names[1:]:
-            if name not in self._shifted:
-                self._shifted[name] = self.shifted(name)
+        size = max(1, len(train) // 10) if self.val_size is None else self.val_size
+        validation, kept = held_out(train, size, self.seed, "val_size")
+        if not len(kept):
+            raise ValueError(
+                f"Expected val_size to leave samples to train on, got {size} of {len(train)}. "
+                "Lower val_size, or give more data."
+            )
+        return {
+            "train": chosen(kept, self.train_size, self.seed, "train_size"),
+            "validation": validation,
+            "test": chosen(test, self.test_size, self.seed, "test_size"),
+        }
 
     def _loader(
         self,
@@ -240,14 +254,23 @@ class ShiftedData(LightningDataModule):
         shuffle: bool = False,
         sampler: Sampler[int] | None = None,
     ) -> DataLoader[Any]:
-        """Return a loader whose order depends on the seed and the epoch it is built in."""
-        return loader(
+        """Return a loader whose order depends on the seed and the epoch it is built in.
+
+        Its samplers are the usual ones, so that a Trainer can distribute it; random views come with
+        draws, from a sampler that a Trainer wraps, as it does one that is given. Without a
+        generator of its own, each pass over it would draw from the global random state.
+        """
+        generator = seeded(self.seed, "loader", self._epoch)
+        if isinstance(source, Views) and sampler is None:
+            sampler = DrawSampler(len(source), generator)
+        return DataLoader(
             source,
-            size,
-            generator=seeded(self.seed, "loader", self._epoch),
-            shuffle=shuffle,
+            batch_size=size,
+            shuffle=shuffle and sampler is None,
             sampler=sampler,
             num_workers=self.num_workers,
+            collate_fn=whole_batch,
+            generator=generator,
         )
 
     @property
@@ -300,10 +323,31 @@ def check_equal(stream: Stream, why: str) -> None:
         )
 
 
-def check_names(shifts: Sequence[str], example: str) -> None:
-    """Refuse a single string and repeated names."""
-    if not isinstance(shifts, list | tuple) or len(set(shifts)) != len(shifts):
-        raise ValueError(
-            f"Expected shifts to be a list of different names, got {shifts!r}. "
-            f'Write for example shifts=["{example}"].'
-        )
+def damaged(path: Path, what: str, error: Exception, remedy: str = _AGAIN) -> ValueError:
+    """Build the error for a file that is empty, cut off, damaged or of another kind."""
+    return ValueError(
+        f"Expected {path} to be {what}, got {path.stat().st_size} bytes that are none "
+        f"({type(error).__name__}: {str(error).strip()}). {remedy}"
+    )
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return what a file holds, unpacked where its name ends in ``.gz``."""
+    data = path.read_bytes()
+    try:
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, OSError, zlib.error) as error:
+        raise damaged(path, "a whole gzip file", error) from error
+
+
+def read_npz(path: Path, names: Sequence[str], remedy: str) -> tuple[list[Tensor], str]:
+    """Return some arrays of an ``.npz`` file, and the text ``settings`` in it, if there is one.
+
+    Nothing is unpickled: a file from elsewhere cannot run code.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            settings = str(arrays["settings"]) if "settings" in arrays else ""
+            return [torch.from_numpy(arrays[name]) for name in names], settings
+    except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise damaged(path, f"a whole .npz file of {', '.join(names)}", error, remedy) from error

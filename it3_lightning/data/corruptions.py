@@ -5,8 +5,7 @@ The mean corruption error, by which they are reported, stands beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -99,13 +98,16 @@ class Corruption:
         generator = generator or Generator().manual_seed(0)
         seeds = torch.randint(2**31, (len(images),), generator=generator).tolist()
         pixels = (images * 255).round().to(torch.uint8).movedim(1, -1).numpy()
-        changed = [self._one(corrupt, p, seed) for p, seed in zip(pixels, seeds, strict=True)]
+        settings = {"severity": self.severity, "corruption_name": self.name}
+        before, changed = np.random.get_state(), []
+        try:
+            for image, seed in zip(pixels, seeds, strict=True):
+                np.random.seed(seed)
+                own = {"seed": seed} if self.name in _OWN_SEED else {}
+                changed.append(corrupt(image, **settings, **own))
+        finally:
+            np.random.set_state(before)
         return torch.from_numpy(np.stack(changed)).movedim(-1, 1).contiguous().float() / 255
-
-    def _one(self, corrupt: Callable[..., _Pixels], pixels: _Pixels, seed: int) -> _Pixels:
-        own = {"seed": seed} if self.name in _OWN_SEED else {}
-        with _numpy_seeded(seed):
-            return corrupt(pixels, severity=self.severity, corruption_name=self.name, **own)
 
 
 def corrupting() -> Callable[..., _Pixels]:
@@ -119,17 +121,6 @@ def corrupting() -> Callable[..., _Pixels]:
         raise ImportError(message) from error
     function: Callable[..., _Pixels] = corrupt
     return function
-
-
-@contextmanager
-def _numpy_seeded(seed: int) -> Iterator[None]:
-    """Seed NumPy's global random state within, and put it back."""
-    before = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
 
 
 def mean_corruption_error(

@@ -1,4 +1,4 @@
-"""Readers of small grey images: scikit-learn's digits, MNIST and Fashion-MNIST.
+"""Readers of small images: scikit-learn's digits, MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-10-C.
 
 Torchvision downloads what is missing; files that are there are read as they are, and damaged ones
 are refused by name.
@@ -7,29 +7,128 @@ are refused by name.
 from __future__ import annotations
 
 import math
+import pickle
 import struct
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.datasets import MNIST, FashionMNIST
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 
-from it3_lightning.data.files import read_bytes
-from it3_lightning.data.images import ImageSet, ShiftedImages
-from it3_lightning.data.sampling import held_out
+from it3_lightning.data.base import damaged, read_bytes
+from it3_lightning.data.images import (
+    Augmented,
+    Images,
+    ImageSet,
+    ShiftedImages,
+    crop_and_flip,
+)
+from it3_lightning.data.sampling import Batch, held_out
+from it3_lightning.data.shifts import SEVERITIES
 from it3_lightning.utils.messages import not_installed
 
 _TEST_DIGITS = 597
 _CLASSES = 10
 _MAGIC = {3: 2051, 1: 2049}  # number of axes -> first four bytes, for unsigned bytes
-_IDX_FILES = tuple(
-    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+_PIXELS = 3 * 32 * 32
+_SAFE = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("_codecs", "encode"),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """The files of a dataset of torchvision, which lie in the root or where it puts them.
+
+    Args:
+        dataset: Of torchvision, which downloads them.
+        folder: Where it puts them in the root.
+        names: Of the files.
+        called: How errors call them.
+        place: What errors tell to do.
+        idx: Whether they may be packed (``.gz``) and named ``.idx`` for ``-idx``.
+    """
+
+    dataset: Callable[..., Any]
+    folder: Path
+    names: tuple[str, ...]
+    called: str
+    place: str
+    idx: bool = True
+
+    def find(self, root: str | Path) -> list[Path] | None:
+        """Return the files from the first folder that has all of them; None where none has."""
+        for folder in (Path(root), root / self.folder):
+            found = [file for name in self.names if (file := self._first(folder, name))]
+            if len(found) == len(self.names):
+                return found
+        return None
+
+    def fetch(self, root: str | Path, *, download: bool) -> None:
+        """Look for the files, and have them downloaded if that is allowed."""
+        if self.find(root) is not None:
+            return
+        if not download:
+            raise self.missing(root, "download=False")
+        try:
+            self.dataset(Path(root), train=True, download=True)
+        except (OSError, RuntimeError) as error:
+            raise self.missing(root, f"the download failed: {error}") from error
+
+    def files(self, root: str | Path) -> list[Path]:
+        """Return the files; refuse that some are missing."""
+        found = self.find(root)
+        if found is None:
+            raise self.missing(root, "prepare_data() has not been called")
+        return found
+
+    def missing(self, root: str | Path, why: str) -> FileNotFoundError:
+        """Build the error that says which files to place where."""
+        return FileNotFoundError(
+            f"Expected {self.called} in {Path(root).resolve()} or in "
+            f"{(root / self.folder).resolve()}, got not all of them in either ({why}). "
+            f"{self.place} there, or set root to the folder that holds them."
+        )
+
+    def _first(self, folder: Path, name: str) -> Path | None:
+        """Return a file by one of its names: plain before packed, ``-idx`` before ``.idx``."""
+        ends, marks = (("", ".gz"), "-.") if self.idx else (("",), "-")
+        forms = [name.replace("-idx", f"{mark}idx") + end for end in ends for mark in marks]
+        return next((folder / form for form in forms if (folder / form).is_file()), None)
+
+
+def _idx(dataset: type[MNIST]) -> Published:
+    """Return images and labels to train on, then those to test on."""
+    kinds = ("images-idx3", "labels-idx1")
+    names = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in kinds)
+    called = f"the four files {', '.join(names)} (plain, or with .gz)"
+    return Published(dataset, Path(dataset.__name__, "raw"), names, called, "Place them")
+
+
+_MNIST, _FASHION = _idx(MNIST), _idx(FashionMNIST)
+_BATCHES = tuple(name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list))
+_CIFAR = Published(
+    CIFAR10,
+    Path(CIFAR10.base_folder),
+    _BATCHES,
+    f"the six files {', '.join(_BATCHES)}",
+    "Unpack cifar-10-python.tar.gz",
+    idx=False,
 )
 
 
+@dataclass(eq=False)
 class DigitsDataModule(ShiftedImages):
     """Scikit-learn's digits, clean and shifted: 1,000 to train on, 200 to validate, 597 to test.
 
@@ -37,7 +136,6 @@ class DigitsDataModule(ShiftedImages):
 
     Args:
         val_size: Samples taken from the 1,200 that are not for testing.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedImages`.
 
     Raises:
         ImportError: Scikit-learn is not installed (when the data is loaded).
@@ -50,13 +148,10 @@ class DigitsDataModule(ShiftedImages):
         [0.308, 0.517]
     """
 
-    def __init__(self, *, val_size: int = 200, **kwargs: Any) -> None:
-        super().__init__(val_size=val_size, **kwargs)
+    num_classes = _CLASSES
 
-    @property
-    def num_classes(self) -> int:
-        """Ten digits."""
-        return 10
+    _: KW_ONLY
+    val_size: int = 200
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """Return 1,200 training images and 597 test images, chosen by the seed."""
@@ -72,6 +167,7 @@ class DigitsDataModule(ShiftedImages):
         return train, test
 
 
+@dataclass(eq=False)
 class MNISTDataModule(ShiftedImages):
     """MNIST: 60,000 training and 10,000 test images ``(B, 1, 28, 28)`` of ten digits.
 
@@ -81,7 +177,6 @@ class MNISTDataModule(ShiftedImages):
     Args:
         root: Folder of the data.
         download: Whether missing files may be downloaded.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedImages`.
 
     Raises:
         FileNotFoundError: Files are missing and were not, or could not be, downloaded.
@@ -91,21 +186,21 @@ class MNISTDataModule(ShiftedImages):
     sample_settings = ("root",)
     num_classes = _CLASSES
 
-    def __init__(self, root: str | Path = "data", *, download: bool = True, **kwargs: Any) -> None:
-        self.root = root
-        self.download = download
-        super().__init__(**kwargs)
+    root: str | Path = "data"
+    _: KW_ONLY
+    download: bool = True
 
     def prepare_data(self) -> None:
         """Make sure that the four files are there: look first, then download if that is allowed."""
         self.check()
-        _prepare_idx(MNIST, Path(self.root), allowed=self.download)
+        _MNIST.fetch(self.root, download=self.download)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """Return all training and all test images; nothing is downloaded here."""
-        return _read_idx_set(MNIST, Path(self.root))
+        return _read_idx_files(_MNIST.files(self.root))
 
 
+@dataclass(eq=False)
 class FashionMNISTDataModule(ShiftedImages):
     """Fashion-MNIST: 60,000 training and 10,000 test images ``(B, 1, 28, 28)`` of ten garments.
 
@@ -116,7 +211,6 @@ class FashionMNISTDataModule(ShiftedImages):
     Args:
         root: Folder of the data.
         download: Whether missing files may be downloaded.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedImages`.
 
     Raises:
         FileNotFoundError: Files are missing and were not, or could not be, downloaded.
@@ -126,93 +220,122 @@ class FashionMNISTDataModule(ShiftedImages):
     sample_settings = ("root",)
     num_classes = _CLASSES
 
-    def __init__(self, root: str | Path = "data", *, download: bool = True, **kwargs: Any) -> None:
-        self.root = root
-        self.download = download
-        super().__init__(**kwargs)
+    root: str | Path = "data"
+    _: KW_ONLY
+    download: bool = True
 
     def prepare_data(self) -> None:
         """Make sure that the four files are there: look first, then download if that is allowed."""
         self.check()
-        _prepare_idx(FashionMNIST, Path(self.root), allowed=self.download)
+        _FASHION.fetch(self.root, download=self.download)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """Return all training and all test images; nothing is downloaded here."""
-        return _read_idx_set(FashionMNIST, Path(self.root))
+        return _read_idx_files(_FASHION.files(self.root))
 
 
-def download_files(
-    dataset: Callable[..., Any],
-    root: Path,
-    *,
-    allowed: bool,
-    missing: Callable[[str], FileNotFoundError],
-) -> None:
-    """Have a dataset of torchvision download its files; say which are missing where it cannot."""
-    if not allowed:
-        raise missing("download=False")
-    try:
-        dataset(root, train=True, download=True)
-    except (OSError, RuntimeError) as error:
-        raise missing(f"the download failed: {error}") from error
+@dataclass(eq=False)
+class CIFAR10DataModule(ShiftedImages):
+    """CIFAR-10: 50,000 training and 10,000 test images ``(B, 3, 32, 32)`` of ten classes.
+
+    The six pickled batches of the "python version" are used as they are in ``root``, or in
+    ``root/cifar-10-batches-py`` where torchvision puts them. Where one is missing, torchvision
+    downloads them into ``root`` and compares their checksums.
+
+    The test images are shifted either by the published files of CIFAR-10-C, fifteen corruptions
+    (``CORRUPTIONS``) and four for choosing settings (``EXTRA_CORRUPTIONS``), or by the library's
+    own shifts. The published files hold test images alone; to choose settings without a look at
+    these, have ``evaluate_on="validation"`` and ``corruptions="own"``.
+
+    Args:
+        root: Folder of the data.
+        corruptions: ``"files"``: those of CIFAR-10-C, with ``gaussian_noise.npy`` and the like, and
+            ``labels.npy``, in ``root/CIFAR-10-C`` or ``corrupted``; ``"own"``: the library's
+            shifts; ``"auto"``: the files where there is a folder of them, else the own. It is
+            decided when the module is made.
+        corrupted: Folder of the published files; None for the one in ``root``.
+        download: Whether missing files may be downloaded. CIFAR-10-C never is.
+        augment: Whether training images are cut out at random places of a frame 4 pixels wider,
+            and half of them mirrored.
+
+    Raises:
+        FileNotFoundError: Files are missing and were not, or could not be, downloaded.
+        ValueError: A file is damaged, or a setting is out of its range.
+    """
+
+    SOURCES = ("files", "own")
+    sample_settings = ("root", "corruptions", "corrupted")
+    num_classes = _CLASSES
+
+    root: str | Path = "data"
+    _: KW_ONLY
+    corruptions: Literal["auto", "files", "own"] = "auto"
+    corrupted: str | Path | None = None
+    download: bool = True
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        self.find_corrupted(Path(self.root) / "CIFAR-10-C")
+        super().__post_init__()
+
+    def prepare_data(self) -> None:
+        """Make sure that the files are there: look first, then download if that is allowed."""
+        self.check()
+        self._look_for_corrupted()
+        _CIFAR.fetch(self.root, download=self.download)
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """Return all training and all test images; nothing is downloaded here."""
+        files = _CIFAR.files(self.root)
+        self._look_for_corrupted()
+        *batches, test = map(_read_batch, files)
+        self._test_labels = test.labels
+        images, labels = ([getattr(b, name) for b in batches] for name in ("images", "labels"))
+        return ImageSet(torch.cat(images), torch.cat(labels)), test
+
+    def training(self, images: Images) -> Dataset[Batch]:
+        """Return images that are cropped and mirrored at random, where that is asked for."""
+        return Augmented(images, partial(crop_and_flip, padding=4)) if self.augment else images
+
+    def published(self, name: str, severity: int) -> ImageSet | None:
+        """Return all test images under a corruption of CIFAR-10-C, where these are asked for."""
+        if self.corruptions != "files":
+            return None
+        return _read_corrupted(Path(self.corrupted or ""), name, severity, self._test_labels)
+
+    def _look_for_corrupted(self) -> None:
+        """Refuse before any training that files of CIFAR-10-C are missing, if these are wanted."""
+        folder = Path(self.corrupted or "")
+        names = [f"{name}.npy" for name in (*self.shifts, "labels")]
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing and self.corruptions == "files":
+            raise FileNotFoundError(
+                f"Expected {', '.join(names)} of CIFAR-10-C in {folder.resolve()}, got no "
+                f"{', '.join(missing)}. Unpack CIFAR-10-C.tar there, set corrupted to the folder "
+                'that holds them, or take the library\'s own shifts with corruptions="own".'
+            )
 
 
-def _prepare_idx(kind: type[MNIST], root: Path, *, allowed: bool) -> None:
-    """Look for the four files, and download them if that is allowed."""
-    if _idx_files(kind, root) is None:
-        download_files(kind, root, allowed=allowed, missing=partial(_missing_idx, kind, root))
-
-
-def _read_idx_set(kind: type[MNIST], root: Path) -> tuple[ImageSet, ImageSet]:
-    """Return all training and all test images of the four files."""
-    files = _idx_files(kind, root)
-    if files is None:
-        raise _missing_idx(kind, root, "prepare_data() has not been called")
-    return _read_pair(*files[:2]), _read_pair(*files[2:])
-
-
-def _idx_files(kind: type[MNIST], root: Path) -> list[Path] | None:
-    """Return images and labels to train on, then those to test on, from the first folder."""
-    for folder in (root, root / kind.__name__ / "raw"):
-        found = [_first_form(folder, name) for name in _IDX_FILES]
-        files = [file for file in found if file is not None]
-        if len(files) == len(_IDX_FILES):
-            return files
-    return None
-
-
-def _first_form(folder: Path, name: str) -> Path | None:
-    """Return a file by one of its names: plain before packed, ``-idx`` before ``.idx``."""
-    names = [name.replace("-idx", f"{mark}idx") + end for end in ("", ".gz") for mark in "-."]
-    return next((folder / form for form in names if (folder / form).is_file()), None)
-
-
-def _missing_idx(kind: type[MNIST], root: Path, why: str) -> FileNotFoundError:
-    """Build the error that says which files to place where."""
-    return FileNotFoundError(
-        f"Expected the four files {', '.join(_IDX_FILES)} (plain, or with .gz) in "
-        f"{root.resolve()} or in {(root / kind.__name__ / 'raw').resolve()}, got not all of them "
-        f"in either ({why}). Place them there, or set root to the folder that holds them."
-    )
-
-
-def _read_pair(images: Path, labels: Path) -> ImageSet:
-    """Read a file of images and the file of their labels, which must be classes of this data.
+def _read_idx_files(files: list[Path]) -> tuple[ImageSet, ImageSet]:
+    """Read images and labels to train on, and those to test on, which must be of ten classes.
 
     Source: the file format at the end of Y. LeCun's page of the MNIST database.
     """
-    pixels, classes = _read_idx(images, 3), _read_idx(labels, 1).long()
-    if len(pixels) != len(classes):
-        raise ValueError(
-            f"Expected a label for each of the {len(pixels)} images of {images}, got "
-            f"{len(classes)} in {labels}. Put files there that belong together."
-        )
-    if classes.max() >= _CLASSES:
-        raise ValueError(
-            f"Expected labels from 0 to {_CLASSES - 1} in {labels}, got {classes.max()}. Put the "
-            "label file of this data in its place."
-        )
-    return ImageSet(pixels[:, None], classes)
+    sets = []
+    for images, labels in (files[:2], files[2:]):
+        pixels, classes = _read_idx(images, 3), _read_idx(labels, 1).long()
+        if len(pixels) != len(classes):
+            raise ValueError(
+                f"Expected a label for each of the {len(pixels)} images of {images}, got "
+                f"{len(classes)} in {labels}. Put files there that belong together."
+            )
+        if classes.max() >= _CLASSES:
+            raise ValueError(
+                f"Expected labels from 0 to {_CLASSES - 1} in {labels}, got {classes.max()}. Put "
+                "the label file of this data in its place."
+            )
+        sets.append(ImageSet(pixels[:, None], classes))
+    return sets[0], sets[1]
 
 
 def _read_idx(path: Path, axes: int) -> Tensor:
@@ -237,3 +360,86 @@ def _read_idx(path: Path, axes: int) -> Tensor:
             "It is cut off or damaged: delete it and fetch it again."
         )
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=start).view(*shape)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds arrays of numbers, and nothing else that a pickle may name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _SAFE:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not loaded")
+        return super().find_class(module, name)
+
+
+def _read_batch(path: Path) -> ImageSet:
+    """Read a pickled batch; only arrays, lists and text are unpickled: no file can run code.
+
+    Source: A. Krizhevsky, the page of the CIFAR-10 dataset, "python version".
+    """
+    try:
+        with path.open("rb") as file:
+            content = _Unpickler(file, encoding="latin1").load()
+        pixels, labels = np.asarray(content["data"]), np.asarray(content["labels"])
+    except (EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
+        raise damaged(path, "a pickled batch of CIFAR-10", error) from error
+    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
+        raise ValueError(
+            f"Expected data (N, {_PIXELS}) of uint8 in {path}, got {pixels.shape} of "
+            f"{pixels.dtype}. Put the file of CIFAR-10 in its place."
+        )
+    _check_classes(path, labels, len(pixels))
+    images = torch.from_numpy(pixels.copy()).view(-1, 3, 32, 32)
+    return ImageSet(images, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _check_classes(path: Path, labels: NDArray[Any], count: int) -> None:
+    """Refuse labels that are not ``count`` integers from 0 to 9."""
+    integers = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
+    if not integers or len(labels) != count or not count:
+        raise ValueError(
+            f"Expected one integer label for each of {count} images (at least one) in {path}, got "
+            f"{labels.shape} of {labels.dtype}. Put files there that belong together."
+        )
+    if labels.min() < 0 or labels.max() >= _CLASSES:
+        raise ValueError(
+            f"Expected labels from 0 to {_CLASSES - 1} in {path}, got {labels.min()} to "
+            f"{labels.max()}. Put the file of CIFAR-10 in its place."
+        )
+
+
+def _read_corrupted(folder: Path, name: str, severity: int, labels: Tensor) -> ImageSet:
+    """Read one severity of one corruption of CIFAR-10-C; the file is mapped, not loaded.
+
+    Source: D. Hendrycks and T. Dietterich (ICLR 2019), ``make_cifar_c.py``.
+    """
+    count = len(labels)
+    block = slice(count * (severity - 1), count * severity)
+    file = folder / "labels.npy"
+    there = _mapped(file)
+    _check_classes(file, there, count * len(SEVERITIES))
+    wrong = int((torch.from_numpy(there[block].astype(np.int64)) != labels).sum())
+    if wrong:
+        raise ValueError(
+            f"Expected {file} to repeat the labels of the {count} test images of CIFAR-10 for each "
+            f"severity, got {wrong} others at severity {severity}. Put files there that belong "
+            "together."
+        )
+    file, shape = folder / f"{name}.npy", (count * len(SEVERITIES), 32, 32, 3)
+    pixels = _mapped(file)
+    if pixels.shape != shape or pixels.dtype != np.uint8:
+        raise ValueError(
+            f"Expected {file} to hold {shape} of uint8, five severities of {count} images, got "
+            f"{pixels.shape} of {pixels.dtype}. Put the file of CIFAR-10-C in its place."
+        )
+    return ImageSet(torch.from_numpy(pixels[block]).movedim(-1, 1), labels)
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    """Map an ``.npy`` file into memory, copying a page only where somebody writes to it."""
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="c")
+    except FileNotFoundError:
+        raise
+    except (EOFError, OSError, ValueError) as error:
+        raise damaged(path, "a whole .npy file", error) from error
+    return array

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -21,23 +21,22 @@ from torchvision.transforms import (
     Resize,
 )
 
-from it3_lightning.data.base import Batch, check_integer
+from it3_lightning.data.base import check_integer
 from it3_lightning.data.corruptions import ALEXNET_ERRORS, corrupting
 from it3_lightning.data.images import (
-    Decoder,
     ImageFiles,
     Images,
     ShiftedImages,
     as_float,
-    found_corruptions,
     read_rgb,
 )
-from it3_lightning.data.sampling import Views
+from it3_lightning.data.sampling import Batch, Views
 from it3_lightning.utils.messages import not_installed, unknown
 
 _ENDS = (".jpeg", ".jpg", ".png")
 
 
+@dataclass(eq=False)
 class ImageNetCDataModule(ShiftedImages):
     """ImageNet: 1,281,167 training and 50,000 test images ``(B, 3, S, S)`` of 1,000 classes.
 
@@ -52,7 +51,8 @@ class ImageNetCDataModule(ShiftedImages):
     and match the clean ones by synset and file name. Values stay in [0, 1]: normalise inside the
     network (:class:`~it3_lightning.networks.TorchvisionNetwork` does). Shifts are the fifteen
     corruptions (``CORRUPTIONS``), and ``EXTRA_CORRUPTIONS`` for choosing settings, or the
-    library's own.
+    library's own. With ``severity="all"``, all fifteen corruptions and the published files, the
+    benchmark reports the mean corruption error.
 
     Args:
         root: Folder of the data.
@@ -64,9 +64,6 @@ class ImageNetCDataModule(ShiftedImages):
         corrupted: Folder of the published files; None for the one in ``root``.
         augment: Whether training images are cut out at random and half of them mirrored.
         val_size: Samples taken from the training images for validation.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedImages`. With ``severity="all"``, all
-            fifteen corruptions and the published files, the benchmark reports the mean corruption
-            error.
 
     Raises:
         FileNotFoundError: A folder is missing.
@@ -81,25 +78,17 @@ class ImageNetCDataModule(ShiftedImages):
     SOURCES = ("files", "made", "own")
     sample_settings = ("root", "corruptions", "corrupted", "image_size")
 
-    def __init__(
-        self,
-        root: str | Path = "data/imagenet",
-        *,
-        image_size: int = 224,
-        corruptions: Literal["auto", "files", "made", "own"] = "auto",
-        corrupted: str | Path | None = None,
-        augment: bool = True,
-        val_size: int = 10_000,
-        **kwargs: Any,
-    ) -> None:
-        self.root = root
-        self.image_size = image_size
-        self.corrupted = Path(root) / "ImageNet-C" if corrupted is None else Path(corrupted)
-        self.corruptions = found_corruptions(
-            corruptions, self.corrupted, named=corrupted is not None, sources=self.SOURCES
-        )
-        self.augment = augment
-        super().__init__(val_size=val_size, **kwargs)
+    root: str | Path = "data/imagenet"
+    _: KW_ONLY
+    image_size: int = 224
+    corruptions: Literal["auto", "files", "made", "own"] = "auto"
+    corrupted: str | Path | None = None
+    augment: bool = True
+    val_size: int = 10_000
+
+    def __post_init__(self) -> None:
+        self.find_corrupted(Path(self.root) / "ImageNet-C")
+        super().__post_init__()
 
     @property
     def num_classes(self) -> int:
@@ -119,12 +108,12 @@ class ImageNetCDataModule(ShiftedImages):
             corrupting()
         for part in ("train", "val"):
             _synset_folders(Path(self.root) / part)
-        for name, severity in self._wanted().values() if self.corruptions == "files" else ():
-            _corrupted_folder(Path(self.corrupted), name, severity)
+        for name, severity in self.wanted().values() if self.corruptions == "files" else ():
+            _corrupted_folder(Path(self.corrupted or ""), name, severity)
 
     def load(self) -> tuple[ImageFiles, ImageFiles]:
         """Return all training and all test images."""
-        decode = _cropped(round(self.image_size * 256 / 224), self.image_size)
+        decode = _decoder(round(self.image_size * 256 / 224), self.image_size)
         train, test = (
             ImageFiles(folder, *_listing(folder), decode)
             for folder in (Path(self.root) / part for part in ("train", "val"))
@@ -142,9 +131,16 @@ class ImageNetCDataModule(ShiftedImages):
         """Return all test images under a corruption of ImageNet-C, where these are asked for."""
         if self.corruptions != "files":
             return None
-        folder = _corrupted_folder(Path(self.corrupted), name, severity)
-        _check_same_images(folder, self._clean.names)
-        return self._clean.elsewhere(folder, _cropped(self.image_size, self.image_size))
+        folder = _corrupted_folder(Path(self.corrupted or ""), name, severity)
+        names, there = self._clean.names, set(_listing(folder)[0])
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise ValueError(
+                f"Expected all {len(names)} clean test images in {folder}, corrupted, got "
+                f"{len(names) - len(missing)} of them; e.g. {missing[0]} is not there. Unpack the "
+                "archive anew, or keep as many images in val."
+            )
+        return self._clean.elsewhere(folder, _decoder(self.image_size, self.image_size))
 
     def check(self) -> None:
         """Refuse settings out of their range, before any data is read."""
@@ -161,34 +157,22 @@ class RandomCrops(Views):
 
     def __init__(self, source: ImageFiles, size: int) -> None:
         super().__init__(source)
-        self._view = Compose([RandomResizedCrop(size), RandomHorizontalFlip(), PILToTensor()])
+        steps = RandomResizedCrop(size), RandomHorizontalFlip(), PILToTensor()
+        self._view = Compose([read_rgb, *steps])
 
     def views(self, rows: list[int], draws: list[int]) -> Batch:
         """Return a crop of each of these samples, and their labels."""
-        images = torch.stack([self._one(row, draw) for row, draw in zip(rows, draws, strict=True)])
-        return as_float(images), self.source.labels[torch.tensor(rows)]
-
-    def _one(self, row: int, draw: int) -> Tensor:
-        image = read_rgb(self.source.path(row))
-        with _seeded_globally(draw):
-            view: Tensor = self._view(image)
-        return view
+        crops = []
+        with torch.random.fork_rng([]):  # torchvision draws from the global state, on the CPU
+            for row, draw in zip(rows, draws, strict=True):
+                torch.default_generator.manual_seed(draw)
+                crops.append(self._view(self.source.path(row)))
+        return as_float(torch.stack(crops)), self.source.labels[torch.tensor(rows)]
 
 
-@contextmanager
-def _seeded_globally(seed: int) -> Iterator[None]:
-    """Seed torch's global random state on the CPU within, and put it back."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
-
-
-def _cropped(resize: int, size: int) -> Decoder:
+def _decoder(resize: int, size: int) -> Compose:
     """Return what brings the shorter side to ``resize`` pixels and cuts the middle out."""
-    return Decoder(Compose([Resize([resize]), CenterCrop([size]), PILToTensor()]))
+    return Compose([read_rgb, Resize([resize]), CenterCrop([size]), PILToTensor()])
 
 
 @cache
@@ -247,15 +231,3 @@ def _corrupted_folder(folder: Path, name: str, severity: int) -> Path:
         "no such folder. Unpack the archive that holds it there, set corrupted to the folder that "
         'does, or have the corruptions made with corruptions="made".'
     )
-
-
-def _check_same_images(folder: Path, names: list[str]) -> None:
-    """Refuse a folder of ImageNet-C that lacks some of the clean images."""
-    there = set(_listing(folder)[0])
-    missing = [name for name in names if name not in there]
-    if missing:
-        raise ValueError(
-            f"Expected all {len(names)} clean test images in {folder}, corrupted, got "
-            f"{len(names) - len(missing)} of them; e.g. {missing[0]} is not there. Unpack the "
-            "archive anew, or keep as many images in val."
-        )

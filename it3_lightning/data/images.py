@@ -3,49 +3,36 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import struct
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
 
-from it3_lightning.data.base import Batch, ShiftedData
+from it3_lightning.data.base import ShiftedData, damaged
 from it3_lightning.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
-from it3_lightning.data.files import damaged
-from it3_lightning.data.sampling import Views, chosen, seeded, unequal_stream
+from it3_lightning.data.sampling import Batch, Samples, Views, chosen, seeded, unequal_stream
 from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Severity, Shift
 from it3_lightning.utils.messages import undefined, unknown
 
+Change = Shift | Corruption
+"""A kind of shift at one severity, a pure function of images and a generator."""
 Decode = Callable[[Path], Tensor]
 """Reads a file: uint8 ``(3, H, W)``, where ``H`` and ``W`` are the same for all files."""
 _CHUNK = 1000  # images shifted at once: part of what a seed means, so it is no option
 
 
-class Change(Protocol):
-    """A kind of shift at one severity, a pure function of images and a generator."""
-
-    @property
-    def name(self) -> str:
-        """Name of the kind."""
-
-    @property
-    def severity(self) -> int:
-        """1 (weak) to 5 (strong)."""
-
-    def __call__(self, images: Tensor, generator: Generator | None = None) -> Tensor:
-        """Return changed images ``(B, C, H, W)`` in [0, 1]."""
-
-
-class Images(Dataset[Batch], ABC):
-    """Images and what is to be predicted of each, read a whole batch at a time.
+class Images(Samples):
+    """Images, float32 ``(B, C, H, W)`` in [0, 1] in a batch, and what is to be predicted of each.
 
     Attributes:
         labels: ``(N,)`` int64 classes, or ``(N, K)`` float32 values.
@@ -56,14 +43,6 @@ class Images(Dataset[Batch], ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Batch:
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
-
-    @abstractmethod
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """Return a batch, float32 ``(B, C, H, W)`` in [0, 1], and its labels."""
-
     @abstractmethod
     def select(self, indices: Tensor) -> Images:
         """Return a new set of the samples at ``indices`` ``(M,)``, in their order."""
@@ -73,6 +52,7 @@ class Images(Dataset[Batch], ABC):
         """Return the same samples under a shift; the seed fixes every draw."""
 
 
+@dataclass(eq=False)
 class ImageSet(Images):
     """Images and their labels as two tensors.
 
@@ -91,29 +71,21 @@ class ImageSet(Images):
         tensor([0.2000, 1.0000])
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
-            raise ValueError(
-                "Expected images (N, C, H, W) of dtype uint8 or floating point, got "
-                f"{tuple(images.shape)} of {images.dtype}. Add an axis for the channels with "
-                "images[:, None], or convert with images.float()."
-            )
-        check_labels(labels, len(images))
-        if images.is_floating_point() and images.numel():
-            low, high = images.aminmax()
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        check_pixels(self.images)
+        check_labels(self.labels, len(self.images))
+        if self.images.is_floating_point() and self.images.numel():
+            low, high = self.images.aminmax()
             if not (low >= 0 and high <= 1):
                 raise ValueError(
                     f"Expected images in [0, 1], got {low:.4g} to {high:.4g}. "
                     "Divide by the largest value; normalise inside the model."
                 )
-        self.images = images
-        self.labels = labels
-
-    def __getitem__(self, index: int) -> Batch:
-        return as_float(self.images[index].clone()), self.labels[index].clone()
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """Return a whole batch ``(B, C, H, W)``, ``(B,)``; DataLoader calls this if it is there."""
         chosen = torch.as_tensor(indices)
         return as_float(self.images[chosen]), self.labels[chosen]
 
@@ -178,9 +150,15 @@ class ImageFiles(Images):
         )
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """Return a whole batch, float32 ``(B, 3, H, W)`` in [0, 1], and its labels."""
-        images = torch.stack([self._image(index) for index in indices])
+        images = torch.stack([self._image(os.fsdecode(self._names[index])) for index in indices])
         return images, self.labels[torch.as_tensor(indices)]
+
+    def _image(self, name: str) -> Tensor:
+        image = as_float(self.decode(self.folder / name))
+        if self.change is None:
+            return image
+        generator = seeded(self.seed, self.change.name, self.change.severity, name)
+        return self.change(image[None], generator)[0]
 
     @property
     def names(self) -> list[str]:
@@ -207,35 +185,33 @@ class ImageFiles(Images):
         kept = {name.removeprefix("_"): value for name, value in vars(self).items()}
         return ImageFiles(**{**kept, **changed})
 
-    def _image(self, index: int) -> Tensor:
-        image = as_float(self.decode(self.path(index)))
-        if self.change is None:
-            return image
-        name = os.fsdecode(self._names[index])
-        generator = seeded(self.seed, self.change.name, self.change.severity, name)
-        return self.change(image[None], generator)[0]
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image file; refuse one that turns out to be damaged as it is read."""
+    try:
+        with Image.open(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except (EOFError, OSError, SyntaxError, ValueError, struct.error) as error:
+        raise damaged(path, "a whole image", error) from error
 
 
 def read_rgb(path: Path) -> Image.Image:
     """Read an image file whole, as RGB whatever its mode."""
-    try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:
-        raise damaged(path, "a whole image", error) from error
+    with opened(path) as file:
+        return file.convert("RGB")
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """Reads an image file whole and brings it to one size."""
-
-    transform: Callable[[Image.Image], Tensor]
-
-    def __call__(self, path: Path) -> Tensor:
-        """Return the image of a file."""
-        return self.transform(read_rgb(path))
+def check_pixels(images: Tensor) -> None:
+    """Refuse what are no images ``(N, C, H, W)``, uint8 or floating point."""
+    if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise ValueError(
+            "Expected images (N, C, H, W) of dtype uint8 or floating point, got "
+            f"{tuple(images.shape)} of {images.dtype}. Add an axis for the channels with "
+            "images[:, None], or convert with images.float()."
+        )
 
 
 def check_labels(labels: Tensor, count: int) -> None:
@@ -256,12 +232,11 @@ def as_float(images: Tensor) -> Tensor:
     return values / 255 if images.dtype == torch.uint8 else values
 
 
+@dataclass(eq=False)
 class Augmented(Views):
     """Images, each changed at random."""
 
-    def __init__(self, source: Images, augment: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(source)
-        self.augment = augment
+    augment: Callable[[Tensor, Tensor], Tensor]
 
     def views(self, rows: list[int], draws: list[int]) -> Batch:
         """Return changed images of these samples, and their labels."""
@@ -291,6 +266,7 @@ def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int = 4) -> Tensor:
     return chosen.movedim(-1, 1).contiguous()
 
 
+@dataclass(eq=False)
 class ShiftedImages(ShiftedData):
     """Images for training, and the same held-out images clean and under shifts for testing.
 
@@ -306,21 +282,19 @@ class ShiftedImages(ShiftedData):
     ``EXTRA_CORRUPTIONS``.
 
     Args:
-        severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for each, whose test
-            names end in ``/1`` to ``/5``.
         val_size: Samples taken from the training images for validation.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedData`.
     """
 
     SHIFTS = SHIFTS
     TUNING_SHIFTS = TUNING_SHIFTS
     SOURCES: ClassVar[tuple[str, ...]] = ("own",)
     needed_sizes = ("val_size",)
-    corruptions: str = "own"
+    corruptions: Any = field(default="own", init=False)
+    corrupted: Any = field(default=None, init=False)
 
-    def __init__(self, *, severity: Severity = 3, val_size: int = 5000, **kwargs: Any) -> None:
-        self.severity = severity
-        super().__init__(val_size=val_size, **kwargs)
+    _: KW_ONLY
+    severity: Severity = 3
+    val_size: int = 5000
 
     # Hooks of a subclass
 
@@ -331,6 +305,13 @@ class ShiftedImages(ShiftedData):
             "load(self) -> tuple[Images, Images]",
             "Return the training images and the test images, e.g. as ImageSet.",
         )
+
+    def find_corrupted(self, folder: Path) -> None:
+        """Say where published corruptions lie, and whether they are used, where no setting does."""
+        if self.corruptions == "auto":
+            there = self.corrupted is not None or folder.is_dir()
+            self.corruptions = "files" if there else self.SOURCES[1]
+        self.corrupted = folder if self.corrupted is None else Path(self.corrupted)
 
     def published(self, name: str, severity: int) -> Images | None:
         """Return all test images under a shift where they are not made but lie in files."""
@@ -388,7 +369,7 @@ class ShiftedImages(ShiftedData):
 
     def shifted(self, name: str) -> Images:
         """Return the held-out images under a shift, from files where they lie in some."""
-        kind, severity = self._wanted()[name]
+        kind, severity = self.wanted()[name]
         there = self.published(kind, severity)
         if there is not None:
             return chosen(there, self.test_size, self.seed, "test_size")
@@ -398,12 +379,3 @@ class ShiftedImages(ShiftedData):
     def frequent(self, samples: Images) -> Tensor:
         """Return an order of images in which three classes are ten times as frequent."""
         return unequal_stream(samples.labels, self.seed)
-
-
-def found_corruptions(
-    corruptions: str, folder: Path, *, named: bool, sources: Sequence[str]
-) -> str:
-    """Return where corruptions come from: ``"auto"`` are the files if there is a folder of them."""
-    if corruptions != "auto":
-        return corruptions
-    return "files" if named or folder.is_dir() else sources[1]

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from it3_lightning.data.base import Batch, check_choice, check_integer, check_share
-from it3_lightning.data.images import as_float
+from it3_lightning.data.base import check_choice, check_integer, check_share
+from it3_lightning.data.images import as_float, opened
 from it3_lightning.data.roads import FILES_AT_ONCE, MaskedSet, ShiftedMasks
-from it3_lightning.data.sampling import subset
+from it3_lightning.data.sampling import Batch, subset
 
 Layout = Literal["massachusetts", "roadtracer", "pairs"]
-Part = Literal["train", "validation", "test"]
-Parts = dict[Part, list["Pair"]]
+Parts = dict[str, list["Pair"]]
 ROADTRACER_TEST_REGIONS = (
     *("amsterdam", "boston", "chicago", "denver", "kansas city", "la", "montreal", "new york"),
     *("paris", "pittsburgh", "saltlakecity", "san diego", "tokyo", "toronto", "vancouver"),
 )
 """The 15 cities that RoadTracer tests on (``lib/roadcnn/dataset.py`` of its repository)."""
 _SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
-# What Pillow raises on files that are cut off or no images, by format.
-_UNREADABLE = (OSError, SyntaxError, EOFError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -55,8 +50,11 @@ class Tiles(MaskedSet):
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        crops = [self._crop(*self._places[index].tolist()) for index in indices]
+    def __getitems__(self, indices: list[int]) -> Batch:
+        crops = []
+        for number, top, left in self._places[torch.as_tensor(indices)].tolist():
+            window = slice(top, top + self.tile), slice(left, left + self.tile)
+            crops.append([pixels[:, *window] for pixels in self._decoded(number)])
         images, masks = (torch.stack(parts) for parts in zip(*crops, strict=True))
         return as_float(images), masks.float()
 
@@ -75,22 +73,19 @@ class Tiles(MaskedSet):
         """Leave the decoded files behind: a worker process reads its own."""
         return {**vars(self), "_kept": {}}
 
-    def _crop(self, number: int, top: int, left: int) -> tuple[Tensor, Tensor]:
-        rows, columns = slice(top, top + self.tile), slice(left, left + self.tile)
-        image, mask = self._decoded(number)
-        return image[:, rows, columns], mask[:, rows, columns]
-
     def _decoded(self, number: int) -> tuple[Tensor, Tensor]:
         """Return a whole image and its mask; the file used longest ago makes room."""
         decoded = self._kept.pop(number, None)
         if decoded is None:
-            decoded = _image(self.pairs[number].image), _mask(self.pairs[number].mask)
+            pair = self.pairs[number]
+            decoded = _read(pair.image, "RGB"), _mask(pair.mask)
             while len(self._kept) >= FILES_AT_ONCE:
                 del self._kept[next(iter(self._kept))]
         self._kept[number] = decoded
         return decoded
 
 
+@dataclass(eq=False)
 class RoadsDataModule(ShiftedMasks):
     """Tiles of aerial images and of the masks of their roads, clean and shifted, read as needed.
 
@@ -110,7 +105,6 @@ class RoadsDataModule(ShiftedMasks):
         val_share: Share of the files to validate on, where the layout does not say which.
         test_share: Share of the files to test on, for ``"pairs"``.
         test_regions: Cities to test on, for ``"roadtracer"``; default: those of its authors.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedMasks`.
 
     Raises:
         FileNotFoundError: A folder is missing or empty.
@@ -120,24 +114,13 @@ class RoadsDataModule(ShiftedMasks):
 
     sample_settings = ("root", "layout", "tile", "val_share", "test_share", "test_regions")
 
-    def __init__(
-        self,
-        root: str | Path = "data/roads",
-        *,
-        layout: Layout = "massachusetts",
-        tile: int = 256,
-        val_share: float = 0.1,
-        test_share: float = 0.2,
-        test_regions: Sequence[str] = ROADTRACER_TEST_REGIONS,
-        **kwargs: Any,
-    ) -> None:
-        self.root = root
-        self.layout: Layout = layout
-        self.tile = tile
-        self.val_share = val_share
-        self.test_share = test_share
-        self.test_regions = test_regions
-        super().__init__(**kwargs)
+    root: str | Path = "data/roads"
+    _: KW_ONLY
+    layout: Layout = "massachusetts"
+    tile: int = 256
+    val_share: float = 0.1
+    test_share: float = 0.2
+    test_regions: Sequence[str] = ROADTRACER_TEST_REGIONS
 
     def load(self) -> dict[str, MaskedSet]:
         """Find the files and cut them into tiles, without reading more than their headers."""
@@ -157,58 +140,40 @@ class RoadsDataModule(ShiftedMasks):
             )
 
     def _parts(self) -> Parts:
+        """Return the files of each part, as the layout has them."""
         root = Path(self.root)
         if self.layout == "massachusetts":
-            return massachusetts(root)
+            folders = {"train": "train", "validation": "valid", "test": "test"}
+            return {
+                part: list(_matched(root / name / "sat", root / name / "map").values())
+                for part, name in folders.items()
+            }
         if self.layout == "roadtracer":
-            return roadtracer(
-                root, seed=self.seed, val_share=self.val_share, test_regions=self.test_regions
+            return self._roadtracer(root)
+        pairs = list(_matched(root / "images", root / "masks").values())
+        shares = {"test": self.test_share, "validation": self.val_share}
+        return _drawn(pairs, shares, self.seed, root / "images")
+
+    def _roadtracer(self, root: Path) -> Parts:
+        """Return the files that RoadTracer's scripts write, cities of the test set apart."""
+        divided = (root / "imagery").is_dir() or (root / "masks").is_dir()
+        images, masks = (root / "imagery", root / "masks") if divided else (root, root)
+        pairs = _matched(images, masks, "_sat", "_osm")
+        cities = {name: name.rsplit("_", 2)[0] for name in pairs}  # of {city}_{x}_{y}
+        test = [pair for name, pair in pairs.items() if cities[name] in self.test_regions]
+        others = [pair for name, pair in pairs.items() if cities[name] not in self.test_regions]
+        if not test or not others:
+            wanted = ", ".join(sorted(set(self.test_regions)))
+            raise ValueError(
+                f"Expected images of cities to test on ({wanted}) and of others in {images}, got "
+                f"{', '.join(sorted(set(cities.values())))}. Set test_regions to some of these."
             )
-        return folders_of_pairs(
-            root, seed=self.seed, val_share=self.val_share, test_share=self.test_share
-        )
+        return {"test": test, **_drawn(others, {"validation": self.val_share}, self.seed, images)}
 
 
-def massachusetts(root: Path) -> Parts:
-    """Return the files of the Massachusetts Roads Dataset, in the parts it comes in."""
-    folders: dict[Part, str] = {"train": "train", "validation": "valid", "test": "test"}
-    return {
-        part: list(_matched(root / name / "sat", root / name / "map").values())
-        for part, name in folders.items()
-    }
-
-
-def roadtracer(root: Path, *, seed: int, val_share: float, test_regions: Sequence[str]) -> Parts:
-    """Return the files that RoadTracer's scripts write, cities of the test set apart."""
-    divided = (root / "imagery").is_dir() or (root / "masks").is_dir()
-    images, masks = (root / "imagery", root / "masks") if divided else (root, root)
-    pairs = _matched(images, masks, "_sat", "_osm")
-    wanted = set(test_regions)
-    test = [pair for name, pair in pairs.items() if _region(name) in wanted]
-    others = [pair for name, pair in pairs.items() if _region(name) not in wanted]
-    if not test or not others:
-        found = sorted({_region(name) for name in pairs})
-        raise ValueError(
-            f"Expected images of cities to test on ({', '.join(sorted(wanted))}) and of others in "
-            f"{images}, got {', '.join(found)}. Set test_regions to some of these."
-        )
-    (validation,), train = _drawn(others, {"validation": val_share}, seed, images)
-    return {"train": train, "validation": validation, "test": test}
-
-
-def folders_of_pairs(root: Path, *, seed: int, val_share: float, test_share: float) -> Parts:
-    """Return the files of ``images/`` and ``masks/``, matched by stems, parted by the seed."""
-    pairs = list(_matched(root / "images", root / "masks").values())
-    shares = {"test": test_share, "validation": val_share}
-    (test, validation), train = _drawn(pairs, shares, seed, root / "images")
-    return {"train": train, "validation": validation, "test": test}
-
-
-def _drawn(
-    pairs: list[Pair], shares: dict[str, float], seed: int, place: Path
-) -> tuple[list[list[Pair]], list[Pair]]:
-    """Draw shares of the files, at least one file each; return them and the rest."""
-    drawn: list[list[Pair]] = []
+def _drawn(pairs: list[Pair], shares: dict[str, float], seed: int, place: Path) -> Parts:
+    """Draw shares of the files, at least one file each; what is left is to train on."""
+    drawn: Parts = {}
     sizes = {part: max(1, round(share * len(pairs))) for part, share in shares.items()}
     if sum(sizes.values()) >= len(pairs):
         raise ValueError(
@@ -217,9 +182,9 @@ def _drawn(
         )
     for part, size in sizes.items():
         chosen, rest = subset(len(pairs), size, seed, f"{part} files")
-        drawn.append([pairs[index] for index in chosen.tolist()])
+        drawn[part] = [pairs[index] for index in chosen.tolist()]
         pairs = [pairs[index] for index in rest.tolist()]
-    return drawn, pairs
+    return {**drawn, "train": pairs}
 
 
 def _matched(images: Path, masks: Path, image_end: str = "", mask_end: str = "") -> dict[str, Pair]:
@@ -262,15 +227,6 @@ def _named(folder: Path, end: str) -> dict[str, Path]:
     return named
 
 
-def _region(name: str) -> str:
-    """Return the city in ``{city}_{x}_{y}``.
-
-    >>> _region("new york_-1_0")
-    'new york'
-    """
-    return name.rsplit("_", 2)[0]
-
-
 def _grid(number: int, pair: Pair, tile: int) -> Tensor:
     """Return the places of a file's tiles, int64 ``(N, 3)``: its number, top, left."""
     (width, height), other = (_size(path) for path in (pair.image, pair.mask))
@@ -290,33 +246,21 @@ def _grid(number: int, pair: Pair, tile: int) -> Tensor:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except _UNREADABLE as error:
-        raise _damaged(path, error) from error
+    with opened(path) as image:
+        return image.size
 
 
 def _read(path: Path, mode: str) -> Tensor:
     """Return all pixels of a file, uint8 ``(C, H, W)``."""
-    try:
-        with Image.open(path) as image:
-            pixels: Tensor = pil_to_tensor(image.convert(mode))
-    except _UNREADABLE as error:
-        raise _damaged(path, error) from error
+    with opened(path) as image:
+        pixels: Tensor = pil_to_tensor(image.convert(mode))
     return pixels
-
-
-def _image(path: Path) -> Tensor:
-    return _read(path, "RGB")
 
 
 def _mask(path: Path) -> Tensor:
     """Return a mask, bool ``(1, H, W)``."""
     pixels = _read(path, "L")
-    found = (
-        pixels.flatten().bincount().nonzero().flatten().tolist()
-    )  # sorting takes 8 times as long
+    found = pixels.flatten().bincount().nonzero()[:, 0].tolist()  # 8 times as fast as sorting
     if not (set(found) <= {0, 255} or set(found) <= {0, 1}):
         raise ValueError(
             f"Expected a mask of 0 and 255, or of 0 and 1, in {path}, got the values "
@@ -324,10 +268,3 @@ def _mask(path: Path) -> Tensor:
             "colours, smoothing or lossy compression; is it perhaps the image?"
         )
     return pixels > 0
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"Expected a whole image in {path}, got a file that cannot be read: {error}. Copy or "
-        "download it again."
-    )

@@ -1,4 +1,4 @@
-"""Seeded choice: generators from words, subsets, splits, streams, random views, and loaders.
+"""Seeded choice: generators from words, subsets, streams, sets of samples, random views, loaders.
 
 Nothing here draws from the global random state.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+Batch = tuple[Tensor, Tensor]
 T = TypeVar("T")
 _DRAWS = 2**31
 
@@ -68,30 +70,6 @@ def held_out(samples: S, size: int, seed: int, purpose: str) -> tuple[S, S]:
     return samples.select(indices), samples.select(others)
 
 
-def split(
-    train: S,
-    test: S,
-    *,
-    val_size: int | None,
-    train_size: int | None,
-    test_size: int | None,
-    seed: int,
-) -> dict[str, S]:
-    """Part validation samples from those to train on, and choose as many as the sizes say."""
-    size = max(1, len(train) // 10) if val_size is None else val_size
-    validation, kept = held_out(train, size, seed, "val_size")
-    if not len(kept):
-        raise ValueError(
-            f"Expected val_size to leave samples to train on, got {size} of {len(train)}. Lower "
-            "val_size, or give more data."
-        )
-    return {
-        "train": chosen(kept, train_size, seed, "train_size"),
-        "validation": validation,
-        "test": chosen(test, test_size, seed, "test_size"),
-    }
-
-
 def unequal_stream(labels: Tensor, seed: int, *, frequent: int = 3, ratio: int = 10) -> Tensor:
     """Choose samples so that a few classes are ``ratio`` times as frequent as the others.
 
@@ -131,8 +109,24 @@ def unequal_stream(labels: Tensor, seed: int, *, frequent: int = 3, ratio: int =
     return chosen[torch.randperm(len(chosen), generator=generator)]
 
 
-class Rows(TensorDataset):
-    """Inputs ``(N, ...)`` and what to predict of each, handed out a whole batch at a time.
+class Samples(Dataset[Batch], ABC):
+    """Inputs and what to predict of each, handed out a whole batch at a time."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Return a whole batch; DataLoader calls this if it is there."""
+
+    def __getitem__(self, index: int) -> Batch:
+        inputs, targets = self.__getitems__([index])
+        return inputs[0], targets[0]
+
+
+@dataclass(eq=False)
+class Rows(Samples):
+    """Inputs ``(N, ...)`` and targets as two tensors.
 
     >>> rows = Rows(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 0]))
     >>> rows.__getitems__([2, 0])
@@ -140,16 +134,13 @@ class Rows(TensorDataset):
             [0., 1.]]), tensor([0, 0]))
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        super().__init__(inputs, targets)
-        self.inputs = inputs
-        self.targets = targets
+    inputs: Tensor
+    targets: Tensor
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[index].clone(), self.targets[index].clone()
+    def __len__(self) -> int:
+        return len(self.targets)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a whole batch; DataLoader calls this if it is there."""
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         rows = torch.as_tensor(indices)
         return self.inputs[rows], self.targets[rows]
 
@@ -158,12 +149,12 @@ class Rows(TensorDataset):
         return Rows(self.inputs[indices], self.targets[indices])
 
 
+@dataclass(eq=False)
 class DrawSampler(Sampler[int]):
     """Shuffles the samples anew in each pass, each as ``index + count * draw``."""
 
-    def __init__(self, count: int, generator: Generator) -> None:
-        self.count = count
-        self.generator = generator
+    count: int
+    generator: Generator
 
     def __len__(self) -> int:
         return self.count
@@ -174,31 +165,26 @@ class DrawSampler(Sampler[int]):
         yield from (order + self.count * draws).tolist()
 
 
-class Views(Dataset[tuple[Tensor, Tensor]], ABC):
+@dataclass(eq=False)
+class Views(Samples):
     """Random views of samples that depend on the seed alone, whatever worker makes them.
 
-    :class:`DrawSampler` draws a number for each sample of each epoch in the main process and hands
-    it over inside the sample's index; all in a view is a function of it. A plain index stands for
-    draw 0.
+    A sampler, :class:`DrawSampler` if no other is given, draws a number for each sample of each
+    epoch in the main process and hands it over inside the sample's index; all in a view is a
+    function of it. A plain index stands for draw 0.
     """
 
-    def __init__(self, source: Any) -> None:
-        self.source = source
+    source: Any
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, code: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.__getitems__([code])
-        return images[0], labels[0]
-
-    def __getitems__(self, codes: list[int]) -> tuple[Tensor, Tensor]:
-        """Return a whole batch ``(B, C, H, W)`` and its labels."""
+    def __getitems__(self, codes: list[int]) -> Batch:
         pairs = [divmod(code, len(self)) for code in codes]
         return self.views([row for _, row in pairs], [draw for draw, _ in pairs])
 
     @abstractmethod
-    def views(self, rows: list[int], draws: list[int]) -> tuple[Tensor, Tensor]:
+    def views(self, rows: list[int], draws: list[int]) -> Batch:
         """Return a view of each of these samples, and their labels."""
 
 
@@ -207,38 +193,9 @@ def whole_batch(batch: Any) -> Any:
     return batch
 
 
-def loader(
-    source: Dataset[T],
-    batch_size: int,
-    *,
-    generator: Generator,
-    shuffle: bool = False,
-    sampler: Sampler[int] | None = None,
-    num_workers: int = 0,
-) -> DataLoader[T]:
-    """Return a DataLoader of a set that hands over whole batches (``__getitems__``).
-
-    Its samplers are the usual ones, so that a Trainer can distribute it; random views come with
-    draws, from a sampler that a Trainer wraps, as it does one that is given. Without a generator
-    of its own, each pass over it would draw from the global random state.
-    """
-    if isinstance(source, Views):
-        sampler = DrawSampler(len(source), generator)
-    return DataLoader(
-        source,
-        batch_size=batch_size,
-        shuffle=shuffle and sampler is None,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=whole_batch,
-        generator=generator,
-    )
-
-
 def sampled(source: DataLoader[T], size: int, *, batch_size: int, seed: int) -> DataLoader[T]:
     """Return a loader of some samples of another, in the order of its dataset.
 
-    >>> import torch
     >>> from torch.utils.data import TensorDataset
     >>> source = DataLoader(TensorDataset(torch.arange(6)), batch_size=6)
     >>> [batch[0].tolist() for batch in sampled(source, 3, batch_size=2, seed=0)]

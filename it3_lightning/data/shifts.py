@@ -6,8 +6,10 @@ may leave [0, 1]; :class:`Shift` clamps it. Lengths are in pixels of a 28-pixel 
 the image.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,17 +25,6 @@ BILINEAR = InterpolationMode.BILINEAR
 Severity = int | Literal["all"]
 SEVERITIES = (1, 2, 3, 4, 5)
 Kinds = Mapping[str, tuple[Callable[..., Any], tuple[float, float, float, float, float]]]
-
-
-def by_severity(shifts: Iterable[str], severity: Severity) -> dict[str, tuple[str, int]]:
-    """Return shift and severity of every test on shifted samples, by the test's name.
-
-    >>> list(by_severity(["fog"], "all"))
-    ['fog/1', 'fog/2', 'fog/3', 'fog/4', 'fog/5']
-    """
-    if severity != "all":
-        return {name: (name, severity) for name in shifts}
-    return {f"{name}/{level}": (name, level) for name in shifts for level in SEVERITIES}
 
 
 def parted(name: str) -> tuple[str, int | None]:
@@ -315,14 +306,11 @@ class Shift(KindOfShift):
             generator = torch.Generator().manual_seed(0)
         if images.numel() == 0:
             return images.clone()
-        shifted: Tensor = self.KINDS[self.name][0](images.float(), self._level(images), generator)
+        level = self.level
+        if self.pixel is not None and self.name in _LENGTHS:  # which scale it by the image's size
+            level = level * self.pixel / _pixels(images, 1.0)
+        shifted: Tensor = self.KINDS[self.name][0](images.float(), level, generator)
         return shifted.clamp(0, 1).to(images.dtype)
-
-    def _level(self, images: Tensor) -> float:
-        """Return the level for these images, which the function scales by their size."""
-        if self.pixel is None or self.name not in _LENGTHS:
-            return self.level
-        return self.level * self.pixel / _pixels(images, 1.0)
 
 
 def _check(images: Tensor) -> None:

@@ -6,14 +6,14 @@ import csv
 import importlib
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from it3_lightning.data.files import damaged, read_bytes
+from it3_lightning.data.base import damaged, read_bytes
 from it3_lightning.data.tables import MISSING, UNKNOWN, Schema, Table
 from it3_lightning.utils.messages import not_installed
 
@@ -55,7 +55,11 @@ def read(
         ValueError: The file is empty, cut off or damaged, or a row has too few or too many cells.
     """
     pandas, file = needed("pandas"), Path(path)
-    content, errors = _content(file), pandas.errors
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"Expected a file {file.resolve()}, got none. Place it there, or give its path."
+        )
+    content, errors = read_bytes(file), pandas.errors
     damages = errors.EmptyDataError, errors.ParserError, errors.ParserWarning
     header = 0 if names is None else None
     types = dict.fromkeys(text, object) if names is None else None
@@ -68,9 +72,31 @@ def read(
         what = f"a table with cells separated by {separator!r}"
         remedy = "It is empty, damaged or another kind of file: fetch it again, or set separator."
         raise damaged(file, what, error, remedy) from error
-    frame = frame if names is None else _named(file, frame, names)
-    _check_rows(file, content, frame, separator, comment)
+    if names is not None:
+        if frame.shape[1] != len(names):
+            raise ValueError(
+                f"Expected {len(names)} columns in {file} ({', '.join(names[:3])}, ...), got "
+                f"{frame.shape[1]}. It is another file, or cut off: put the right one in its place."
+            )
+        frame = frame.set_axis(list(names), axis=1)
+    if not len(frame):
+        raise ValueError(f"Expected rows in {file}, got a header alone. Fetch the file again.")
+    if frame.iloc[:, -1].isna().any():  # a row that is too short, which pandas fills up
+        _check_widths(file, content.decode(), frame.shape[1], separator, comment)
     return frame
+
+
+def _check_widths(file: Path, text: str, width: int, separator: str, comment: str | None) -> None:
+    """Refuse rows, neither empty nor comments, that do not have as many cells as columns."""
+    lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+    for cells in lines:
+        comments = bool(cells and comment and cells[0].startswith(comment))
+        if cells and not comments and len(cells) != width:
+            raise ValueError(
+                f"Expected {width} cells in every row of {file}, got {len(cells)} in line "
+                f"{lines.line_num}. The file is cut off or damaged there: fetch it again, or set "
+                "separator."
+            )
 
 
 def needed(package: str) -> Any:
@@ -137,57 +163,11 @@ def inferred_schema(
     return Schema(tuple(n for n in features if n not in categories), categories, classes)
 
 
-def _content(file: Path) -> bytes:
-    """Return what a file holds, unpacked."""
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"Expected a file {file.resolve()}, got none. Place it there, or give its path."
-        )
-    return read_bytes(file)
-
-
-def _named(file: Path, frame: Any, names: Sequence[str]) -> Any:
-    """Name the columns of a file that has no header."""
-    if frame.shape[1] != len(names):
-        raise ValueError(
-            f"Expected {len(names)} columns in {file} ({', '.join(names[:3])}, ...), got "
-            f"{frame.shape[1]}. It is another file, or cut off: put the right one in its place."
-        )
-    return frame.set_axis(list(names), axis=1)
-
-
-def _check_rows(
-    file: Path, content: bytes, frame: Any, separator: str, comment: str | None
-) -> None:
-    """Refuse rows that are too short, which pandas fills up."""
-    width = frame.shape[1]
-    if not len(frame):
-        raise ValueError(f"Expected rows in {file}, got a header alone. Fetch the file again.")
-    if not frame.iloc[:, -1].isna().any():
-        return  # a row that is too short lacks its last cell
-    for number, cells in _rows(content, separator, comment):
-        if cells != width:
-            raise ValueError(
-                f"Expected {width} cells in every row of {file}, got {cells} in line {number}. "
-                "The file is cut off or damaged there: fetch it again, or set separator."
-            )
-
-
-def _rows(content: bytes, separator: str, comment: str | None) -> Iterator[tuple[int, int]]:
-    """Count the cells of each line that is neither empty nor a comment."""
-    lines = csv.reader(io.StringIO(content.decode()), delimiter=separator, skipinitialspace=True)
-    for cells in lines:
-        if cells and not (comment and cells[0].startswith(comment)):
-            yield lines.line_num, len(cells)
-
-
 def _is_text(column: Any, file: str | Path) -> bool:
     """Whether a column holds text; one that holds mostly numbers is refused."""
     pandas = needed("pandas")
-    if pandas.api.types.is_bool_dtype(column):
-        return True
     if pandas.api.types.is_numeric_dtype(column):
-        return False
+        return bool(pandas.api.types.is_bool_dtype(column))
     words = column.dropna()
     numbers = pandas.to_numeric(words, errors="coerce").notna()
     if 2 * int(numbers.sum()) > len(words):
@@ -221,8 +201,7 @@ def _categories(column: Any, file: str | Path) -> tuple[str, ...]:
 
 def _numbers(column: Any, file: str | Path) -> Tensor:
     """Return numbers ``(N,)``, float64, NaN where they are missing."""
-    pandas = needed("pandas")
-    values = pandas.to_numeric(column, errors="coerce").astype("float64")
+    values = needed("pandas").to_numeric(column, errors="coerce").astype("float64")
     wrong = (values.isna() & column.notna()) | values.isin([float("inf"), -float("inf")])
     _refuse(column, wrong, file, "a finite number")
     return torch.tensor(values.to_numpy())

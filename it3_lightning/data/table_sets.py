@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -61,6 +62,7 @@ _COVERTYPE_BLOCKS = {
 }
 
 
+@dataclass(eq=False)
 class AdultDataModule(ShiftedTables):
     """Adult as UCI publishes it: the files ``adult.data`` and ``adult.test`` in ``root``.
 
@@ -73,7 +75,6 @@ class AdultDataModule(ShiftedTables):
 
     Args:
         root: Folder of the two files.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
 
     Raises:
         FileNotFoundError: A file is missing (when the data is loaded, as all that follow).
@@ -83,9 +84,7 @@ class AdultDataModule(ShiftedTables):
 
     sample_settings = ("test_share", "root")
 
-    def __init__(self, root: str | Path = "data/adult", **kwargs: Any) -> None:
-        self.root = root
-        super().__init__(**kwargs)
+    root: str | Path = "data/adult"
 
     def load(self) -> tuple[Table, Table]:
         """Return the rows of the two files."""
@@ -96,17 +95,16 @@ class AdultDataModule(ShiftedTables):
                 f"Expected the files {' and '.join(_ADULT)} in {folder.resolve()}, got no "
                 f"{' and no '.join(absent)}. Place them there, or set root to their folder."
             )
-        train, test = (self._table(folder / name) for name in _ADULT)
-        return train, test
-
-    def _table(self, file: Path) -> Table:
-        frame = read(file, names=_ADULT_COLUMNS, comment="|")
-        if file.name == "adult.test":
-            frame["income"] = frame["income"].replace(r"\.$", "", regex=True)
+        train, test = (read(folder / name, names=_ADULT_COLUMNS, comment="|") for name in _ADULT)
+        test["income"] = test["income"].replace(r"\.$", "", regex=True)
         schema = Schema(_ADULT_NUMBERS, ADULT_CATEGORIES, ("<=50K", ">50K"))
-        return to_table(frame, file, schema, "income", known=file.name == "adult.data")
+        return (
+            to_table(train, folder / _ADULT[0], schema, "income", known=True),
+            to_table(test, folder / _ADULT[1], schema, "income", known=False),
+        )
 
 
+@dataclass(eq=False)
 class CovertypeDataModule(ShiftedTables):
     """Covertype as UCI publishes it: ``covtype.data``, or ``covtype.data.gz``, in ``root``.
 
@@ -119,7 +117,6 @@ class CovertypeDataModule(ShiftedTables):
 
     Args:
         root: Folder of the file; a plain one goes first.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
 
     Raises:
         FileNotFoundError: Neither file is there (when the data is loaded, as all that follow).
@@ -129,9 +126,7 @@ class CovertypeDataModule(ShiftedTables):
 
     sample_settings = ("test_share", "root")
 
-    def __init__(self, root: str | Path = "data/covertype", **kwargs: Any) -> None:
-        self.root = root
-        super().__init__(**kwargs)
+    root: str | Path = "data/covertype"
 
     def load(self) -> tuple[Table, None]:
         """Return all rows."""
@@ -142,16 +137,18 @@ class CovertypeDataModule(ShiftedTables):
                 f"Expected {' or '.join(_COVERTYPE)} in {Path(self.root).resolve()}, got neither. "
                 "Place one there, or set root to the folder that holds it."
             )
-        blocks = _COVERTYPE_BLOCKS.values()
-        columns = [*_COVERTYPE_NUMBERS, *(name for names in blocks for name in names), "Cover_Type"]
-        frame = read(file, names=columns)
-        schema = Schema(_COVERTYPE_NUMBERS, {}, tuple("1234567"))
-        numbers = to_table(frame, file, schema, "Cover_Type", known=True)
-        codes = torch.stack([_code(frame, file, names) for names in blocks], dim=1)
-        schema = Schema(_COVERTYPE_NUMBERS, _COVERTYPE_BLOCKS, schema.classes)
-        return Table(schema, numbers.numeric, codes, numbers.target), None
+        names = [name for names in _COVERTYPE_BLOCKS.values() for name in names]
+        columns, classes = (*_COVERTYPE_NUMBERS, *names), tuple("1234567")
+        frame = read(file, names=[*columns, "Cover_Type"])
+        whole = to_table(frame, file, Schema(columns, {}, classes), "Cover_Type", known=True)
+        numbers, *blocks = torch.split(whole.numeric, [10, 4, 40], dim=1)
+        pairs = zip(blocks, _COVERTYPE_BLOCKS.values(), strict=True)
+        codes = torch.stack([_code(block, file, names) for block, names in pairs], dim=1)
+        schema = Schema(_COVERTYPE_NUMBERS, _COVERTYPE_BLOCKS, classes)
+        return Table(schema, numbers, codes, whole.target), None
 
 
+@dataclass(eq=False)
 class BundledDataModule(ShiftedTables):
     """A table of scikit-learn: all columns numeric, nothing missing, the test rows held out.
 
@@ -165,7 +162,6 @@ class BundledDataModule(ShiftedTables):
 
     Args:
         name: Of the table.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
 
     Raises:
         ImportError: Scikit-learn is not installed (when the data is loaded).
@@ -179,9 +175,7 @@ class BundledDataModule(ShiftedTables):
 
     sample_settings = ("test_share", "name")
 
-    def __init__(self, name: Bundled = "breast_cancer", **kwargs: Any) -> None:
-        self.name: Bundled = name
-        super().__init__(**kwargs)
+    name: Bundled = "breast_cancer"
 
     def check(self) -> None:
         """Refuse settings out of their range."""
@@ -200,6 +194,7 @@ class BundledDataModule(ShiftedTables):
         return Table(schema, torch.from_numpy(bunch.data).double(), none, target), None
 
 
+@dataclass(eq=False)
 class CSVDataModule(ShiftedTables):
     """A CSV file, plain or gzipped (``.gz``), with a target column.
 
@@ -220,7 +215,6 @@ class CSVDataModule(ShiftedTables):
         exclude: Names of columns to leave out.
         names: Of all columns, where the files have no header.
         separator: One character between cells.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
 
     Raises:
         FileNotFoundError: A file is missing (when the data is loaded, as all that follow).
@@ -236,62 +230,28 @@ class CSVDataModule(ShiftedTables):
         *("target", "task", "categorical", "exclude"),
     )
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        target: str,
-        task: Task = "classification",
-        test_path: str | Path | None = None,
-        categorical: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        names: Sequence[str] | None = None,
-        separator: str = ",",
-        **kwargs: Any,
-    ) -> None:
-        self.path = path
-        self.target = target
-        self.task: Task = task
-        self.test_path = test_path
-        self.categorical = categorical
-        self.exclude = exclude
-        self.names = names
-        self.separator = separator
-        super().__init__(**kwargs)
+    path: str | Path
+    _: KW_ONLY
+    target: str
+    task: Task = "classification"
+    test_path: str | Path | None = None
+    categorical: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    names: Sequence[str] | None = None
+    separator: str = ","
 
     def check(self) -> None:
         """Refuse settings out of their range, before any file is read."""
         super().check()
         check_choice("task", self.task, get_args(Task))
-        if len(self.separator) != 1:
-            raise ValueError(
-                f"Expected a separator of one character, got {self.separator!r}. Give for example "
-                'separator=";".'
-            )
+        _check_separator(self.separator)
 
     def load(self) -> tuple[Table, Table | None]:
         """Return the rows of the file, and those of the test file if there is one."""
-        path = Path(self.path)
-        text = [*(self.categorical or ()), *[self.target] * (self.task == "classification")]
-        frame = self._read(path, text)
-        unlisted = [name for name in self.exclude if name not in frame]
-        if unlisted:
-            raise ValueError(
-                f"Expected a column {unlisted[0]!r} in {path} to leave out, got "
-                f"{', '.join(map(str, frame.columns[:10]))}. Correct exclude."
-            )
-        frame = frame.drop(columns=list(self.exclude))
-        schema = inferred_schema(frame, path, self.target, self.task, self.categorical)
-        rows = to_table(frame, path, schema, self.target, known=True)
-        if self.test_path is None:
-            return rows, None
-        test = self._read(Path(self.test_path), [*schema.categorical, *text])
-        return rows, to_table(test, self.test_path, schema, self.target, known=False)
-
-    def _read(self, path: Path, text: Sequence[str]) -> Any:
-        return read(path, names=self.names, text=text, separator=self.separator)
+        return _load(self, Path(self.path), self.target, self.task)
 
 
+@dataclass(eq=False)
 class BostonDataModule(ShiftedTables):
     """Boston housing: 13 numeric columns, and the median value ``MEDV`` in 1,000 dollars.
 
@@ -310,7 +270,6 @@ class BostonDataModule(ShiftedTables):
         exclude: Names of columns to leave out.
         names: Of all columns, where the files have no header.
         separator: One character between cells.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedTables`.
 
     Raises:
         FileNotFoundError: There is no such file (when the data is loaded).
@@ -329,45 +288,52 @@ class BostonDataModule(ShiftedTables):
         *("categorical", "exclude"),
     )
 
-    def __init__(
-        self,
-        path: str | Path | None = None,
-        *,
-        test_path: str | Path | None = None,
-        categorical: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        names: Sequence[str] | None = None,
-        separator: str = ",",
-        **kwargs: Any,
-    ) -> None:
-        self.path = path
-        self.test_path = test_path
-        self.categorical = categorical
-        self.exclude = exclude
-        self.names = names
-        self.separator = separator
-        super().__init__(**kwargs)
+    path: str | Path | None = None
+    _: KW_ONLY
+    test_path: str | Path | None = None
+    categorical: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    names: Sequence[str] | None = None
+    separator: str = ","
 
     def check(self) -> None:
         """Refuse settings out of their range, before any file is read."""
         super().check()
-        self._file(self.path or "")
+        _check_separator(self.separator)
 
     def load(self) -> tuple[Table, Table | None]:
         """Return the rows of the file, and those of the test file if there is one."""
-        return self._file(self.path or _packaged()).load()
+        return _load(self, Path(self.path or _packaged()), "MEDV", "regression")
 
-    def _file(self, path: str | Path) -> CSVDataModule:
-        return CSVDataModule(
-            path,
-            target="MEDV",
-            task="regression",
-            test_path=self.test_path,
-            categorical=self.categorical,
-            exclude=self.exclude,
-            names=self.names,
-            separator=self.separator,
+
+def _check_separator(separator: str) -> None:
+    if len(separator) != 1:
+        raise ValueError(
+            f"Expected a separator of one character, got {separator!r}. Give for example "
+            'separator=";".'
         )
+
+
+def _load(
+    data: CSVDataModule | BostonDataModule, path: Path, target: str, task: Task
+) -> tuple[Table, Table | None]:
+    """Return the rows of a file, and those of the test file if there is one."""
+    form: dict[str, Any] = {"names": data.names, "separator": data.separator}
+    text = [*(data.categorical or ()), *[target] * (task == "classification")]
+    frame = read(path, text=text, **form)
+    unlisted = [name for name in data.exclude if name not in frame]
+    if unlisted:
+        raise ValueError(
+            f"Expected a column {unlisted[0]!r} in {path} to leave out, got "
+            f"{', '.join(map(str, frame.columns[:10]))}. Correct exclude."
+        )
+    frame = frame.drop(columns=list(data.exclude))
+    schema = inferred_schema(frame, path, target, task, data.categorical)
+    rows = to_table(frame, path, schema, target, known=True)
+    if data.test_path is None:
+        return rows, None
+    test = read(data.test_path, text=[*schema.categorical, *text], **form)
+    return rows, to_table(test, data.test_path, schema, target, known=False)
 
 
 def _packaged() -> Path:
@@ -382,10 +348,9 @@ def _packaged() -> Path:
     return Path(folders[0]) / "resources" / "boston_house_prices.csv"
 
 
-def _code(frame: Any, file: Path, names: tuple[str, ...]) -> Tensor:
+def _code(block: Tensor, file: Path, names: tuple[str, ...]) -> Tensor:
     """Return which column of a block is 1, ``(N,)``; exactly one must be, the others 0."""
-    block = to_table(frame.assign(none=0.0), file, Schema(names, {}, None), "none", known=True)
-    wrong = ((block.numeric == 1).sum(1) != 1) | ((block.numeric == 0).sum(1) != len(names) - 1)
+    wrong = ((block == 1).sum(1) != 1) | ((block == 0).sum(1) != len(names) - 1)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
@@ -393,4 +358,4 @@ def _code(frame: Any, file: Path, names: tuple[str, ...]) -> Tensor:
             f"another row {row + 1}, and {int(wrong.sum())} such rows in all. The file is damaged "
             "or another one: fetch it again."
         )
-    return block.numeric.argmax(dim=1)
+    return block.argmax(dim=1)

@@ -7,8 +7,8 @@ the :class:`Layout` that says which features make up one variable, and a generat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -128,7 +128,15 @@ class Preprocessing:
     def fit(cls, table: Table) -> Preprocessing:
         """Measure the training rows; ValueError where a column has no value in any of them."""
         numbers = table.numeric.numpy()
-        _check_values(table, np.isnan(numbers).all(axis=0))
+        names = [*table.schema.numeric, *table.schema.categorical]
+        absent = [*np.isnan(numbers).all(axis=0), *(table.codes < 0).all(dim=0).tolist()]
+        empty = [name for name, none in zip(names, absent, strict=True) if none]
+        if empty:
+            raise ValueError(
+                f"Expected at least one value of every column among the {len(table)} training "
+                f"rows, got none of {', '.join(map(repr, empty))}. Leave such columns out with "
+                "exclude=[...], or train on more rows."
+            )
         constant = np.nanmax(numbers, axis=0) == np.nanmin(numbers, axis=0)
         std = np.where(constant, 1.0, np.nanstd(numbers, axis=0))  # which rounding may make 1e-17
         counts = [block.sum(0) for block in _blocks(table.codes, table.schema)]
@@ -170,25 +178,13 @@ def _blocks(codes: Tensor, schema: Schema) -> list[Tensor]:
     return [column[:, None] == torch.arange(len(categories)) for column, categories in pairs]
 
 
-def _check_values(table: Table, unnumbered: Any) -> None:
-    """Refuse a column that has no value in any of the training rows."""
-    names = [*table.schema.numeric, *table.schema.categorical]
-    absent = [*unnumbered, *(table.codes < 0).all(dim=0).tolist()]
-    empty = [name for name, none in zip(names, absent, strict=True) if none]
-    if empty:
-        raise ValueError(
-            f"Expected at least one value of every column among the {len(table)} training rows, "
-            f"got none of {', '.join(map(repr, empty))}. Leave such columns out with "
-            "exclude=[...], or train on more rows."
-        )
-
-
 def zeroed(features: Tensor, level: float, layout: Layout, generator: Generator) -> Tensor:
     """Zero each cell with probability ``level``: a number becomes the mean, a category none.
 
     As the published code does on Boston housing: ``x * (rand > p)`` on standardised features.
     """
-    return torch.where(_cells(features, level, layout, generator), 0.0, features)
+    cells = torch.rand(len(features), layout.variables, generator=generator) < level
+    return torch.where(cells[:, layout.variable], 0.0, features)
 
 
 def missing(features: Tensor, level: float, layout: Layout, generator: Generator) -> Tensor:
@@ -232,12 +228,6 @@ def swapped(features: Tensor, level: float, layout: Layout, generator: Generator
         some = picked.nonzero()[:, 0]
         rows[some] = some[torch.randperm(len(some), generator=generator)]
     return features.gather(0, order[:, layout.variable])
-
-
-def _cells(features: Tensor, rate: float, layout: Layout, generator: Generator) -> Tensor:
-    """Choose cells at a rate, ``(N, F)``: all features of a category together."""
-    chosen = torch.rand(len(features), layout.variables, generator=generator) < rate
-    return chosen[:, layout.variable]
 
 
 _EVALUATION: Kinds = {
@@ -306,6 +296,7 @@ class TabularShift(KindOfShift):
         return shifted.to(features.dtype)
 
 
+@dataclass(eq=False)
 class ShiftedTables(ShiftedData):
     """Rows for training, and the same held-out rows clean and under shifts for testing.
 
@@ -317,22 +308,16 @@ class ShiftedTables(ShiftedData):
     times as frequent.
 
     Args:
-        severity: 1 (weak) to 5 (strong), or ``"all"``: each in turn, a loader for each, whose test
-            names end in ``/1`` to ``/5``.
         test_share: Share of the rows held out for testing, where no test file has them.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedData`.
     """
 
     SHIFTS = TABULAR_SHIFTS
     TUNING_SHIFTS = TABULAR_TUNING_SHIFTS
     sample_settings: ClassVar[tuple[str, ...]] = ("test_share",)
-    _schema: Schema
-    _layout: Layout
 
-    def __init__(self, *, severity: Severity = 3, test_share: float = 0.2, **kwargs: Any) -> None:
-        self.severity = severity
-        self.test_share = test_share
-        super().__init__(**kwargs)
+    _: KW_ONLY
+    severity: Severity = 3
+    test_share: float = 0.2
 
     def load(self) -> tuple[Table, Table | None]:
         """Return the rows to train on and those to test on; ``None``: a share is held out."""
@@ -384,7 +369,7 @@ class ShiftedTables(ShiftedData):
 
     def shifted(self, name: str) -> Rows:
         """Return the held-out rows under a shift."""
-        kind, severity = self._wanted()[name]
+        kind, severity = self.wanted()[name]
         clean, generator = self._splits[self.evaluate_on], seeded(self.seed, kind, severity)
         features = self.change(kind, severity)(clean.inputs, self._layout, generator)
         return Rows(features, clean.targets)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,29 +15,31 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose, PILToTensor, Resize
 
-from it3_lightning.data.base import Batch, check_equal, check_integer, check_share
+from it3_lightning.data.base import check_equal, check_integer, check_share
 from it3_lightning.data.images import (
     Augmented,
     Decode,
-    Decoder,
     ImageFiles,
     Images,
     ShiftedImages,
     crop_and_flip,
+    read_rgb,
 )
-from it3_lightning.data.sampling import chosen, subset
+from it3_lightning.data.sampling import Batch, chosen, subset
 
 _UNSEEN = "unseen_ages"
 _NAME = re.compile(r"(\d{1,3})_[01]_[0-4]_\d+\s*\.jpg(\.chip\.jpg)?", re.IGNORECASE)
 
 
+@dataclass(eq=False)
 class UTKFaceDataModule(ShiftedImages):
     """UTKFace: 23,708 aligned faces of 0 to 116 years, for regression of the age.
 
     A batch is ``(images, ages)``: float32 ``(B, 3, S, S)`` in [0, 1] and float32 ``(B, 1)``, in
     years. The published images are used as they are in ``root`` or ``root/UTKFace``, there or in
     ``part1`` to ``part3``, and decoded only when they are read. Names that hold no age are left
-    out, with one warning that counts them. Nothing is downloaded.
+    out, with one warning that counts them. Nothing is downloaded. There are no classes, so
+    ``stream`` must be ``"equal"``.
 
     With ``train_ages``, ages outside them are a shift of their own: training, validation and the
     test loaders hold ages inside, and one more loader, ``unseen_ages``, holds other samples, clean
@@ -55,8 +57,6 @@ class UTKFaceDataModule(ShiftedImages):
         augment: Whether training images are cut out at random places of a frame wider by an
             eighth, and half of them mirrored.
         val_size: Samples taken from the training images for validation.
-        kwargs: Settings of :class:`~it3_lightning.data.ShiftedImages`; there are no classes, so
-            ``stream`` must be ``"equal"``.
 
     Raises:
         FileNotFoundError: There are no images, or no such list.
@@ -72,29 +72,16 @@ class UTKFaceDataModule(ShiftedImages):
         "in_memory",
     )
 
-    def __init__(
-        self,
-        root: str | Path = "data",
-        *,
-        image_size: int = 128,
-        train_ages: tuple[int, int] | None = None,
-        train_list: str | Path | None = None,
-        test_list: str | Path | None = None,
-        test_share: float = 0.2,
-        in_memory: bool = False,
-        augment: bool = True,
-        val_size: int = 2000,
-        **kwargs: Any,
-    ) -> None:
-        self.root = root
-        self.image_size = image_size
-        self.train_ages = train_ages
-        self.train_list = train_list
-        self.test_list = test_list
-        self.test_share = test_share
-        self.in_memory = in_memory
-        self.augment = augment
-        super().__init__(val_size=val_size, **kwargs)
+    root: str | Path = "data"
+    _: KW_ONLY
+    image_size: int = 128
+    train_ages: tuple[int, int] | None = None
+    train_list: str | Path | None = None
+    test_list: str | Path | None = None
+    test_share: float = 0.2
+    in_memory: bool = False
+    augment: bool = True
+    val_size: int = 2000
 
     @property
     def test_names(self) -> list[str]:
@@ -112,7 +99,12 @@ class UTKFaceDataModule(ShiftedImages):
                 f"Expected both train_list and test_list or neither, got {self.train_list!r} and "
                 f"{self.test_list!r}. Give the other, or leave both out."
             )
-        self._check_ages()
+        ages = self.train_ages
+        if ages is not None and not (len(ages) == 2 and 0 <= ages[0] <= ages[1]):
+            raise ValueError(
+                f"Expected train_ages to be the youngest and the oldest age, got {ages!r}. Write "
+                "e.g. (20, 60)."
+            )
 
     def prepare_data(self) -> None:
         """Refuse missing images before any work; nothing is downloaded."""
@@ -128,7 +120,7 @@ class UTKFaceDataModule(ShiftedImages):
                 f"are not age_gender_race_datetime.jpg, e.g. {odd[0]}."
             )
         size = [self.image_size, self.image_size]
-        decode: Decode = Decoder(Compose([Resize(size), PILToTensor()]))
+        decode: Decode = Compose([read_rgb, Resize(size), PILToTensor()])
         if self.in_memory:
             decode = InMemory(decode, [folder / name for name in names])
         ages = [age_of(Path(name).name) for name in names]
@@ -152,11 +144,17 @@ class UTKFaceDataModule(ShiftedImages):
     def _parts(self, names: list[str]) -> tuple[Tensor, Tensor]:
         """Return which images to train and to test on, by the lists or the seed."""
         if self.train_list is not None and self.test_list is not None:
-            lists = Path(self.train_list), Path(self.test_list)
-            return _read_lists(*lists, names)
+            train, test = (_read_list(Path(f), names) for f in (self.train_list, self.test_list))
+            both = set(train) & set(test)
+            if both:
+                raise ValueError(
+                    f"Expected no image in both {self.train_list} and {self.test_list}, got "
+                    f"{len(both)}, e.g. {names[min(both)]}. Test on images that are not trained on."
+                )
+            return torch.tensor(train), torch.tensor(test)
         size = max(1, round(self.test_share * len(names)))
-        test, train = subset(len(names), size, self.seed, "test faces")
-        return train, test
+        held_out, others = subset(len(names), size, self.seed, "test faces")
+        return others, held_out
 
     def _aged(self, faces: ImageFiles, *, inside: bool) -> ImageFiles:
         """Return the faces inside the ages to train on, or outside of them."""
@@ -178,14 +176,6 @@ class UTKFaceDataModule(ShiftedImages):
         unseen = self._aged(self._all_ages[self.evaluate_on], inside=False)
         size = None if self.test_size is None else min(self.test_size, len(unseen))
         return chosen(unseen, size, self.seed, _UNSEEN)
-
-    def _check_ages(self) -> None:
-        ages = self.train_ages
-        if ages is not None and not (len(ages) == 2 and 0 <= ages[0] <= ages[1]):
-            raise ValueError(
-                f"Expected train_ages to be the youngest and the oldest age, got {ages!r}. Write "
-                "e.g. (20, 60)."
-            )
 
 
 class InMemory:
@@ -226,14 +216,32 @@ def age_of(name: str) -> int | None:
 def _find(root: Path) -> tuple[Path, list[str], list[str]]:
     """Return the folder of the images, the paths in it that tell an age, and the others, sorted."""
     for folder in (root, root / "UTKFace"):
-        names = _images(folder)
-        if names:
-            return folder, *_aged(folder, names)
-    raise FileNotFoundError(
-        f"Expected images named like 25_0_1_20170116174525125.jpg in {root.resolve()}, in UTKFace "
-        "of it, or in part1 to part3 of one of them, got none. Unpack UTKFace.tar.gz there, or set "
-        "root to the folder that holds them."
-    )
+        places = [folder, *sorted(folder.glob("part[123]"))]
+        files = [file for place in places for file in place.glob("*")]
+        files = [file for file in files if file.name.lower().endswith("jpg")]
+        if files:
+            break
+    else:
+        raise FileNotFoundError(
+            f"Expected images named like 25_0_1_20170116174525125.jpg in {root.resolve()}, in "
+            "UTKFace of it, or in part1 to part3 of one of them, got none. Unpack UTKFace.tar.gz "
+            "there, or set root to the folder that holds them."
+        )
+    names = sorted(str(file.relative_to(folder)) for file in files)
+    twice = [name for name, times in Counter(Path(n).name for n in names).items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"Expected each image once in {folder}, got {len(twice)} of them in several parts, "
+            f"e.g. {twice[0]}: they could be trained and tested on. Remove one copy."
+        )
+    kept = [name for name in names if age_of(Path(name).name) is not None]
+    odd = sorted(set(names) - set(kept))
+    if not kept:
+        raise ValueError(
+            f"Expected names like 25_0_1_20170116174525125.jpg in {folder}, got {len(odd)} others, "
+            f"e.g. {odd[0]}. The age is told by the name alone: keep the published names."
+        )
+    return folder, kept, odd
 
 
 def _read_list(path: Path, names: Sequence[str]) -> list[int]:
@@ -253,41 +261,3 @@ def _read_list(path: Path, names: Sequence[str]) -> list[int]:
             "list, or fetch the images."
         )
     return sorted({rows[name] for name in listed})
-
-
-def _read_lists(train: Path, test: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return which of the images two files list, ``(M,)`` each."""
-    trained, tested = _read_list(train, names), _read_list(test, names)
-    both = set(trained) & set(tested)
-    if both:
-        raise ValueError(
-            f"Expected no image in both {train} and {test}, got {len(both)}, e.g. "
-            f"{names[min(both)]}. Test on images that are not trained on."
-        )
-    return torch.tensor(trained), torch.tensor(tested)
-
-
-def _images(folder: Path) -> list[str]:
-    """Return the JPEG files in a folder and its parts, sorted."""
-    places = [folder, *sorted(folder.glob("part[123]"))]
-    files = [file for place in places for file in place.glob("*")]
-    found = [file for file in files if file.name.lower().endswith("jpg")]
-    return sorted(str(file.relative_to(folder)) for file in found)
-
-
-def _aged(folder: Path, names: list[str]) -> tuple[list[str], list[str]]:
-    """Return the names that hold an age, and the others."""
-    twice = [name for name, times in Counter(Path(n).name for n in names).items() if times > 1]
-    if twice:
-        raise ValueError(
-            f"Expected each image once in {folder}, got {len(twice)} of them in several parts, "
-            f"e.g. {twice[0]}: they could be trained and tested on. Remove one copy."
-        )
-    kept = [name for name in names if age_of(Path(name).name) is not None]
-    odd = sorted(set(names) - set(kept))
-    if not kept:
-        raise ValueError(
-            f"Expected names like 25_0_1_20170116174525125.jpg in {folder}, got {len(odd)} others, "
-            f"e.g. {odd[0]}. The age is told by the name alone: keep the published names."
-        )
-    return kept, odd

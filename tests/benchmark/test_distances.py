@@ -68,7 +68,12 @@ def airfoil_model() -> Any:
 
 
 def roads() -> RoadScenesDataModule:
-    sizes = {"train_size": 20, "val_size": 10, "test_size": 12, "eval_batch_size": 4}
+    sizes: dict[str, Any] = {
+        "train_size": 20,
+        "val_size": 10,
+        "test_size": 12,
+        "eval_batch_size": 4,
+    }
     return RoadScenesDataModule(None, size=16, shifts=["blur", "contrast"], **sizes)
 
 

@@ -1,11 +1,14 @@
-"""Data modules of roads: order, orientations, shifts that leave the masks, changed settings."""
+"""Data modules of roads: order, orientations, shifts that leave the masks, drawn scenes."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from draw_road_scenes import main
 from helpers.road_files import massachusetts
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -15,12 +18,13 @@ from it3_lightning.data import (
     ROAD_TUNING_SHIFTS,
     SHIFTS,
     TUNING_SHIFTS,
+    RoadScenes,
     RoadScenesDataModule,
     RoadsDataModule,
     Shift,
     ShiftedMasks,
 )
-from it3_lightning.data.roads import MaskedImages, Shifted, TileOrder, Turned
+from it3_lightning.data.roads import MaskedImages, Shifted, TileOrder, Turned, scene_file
 
 MASKABLE = [name for name in SHIFTS + TUNING_SHIFTS if name not in ("rotation", "shear")]
 
@@ -172,14 +176,14 @@ def test_no_tiles_have_an_empty_order() -> None:
 def test_orientations_are_the_eight_of_a_square_for_image_and_mask() -> None:
     source = random_set(2)
     turned = Turned(source)
-    assert len(turned) == 16
+    assert len(turned) == 2
     for sample in range(2):
         image, mask = source[sample]
         mirrored = [value.flip(2) for value in (image, mask)]
         for how in range(8):
-            found = turned[8 * sample + how]
+            found = turned[sample + 2 * how]
             assert torch.equal(found[1], (found[0][:1] * 255 > 127).float())
-        images = [turned[8 * sample + how][0] for how in range(8)]
+        images = [turned[sample + 2 * how][0] for how in range(8)]
         expected = [value.rot90(k, (1, 2)) for value in (image, mirrored[0]) for k in range(4)]
         for value in expected:
             assert sum(torch.equal(value, found) for found in images) == 1
@@ -197,11 +201,10 @@ def test_augmentation_shows_each_image_once_an_epoch_in_many_orientations() -> N
 def test_selection_goes_through_shifts_and_orientations() -> None:
     source, chosen = random_set(), torch.tensor([4, 1])
     assert torch.equal(source.select(chosen)[0][0], source[4][0])
-    assert torch.equal(Turned(source).select(chosen)[8][0], source[1][0])
+    assert torch.equal(Turned(source.select(chosen))[1][0], source[1][0])
     shifted = Shifted(source, Shift("contrast"), 0)
-    assert torch.equal(shifted.select(chosen)[0][0], shifted[4][0])
-    assert torch.equal(Turned(source).files, torch.zeros(48))
-    assert torch.equal(shifted.files, torch.zeros(6))
+    assert torch.equal(Shifted(source.select(chosen), shifted.shift, 0)[0][0], shifted[4][0])
+    assert torch.equal(source.files, torch.zeros(6))
 
 
 # Shifts on tiles
@@ -307,3 +310,123 @@ def test_8_bit_images_are_divided_by_255_and_masks_are_numbers() -> None:
 def test_the_order_of_tiles_repeats_with_its_generator() -> None:
     order = TileOrder(torch.tensor([0, 0, 1, 1]), generator=torch.Generator(), at_once=1)
     assert (list(order), list(order)) == ([0, 1, 3, 2], [3, 2, 1, 0])
+
+
+# --- drawn scenes
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[Tensor, Tensor]:
+    return RoadScenes(64)(32, seeded())
+
+
+# --- simple scenes
+
+
+def test_images_are_8_bit_colour_and_masks_are_bool(drawn: tuple[Tensor, Tensor]) -> None:
+    images, masks = drawn
+    assert (images.shape, images.dtype) == ((32, 3, 64, 64), torch.uint8)
+    assert (masks.shape, masks.dtype) == ((32, 1, 64, 64), torch.bool)
+
+
+def test_every_scene_has_a_road_and_no_scene_is_all_road(drawn: tuple[Tensor, Tensor]) -> None:
+    share = drawn[1].float().mean((1, 2, 3))
+    assert 0.02 < share.min() < share.max() < 0.45
+
+
+def test_scenes_differ_and_use_the_range_of_values(drawn: tuple[Tensor, Tensor]) -> None:
+    images = drawn[0].float() / 255
+    assert images.mean((1, 2, 3)).std() > 0.03
+    assert images.std((2, 3)).mean() > 0.07
+
+
+def test_the_same_seed_draws_the_same_scenes(drawn: tuple[Tensor, Tensor]) -> None:
+    for value, again in zip(drawn, RoadScenes(64)(32, seeded()), strict=True):
+        assert torch.equal(value, again)
+    assert not torch.equal(drawn[1], RoadScenes(64)(32, seeded(1))[1])
+
+
+def test_the_painter_does_not_touch_the_global_random_state() -> None:
+    before = torch.get_rng_state()
+    RoadScenes(16)(2, seeded())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_brightness_alone_does_not_tell_the_roads(drawn: tuple[Tensor, Tensor]) -> None:
+    grey, masks = drawn[0].float().mean(1, keepdim=True), drawn[1]
+    scores = []
+    for low in range(0, 250, 25):
+        for high in range(low + 25, 275, 25):
+            found = (grey >= low) & (grey < high)
+            scores.append(((found & masks).sum() / (found | masks).sum()).item())
+    assert max(scores) < 0.4
+
+
+def test_scenes_too_small_to_draw_are_refused() -> None:
+    assert math.prod(RoadScenes(16)(1, seeded())[0].shape) == 768
+    with pytest.raises(ValueError, match="at least 16 pixels, got 15"):
+        RoadScenes(15)
+
+
+# --- files of scenes
+
+
+def made(root: Path, **settings: int) -> RoadScenesDataModule:
+    sizes: dict[str, Any] = {"size": 16, "train_size": 4, "val_size": 2, "test_size": 3}
+    return RoadScenesDataModule(root, **{**sizes, **settings})
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    main(
+        [f"--root={tmp_path}", "--seeds=0", "--size=16", "--train=4", "--validation=2", "--test=3"]
+    )
+    return tmp_path
+
+
+def test_a_missing_file_says_what_to_run(root: Path) -> None:
+    made(root).setup("fit")
+    for changed in ({"size": 32}, {"seed": 1}):
+        with pytest.raises(
+            FileNotFoundError, match=r"no such file\. Run: python .*scenes\.py --root .* --seeds"
+        ):
+            made(root, **changed).setup("fit")
+
+
+def test_too_few_scenes_say_how_many_to_draw(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"at least 9 scenes of 16 pixels for test .*--test 9"):
+        made(root, test_size=9).setup("fit")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def without_masks(file: Path) -> None:
+    with np.load(file) as arrays:
+        np.savez(file, **{name: arrays[name] for name in arrays if name != "test_masks"})
+
+
+def of_numbers(file: Path) -> None:
+    with np.load(file) as arrays:
+        np.savez(file, **{name: arrays[name].astype("float32") * 2 for name in arrays})
+
+
+def of_objects(file: Path) -> None:
+    np.savez(file, train_images=np.array([{}], dtype=object))
+
+
+@pytest.mark.parametrize("damage", [cut, emptied, without_masks, of_numbers, of_objects])
+def test_a_damaged_file_is_refused_by_name(root: Path, damage: Callable[[Path], None]) -> None:
+    file = scene_file(root, 16, 0)
+    damage(file)
+    with pytest.raises(ValueError, match=rf"Expected .*{file.name}.*Delete it\. Run"):
+        made(root).setup("fit")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from it3_lightning.data import unequal_stream
-from it3_lightning.data.sampling import Rows, split, subset
+from it3_lightning.data import ShiftedData, unequal_stream
+from it3_lightning.data.sampling import Rows, subset
 
 
 def test_unequal_stream_makes_three_classes_ten_times_as_frequent() -> None:
@@ -40,7 +40,7 @@ def test_a_subset_and_the_others_are_ascending_and_repeat_with_the_seed() -> Non
 
 def test_a_split_parts_validation_from_training_samples() -> None:
     rows = Rows(torch.zeros(8, 2), torch.arange(8))
-    parts = split(rows, rows, val_size=3, train_size=4, test_size=None, seed=0)
+    parts = ShiftedData(val_size=3, train_size=4).parted(rows, rows)
     assert {name: part.targets.tolist() for name, part in parts.items()} == {
         "train": [0, 3, 5, 6],
         "validation": [2, 4, 7],

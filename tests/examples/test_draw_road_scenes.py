@@ -11,7 +11,7 @@ from draw_road_scenes import Curves, DetailedScenes, edge, grid, main, moved, no
 from torch import Tensor
 
 from it3_lightning.data import RoadScenesDataModule
-from it3_lightning.data.road_scenes import scene_file
+from it3_lightning.data.roads import scene_file
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -134,7 +134,7 @@ def test_the_data_module_reads_the_scenes_of_its_seed(
 ) -> None:
     main([f"--root={tmp_path}", "--seeds", "0", "1", *SMALL])
     assert capsys.readouterr().out.count("42 scenes in") == 2
-    sizes = {"size": 16, "train_size": 20, "val_size": 10, "test_size": 7}
+    sizes: dict[str, Any] = {"size": 16, "train_size": 20, "val_size": 10, "test_size": 7}
     found = []
     for seed in (0, 1):
         data = RoadScenesDataModule(tmp_path, seed=seed, shifts=["contrast"], **sizes)

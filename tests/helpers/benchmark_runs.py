@@ -28,7 +28,7 @@ def make_model() -> IT3Classifier:
 
 
 def digits(**sizes: int) -> DigitsDataModule:
-    given = {"train_size": 200, "test_size": 120, **sizes}
+    given: dict[str, Any] = {"train_size": 200, "test_size": 120, **sizes}
     return DigitsDataModule(shifts=("contrast",), severity=4, **given)
 
 
