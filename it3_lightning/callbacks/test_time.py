@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -132,7 +133,7 @@ class TestTimeCallback(Callback):
         self.independent_ranks = independent_ranks
         self.outputs: OutputKind = outputs
         self.summary = Summary()
-        self._give_back: Callable[[], None] | None = None
+        self._steps: list[AdaptedStep] = []  # taken over and not given back yet, the latest last
 
     @property
     def gate(self) -> float | None:
@@ -142,7 +143,8 @@ class TestTimeCallback(Callback):
     # What Lightning calls, in the order of a run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse before fitting what its validation could not adapt or calibrate."""
+        """Refuse a second callback; before fitting, what its validation could not adapt to."""
+        self._check_alone(trainer, "validate" if stage == "fit" else stage)
         if stage == "fit" and ("validate" in self.stages or self.gate is not None):
             host_of(pl_module, self.settings.method, outputs=self.outputs, fitted=False)
         if self._gate is not None:
@@ -182,37 +184,42 @@ class TestTimeCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give ``validation_step`` back."""
-        self._finish()
+        self._finish(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give ``test_step`` back."""
-        self._finish()
+        self._finish(trainer)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give ``predict_step`` back."""
-        self._finish()
+        self._finish(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give the step back after an error or an interruption; forget what was measured."""
+        self._return_steps(trainer)
         if self._gate is not None:
             self._gate.cancel()
-        self._return_step()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the step back, whatever happened."""
-        self._return_step()
+        self._return_steps(trainer)
 
     # How it works
 
     def _take_over(self, trainer: Trainer, module: LightningModule, stage: Stage) -> None:
         """Put a step in the place of the module's own that runs it with adapted weights."""
+        self._return_steps(trainer)  # of a run that never ended
+        name = STEPS[stage]
+        left = vars(module).get(name)
+        if isinstance(left, AdaptedStep) and not left.going_on:
+            left.give_back()
         if stage not in self.stages:
             return
         host = host_of(module, self.settings.method, outputs=self.outputs)
         check_trainer(trainer, module, self.settings, self.independent_ranks)
-        settings, name = self.settings, STEPS[stage]
+        settings = self.settings
         if self._gate is not None:
             settings = self._gate.settings_for(module)
         runner: BatchStep | PerSampleStep
@@ -224,12 +231,13 @@ class TestTimeCallback(Callback):
         self.summary = Summary()
         logs = stage != "predict"
         record = Recorder(module, self.summary, settings, runner.adapter, logs=logs)
-        own = getattr(module, name)
-        self._give_back = _replace(module, name, _wrapped(own, host.it3_inputs, runner, record))
+        step = AdaptedStep(trainer, module, name, host.it3_inputs, runner, record)
+        self._steps.append(step)
+        step.take_over()
 
-    def _finish(self) -> None:
+    def _finish(self, trainer: Trainer) -> None:
         """Say what adaptation did, warn where nothing was learnt to adapt by; end the run."""
-        if self._give_back is None:
+        if not any(step.trainer is trainer for step in self._steps):
             return
         rank_zero_info(f"IT3: {self.summary}")
         if self.summary.distance_source == 0 and self.settings.method.needs_prior:
@@ -237,12 +245,104 @@ class TestTimeCallback(Callback):
                 "Every second prediction equals the first: the conditioning has not been trained. "
                 "Fit the module first, or give it source_checkpoint=... and fit the conditioning."
             )
-        self._return_step()
+        self._return_steps(trainer)
 
-    def _return_step(self) -> None:
-        give_back, self._give_back = self._give_back, None
-        if give_back is not None:
-            give_back()
+    def _return_steps(self, trainer: Trainer) -> None:
+        """Give back what this Trainer's runs have taken over; a Trainer inside may have its own."""
+        for step in [step for step in reversed(self._steps) if step.trainer is trainer]:
+            step.give_back()
+            self._steps.remove(step)
+
+    def _check_alone(self, trainer: Trainer, stage: str) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        adapting = [c for c in callbacks if isinstance(c, TestTimeCallback) and stage in c.stages]
+        if len(adapting) > 1 and stage in self.stages:
+            names = " and ".join(type(c).__name__ for c in adapting)
+            raise MisconfigurationException(
+                f"Expected one callback that adapts in stage '{stage!s}', got {len(adapting)}: "
+                f"{names}. Keep one of them, give them different stages=[...], or run one Trainer "
+                "after the other."
+            )
+
+
+class AdaptedStep:
+    """Stands in the place of a module's step: runs it with weights adapted to its batch.
+
+    Each dataloader starts from the source. Where the Trainer's run is not going on, as after a
+    callback that failed, and in a copy of the module, it is the module's own step.
+
+    Args:
+        trainer: whose run it is for.
+        module: whose step it is.
+        name: of the step.
+        inputs_of: returns the inputs of a batch.
+        runner: adapts and runs.
+        record: takes note of each adaptation, and of its dataloader.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        name: str,
+        inputs_of: Callable[[Any], Any],
+        runner: BatchStep | PerSampleStep,
+        record: Recorder,
+    ) -> None:
+        self.trainer = trainer
+        self._module = module
+        self._name = name
+        self._before = {name: vars(module)[name]} if name in vars(module) else {}
+        self._own: Step = getattr(module, name)
+        self._inputs_of = inputs_of
+        self._runner = runner
+        self._record = record
+        self._loader = 0
+        functools.update_wrapper(self, self._own, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step of one batch."""
+        if not self.going_on:
+            return self._own(*args, **kwargs)
+        batch = args[0] if args else next(iter(kwargs.values()))
+        index = kwargs.get("dataloader_idx", args[2] if len(args) > 2 else 0)
+        loader = index if isinstance(index, int) else 0
+        if loader != self._loader:
+            self._runner.adapter.restart()
+            self._loader = loader
+        step = functools.partial(self._own, *args, **kwargs)
+        output, adaptation = self._runner.run(self._inputs_of(batch), step)
+        self._record(adaptation, loader)
+        return output
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies of the module have its own step."""
+        if self._before:
+            return _itself, (self._before[self._name],)
+        return getattr, (self._module, self._name)
+
+    @property
+    def going_on(self) -> bool:
+        """Whether the Trainer is in the run that this is for, with this module."""
+        stage = self.trainer.state.stage
+        own = self._module._trainer is self.trainer
+        return own and stage is not None and STEPS.get(stage.value) == self._name
+
+    def take_over(self) -> None:
+        """Take the place of the step on the instance."""
+        vars(self._module)[self._name] = self
+
+    def give_back(self) -> None:
+        """Put back what a batch that was cut short has left, and the module's own step."""
+        self._runner.undo.run()
+        attributes = vars(self._module)
+        if attributes.get(self._name) is self:
+            attributes.pop(self._name)
+            attributes.update(self._before)
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 class IT3TestTimeCallback(TestTimeCallback):
@@ -267,48 +367,6 @@ class IT3TestTimeCallback(TestTimeCallback):
         self, *, objective: TestTimeMethod | TestTimeObjective | None = None, **settings: Any
     ) -> None:
         super().__init__(method=objective, **settings)
-
-
-def _wrapped(
-    step: Step, inputs_of: Callable[[Any], Any], runner: BatchStep | PerSampleStep, record: Recorder
-) -> Step:
-    """Return a step that runs with weights adapted to its batch, each dataloader from the source.
-
-    Args:
-        step: takes a batch, and what Lightning hands over with it.
-        inputs_of: returns the inputs of a batch.
-        runner: adapts and runs.
-        record: takes note of each adaptation, and of its dataloader.
-    """
-    current = 0
-
-    @functools.wraps(step)
-    def adapted_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal current
-        batch = args[0] if args else next(iter(kwargs.values()))
-        index = kwargs.get("dataloader_idx", args[2] if len(args) > 2 else 0)
-        loader = index if isinstance(index, int) else 0
-        if loader != current:
-            runner.adapter.restart()
-            current = loader
-        output, adaptation = runner.run(inputs_of(batch), functools.partial(step, *args, **kwargs))
-        record(adaptation, loader)
-        return output
-
-    return adapted_step
-
-
-def _replace(module: LightningModule, name: str, step: Step) -> Callable[[], None]:
-    """Put a step on the instance; return what puts the former state of the instance back."""
-    attributes = vars(module)
-    before = {name: attributes[name]} if name in attributes else {}
-    attributes[name] = step
-
-    def undo() -> None:
-        attributes.pop(name, None)
-        attributes.update(before)
-
-    return undo
 
 
 def _visible_signature(*classes: type, hidden: Sequence[str] = ()) -> inspect.Signature:

@@ -7,7 +7,7 @@ The four steps of the paper (Durasov et al., IT3, ICML 2025), and where they sta
 3. :math:`\theta \leftarrow \theta - \eta \nabla_\theta d(y_0, y_1)`: ``method.step``, by
    ``state.step(loss)``
 4. predict :math:`f_\theta(x, 0)`, then restore: ``self._predict(...)``, and at the end of
-   :meth:`BatchAdapter.adapted` ``source.restore_parameters()``
+   :meth:`BatchAdapter.adapted` ``source.restore_weights()``
 
 The adapted weights are storage of their own behind the module's own parameters, so whatever runs
 inside :meth:`BatchAdapter.adapted` uses them, and the source comes back by reference, exactly.
@@ -18,8 +18,9 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from it3_lightning.engine import fast
 from it3_lightning.engine.optimizers import OnlyStep
 from it3_lightning.engine.passes import AnchoredWeights, Network, NetworkPasses, all_finite
-from it3_lightning.engine.restore import Snapshot, norm_statistics, without_side_effects
+from it3_lightning.engine.restore import NormStatistics, Snapshot, Undo, without_side_effects
 from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.selection import select
 from it3_lightning.engine.settings import Settings
@@ -89,6 +90,8 @@ class BatchAdapter:
         inputs_in: InputsIn | None = None,
     ) -> None:
         self.selected = select(module, settings.parameters)
+        self.undo = Undo()
+        self.drawn = False  # whether the last passes drew random numbers
         self._module = module
         self._settings = settings
         self._method = settings.method
@@ -125,26 +128,34 @@ class BatchAdapter:
             ValueError: the selected parameters have no influence on the prediction.
         """
         self.network.forwards = self.network.cache.hits = 0
-        with ExitStack() as statistics:
-            statistics.enter_context(norm_statistics(self._module, self._settings.norm_stats))
-            source = Snapshot(self._module)
+        draws = partial(self.network.draws, inputs)
+        with self.undo as undo:
+            statistics = NormStatistics(self._module, self._settings.norm_stats)
+            undo.add(statistics.restore)
+            statistics.enter()
+            undo.add((source := Snapshot(self._module)).restore)
             try:
-                try:
-                    with without_side_effects(source, self._isolation):
-                        adaptation = self._adapt(inputs, answer, source)
-                except Skip as reason:
-                    source.restore_parameters()
-                    statistics.close()
-                    source = Snapshot(self._module)
-                    with without_side_effects(source, self._isolation):
-                        adaptation = self._keep_source(inputs, answer, str(reason))
-                finally:
-                    self.network.cache.clear()
-                yield adaptation
-            finally:
+                with without_side_effects(source, self._isolation, draws):
+                    adaptation = self._adapt(inputs, answer, source)
+            except Skip as reason:
                 source.restore_parameters()
-                source.restore_modes()
-                torch.clear_autocast_cache()
+                statistics.restore()
+                source = Snapshot(self._module)
+                undo.add(source.restore)
+                with without_side_effects(source, self._isolation, draws):
+                    adaptation = self._keep_source(inputs, answer, str(reason))
+            finally:
+                self.network.cache.clear()
+            self.drawn = source.drawn
+            try:
+                yield adaptation
+            except Exception:  # what the body itself has written stays, unless it is interrupted
+                source.restore_weights()
+                statistics.restore()
+                undo.clear()
+                raise
+            source.restore_weights()
+            statistics.restore()
 
     def _adapt(self, inputs: Any, answer: Answer | None, source: Snapshot) -> Adaptation:
         """Adapt, and leave the adapted weights in place; all or nothing."""

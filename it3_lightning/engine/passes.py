@@ -5,6 +5,7 @@ from __future__ import annotations
 import cmath
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from it3_lightning.engine import fast
+from it3_lightning.engine.restore import generators_drawn_by
 from it3_lightning.engine.types import (
     Answer,
     Enters,
@@ -59,6 +61,7 @@ class Network:
         self._layers = [(name, module.get_submodule(name)) for name in layers] if layers else []
         self.features: dict[str, Any] = {}
         self.forwards = 0
+        self._draws: dict[tuple[bool, ...], frozenset[str] | None] = {}  # by the layers' modes
 
     def restart(self) -> None:
         """Begin with a new batch."""
@@ -110,6 +113,22 @@ class Network:
             self.cache.first(inputs, version, lambda: answer(given)) if plain else answer(given)
         )
         return outputs.detach(), answers
+
+    def draws(self, inputs: Any) -> frozenset[str] | None:
+        """Return the random generators that its passes draw from; ``None``: it cannot be told."""
+        layers = list(self._module.modules())
+        modes = tuple(layer.training for layer in layers)
+        if modes not in self._draws:
+            compiled = any(hasattr(layer, "_orig_mod") for layer in layers)
+            found = None if compiled else generators_drawn_by(partial(self._both, inputs))
+            self._draws[modes] = found
+        return self._draws[modes]
+
+    @torch.no_grad()
+    def _both(self, inputs: Any) -> None:
+        """Run the first pass, and another with its prediction as the prior."""
+        outputs = self._forward(copied(inputs), None)
+        self._forward(copied(inputs), self.to_label(outputs))
 
     def _keep(self, name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:

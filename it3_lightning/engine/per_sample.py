@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from it3_lightning.engine import fast
 from it3_lightning.engine.adapter import BatchAdapter
-from it3_lightning.engine.restore import Snapshot, without_side_effects
+from it3_lightning.engine.restore import Snapshot, Undo, without_side_effects
 from it3_lightning.engine.result import Adaptation, merged, replaced
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.trees import batch_size, cast_like, taken
@@ -118,6 +118,8 @@ class SampleAdapter:
         self._alone = BatchAdapter(module, forward, to_label, alone, **given)
         self._common = module, forward, to_label, alone, given
         self.selected = self._alone.selected
+        self.undo = Undo()
+        self.drawn = False  # whether the passes of the last batch drew random numbers
         self._fast = fast.path("vmap")
         self._vectorised: Callable[[Any, Answer], Adaptation] | None = None
         if self._fast is not None and settings.method.vmappable:
@@ -141,7 +143,9 @@ class SampleAdapter:
             answer: what to run with each sample's adapted weights: inputs to outputs ``(B, ...)``
                 and what becomes :attr:`Adaptation.answers`. Default: the neutral forward pass.
         """
-        with torch.inference_mode(False), torch.no_grad():  # samples taken out must be ordinary
+        with self.undo as undo, torch.inference_mode(False), torch.no_grad():
+            self.drawn = False
+            undo.add(self._alone.undo.run)  # samples taken out must be ordinary tensors
             adaptation = self._adapt(inputs, answer or Plain(self._forward))
         yield adaptation
 
@@ -154,8 +158,10 @@ class SampleAdapter:
 
     def _source(self, inputs: Any, answer: Answer) -> Adaptation:
         """Predict with the source weights; measure the samples whose prediction is finite."""
+        self.undo.add(self._still.undo.run)
         with self._still.adapted(inputs, answer) as source:
             pass
+        self.drawn |= self._still.drawn
         if source.reason is None or source.outputs is None:
             return source
         rows = source.outputs.isfinite().flatten(1).all(1).nonzero()[:, 0].tolist()
@@ -214,6 +220,7 @@ class SampleAdapter:
     def _one(self, inputs: Any, index: int, answer: Answer) -> Adaptation:
         with self._alone.adapted(taken(inputs, range(index, index + 1)), answer) as adaptation:
             pass
+        self.drawn |= self._alone.drawn
         self._like = tree_map(_empty, (adaptation.outputs, adaptation.answers))
         return replace(adaptation, weights={})
 
@@ -251,10 +258,15 @@ class SampleAdapter:
     def _chunk(self, inputs: Any, answer: Answer) -> Adaptation:
         """Adapt to all samples by ``torch.func``; what goes wrong in the end keeps the source."""
         assert self._vectorised is not None
+        assert self._fast is not None
         snapshot = Snapshot(self._module)
-        with without_side_effects(snapshot, self._isolation):
+        self.undo.add(snapshot.restore)
+        self.undo.add(partial(self._fast.release_switches, self._vectorised))
+        draws = partial(self._alone.network.draws, inputs)
+        with without_side_effects(snapshot, self._isolation, draws):
             snapshot.detach_parameters()
             adaptation = self._vectorised(inputs, answer)
+        self.drawn |= snapshot.drawn
         assert adaptation.outputs is not None
         outputs, answers = cast_like((adaptation.outputs, adaptation.answers), self._like)
         source = cast_like(adaptation.source_outputs, outputs)

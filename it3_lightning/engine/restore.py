@@ -1,30 +1,107 @@
-"""Restore: snapshot of a module, swapped weights, norm statistics, random state; all put back.
+"""Restore: what a module was, its norm statistics and the random state; undone however it ends.
 
 Parameters are held by reference, not copied: adaptation puts *other* storage behind a parameter, so
-putting the first one back is exact and costs nothing. Buffers are small and may be written in
-place, so they are cloned.
+putting the first one back is exact and costs nothing. What a network may write into (buffers,
+tensors and containers among its attributes, random generators of its own) is copied.
+
+Everything is put back by functions that can run again and again. They are handed to :class:`Undo`
+before the change that they undo, so that an interruption, wherever it comes, loses none of them.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+import random
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from types import FunctionType, ModuleType
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from it3_lightning.engine.types import Isolation, NormStats
+
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}  # parameters, buffers, submodules, hooks
+_HOOKS = tuple(sorted(name for name in _OF_TORCH if "hook" in name))
+_RUNS_IT = ("_trainer", "_fabric")  # references from a module to what runs it
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.device, torch.dtype})
+_DEPTH = 4  # of containers and objects inside attributes
+_FEW = 64  # items of a container that are looked into: longer ones collect results
+_MANY = 10_000  # items of a container that are copied, unless it is an attribute of a module
+_LARGE = 1 << 24  # bytes of a tensor or array that are copied: larger ones are data
+_CONTAINERS = (list, dict, set, deque)
+_LIBRARIES = sys.stdlib_module_names | {
+    "torch",
+    "lightning",
+    "pytorch_lightning",
+    "lightning_fabric",
+    "torchmetrics",
+    "torchvision",
+    "numpy",
+}
+
+
+Draws = Callable[[], frozenset[str] | None]
+"""Returns the names of the generators that passes draw from; ``None``: it may be any."""
+
+
+class Undo:
+    """What is to be put back, the latest first, however often that is tried.
+
+    >>> done = []
+    >>> with Undo() as undo:
+    ...     undo.add(lambda: done.append("put back"))
+    >>> done  # the body ended: it has put back what it had to
+    []
+    >>> undo.add(lambda: done.append("put back"))
+    >>> undo.run(), undo.run(), done
+    (None, None, ['put back'])
+    """
+
+    def __init__(self) -> None:
+        self._actions: list[Callable[[], object]] = []
+
+    def __enter__(self) -> Self:
+        """Put back what was left over."""
+        self.run()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Put everything back where the body was cut short."""
+        if kind is not None:
+            self.run()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what has been put back otherwise."""
+        self._actions.clear()
+
+    def add(self, action: Callable[[], object]) -> None:
+        """Register what undoes a change, before the change; it must be able to run twice."""
+        self._actions.append(action)
+
+    def run(self) -> None:
+        """Put everything back; what is interrupted is done again in the next run."""
+        while self._actions:
+            self._actions[-1]()
+            self._actions.pop()
 
 
 class Snapshot:
     """What a module was, to be put back bit for bit.
 
-    Attributes and gradients are kept by reference: what is written *into* them stays.
+    Parameters, gradients and attributes are kept by reference; what is in buffers, and in tensors,
+    arrays, containers and generators among the attributes, by value.
 
     Args:
-        module: of which everything is noted; only buffers are copied.
+        module: of which everything is noted, and of modules that it keeps unregistered.
 
     >>> layer = nn.Linear(1, 1)
     >>> before = layer.weight.item()
@@ -36,20 +113,51 @@ class Snapshot:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        owners = list(module.modules())
+        owners, kept, self._made_in_inference = _kept_by(module)
         self.parameters = list(
             {id(p): p for owner in owners for p in _parameters_of(owner)}.values()
         )
         self._saved = [(p, p.data, p.requires_grad, p.grad) for p in self.parameters]
+        self._registered = [
+            (entries, dict(entries))
+            for owner in owners
+            for entries in (owner._parameters, *(vars(owner).get(name) for name in _HOOKS))
+            if isinstance(entries, dict)
+        ]
         self._attributes = [(owner, dict(vars(owner))) for owner in owners]
+        self._computed = [found for owner in owners for found in _computed(owner)]
         self._buffers = [(owner, dict(owner._buffers), _copies(owner._buffers)) for owner in owners]
+        self._contents = [(each, _copied(each)) for each in kept]
+        self._random = RandomState()
+        self.draws: frozenset[str] | None = None
+        self.drawn = False
 
     def restore(self) -> None:
         """Put everything back, outside inference mode, so that no inference tensor stays."""
+        self.restore_attributes()
+        for entries, before in self._registered:
+            if not _same(entries, before):
+                entries.clear()
+                entries.update(before)
         with torch.inference_mode(False):
             self.restore_parameters()
-            self.restore_buffers()
+            self.restore_written()
+        self.restore_random()
+        torch.clear_autocast_cache()
+
+    def undo_passes(self) -> None:
+        """Put back what passes have drawn and written, but not the parameters."""
+        self.restore_random()
+        self.restore_written()
         self.restore_attributes()
+        self.restore_flags()
+        torch.clear_autocast_cache()
+
+    def restore_random(self) -> bool:
+        """Put the generators back that passes have drawn from, and say whether any has."""
+        drawn = self._random.restore(self.draws)
+        self.drawn |= drawn
+        return drawn
 
     def detach_parameters(self) -> None:
         """Let no parameter need a gradient or have one, until it is put back."""
@@ -61,25 +169,28 @@ class Snapshot:
         """Put back each attribute that was set, replaced or removed, and so every mode."""
         for owner, before in self._attributes:
             now = vars(owner)
-            same = list(now) == list(before)
-            if same and all(map(operator.is_, now.values(), before.values())):
+            if _same(now, before):
                 continue
             for name in [name for name in now if name not in before]:
                 del now[name]
             now.update(before)
 
-    def restore_modes(self) -> None:
-        """Put each submodule back into training or evaluation mode, as it was."""
+    def restore_weights(self) -> None:
+        """Put the parameters back, and each submodule into training or evaluation mode."""
+        self.restore_parameters()
         for owner, before in self._attributes:
             mode = before.get("training")  # a compiled module keeps it elsewhere
             if mode is not None and owner.training is not mode:
                 owner.training = mode
+        torch.clear_autocast_cache()
 
     def restore_parameters(self) -> None:
         """Put the first storage back behind each parameter, with its flags and its gradient."""
         for parameter, data, _, _ in self._saved:
             parameter.data = data
         self.restore_flags()
+        for owner, name, value in self._computed:
+            vars(owner)[name] = value
 
     def restore_flags(self) -> None:
         """Put back ``requires_grad`` and ``.grad`` of each parameter."""
@@ -87,19 +198,148 @@ class Snapshot:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
 
-    def restore_buffers(self) -> None:
-        """Put each buffer's tensor back, and its values into it; remove new ones."""
+    def restore_written(self, *, norms: bool = True) -> None:
+        """Put each buffer back, and what was written into buffers and attributes.
+
+        Args:
+            norms: also the buffers of normalisation layers.
+        """
         into: list[Tensor] = []
         values: list[Tensor] = []
         for owner, tensors, copies in self._buffers:
+            if not norms and isinstance(owner, _NormBase):
+                continue
             now = owner._buffers
             for name in [name for name in now if name not in tensors]:
                 del now[name]
             now.update(tensors)
             into += [tensor for n, tensor in tensors.items() if n in copies and tensor is not None]
             values += copies.values()
+        for each, copy in self._contents:
+            if isinstance(each, Tensor):
+                into.append(each)
+                values.append(copy)
+            else:
+                _refill(each, copy)
         if into:
             _write(into, values)
+
+    def replace_inference_tensors(self) -> None:
+        """Let the module keep ordinary tensors for those of inference mode, until it is restored.
+
+        A table that a network made in an ordinary test, and keeps, could not be part of a graph.
+        """
+        for owner, tensors, _ in self._buffers:
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    owner._buffers[name] = tensor.clone()
+        for keeper, key, tensor in self._made_in_inference:
+            keeper[key] = tensor.clone()
+
+
+Kept = tuple[list[nn.Module], list[Any], list[tuple[Any, Any, Tensor]]]
+"""Modules; what else may be written into; where tensors of inference mode are, and these."""
+
+
+def _kept_by(module: nn.Module) -> Kept:
+    """Return all that a module keeps: registered, in attributes, and inside of these."""
+    found: Kept = (list(module.modules()), [], [])
+    owners, seen = found[0], set(map(id, module.modules()))
+    for owner in owners:  # which grows meanwhile
+        attributes = vars(owner)
+        for name, value in attributes.items():
+            if type(value) not in _PLAIN and name not in _OF_TORCH and name not in _RUNS_IT:
+                _look_into(value, attributes, name, _DEPTH, found, seen)
+    return found
+
+
+def _look_into(value: Any, keeper: Any, key: Any, depth: int, found: Kept, seen: set[int]) -> None:
+    """Note a value that may be written into, and, to a depth, what is inside."""
+    if type(value) in _PLAIN or id(value) in seen or isinstance(value, nn.Parameter):
+        return
+    seen.add(id(value))
+    owners, written, made_in_inference = found
+    if isinstance(value, Tensor):
+        if value.is_inference() and isinstance(keeper, dict | list):
+            made_in_inference.append((keeper, key, value))
+        if _writable(value) and value.numel() * value.element_size() <= _LARGE:
+            written.append(value)
+    elif isinstance(value, np.ndarray):
+        if value.nbytes <= _LARGE and value.flags.writeable:
+            written.append(value)
+    elif isinstance(value, nn.Module):
+        new = [m for m in value.modules() if m is value or id(m) not in seen]
+        seen.update(map(id, new))
+        owners += new
+    elif isinstance(value, _CONTAINERS):
+        if depth == _DEPTH or len(value) <= _MANY:
+            written.append(value)
+        if depth and len(value) <= _FEW:
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            for inner_key, inner in list(pairs):
+                _look_into(inner, value, inner_key, depth - 1, found, seen)
+    elif isinstance(value, tuple | frozenset):
+        for inner in value if len(value) <= _FEW else ():
+            _look_into(inner, value, None, depth - 1, found, seen)
+    elif isinstance(value, torch.Generator | np.random.Generator | random.Random):
+        written.append(value)
+    elif depth and _is_own_object(value):
+        _look_into(vars(value), None, None, depth - 1, found, seen)
+
+
+def _is_own_object(value: Any) -> bool:
+    """Whether an object is of a class of the user's, with attributes of its own."""
+    if isinstance(value, type | ModuleType | FunctionType) or not hasattr(value, "__dict__"):
+        return False
+    return type(value).__module__.partition(".")[0] not in _LIBRARIES
+
+
+def _copied(each: Any) -> Any:
+    """Return a copy of what an object holds, for :func:`_refill`."""
+    if isinstance(each, Tensor):
+        return each.detach().clone()
+    if isinstance(each, torch.Generator):
+        return each.get_state()
+    if isinstance(each, np.random.Generator):
+        return each.bit_generator.state
+    if isinstance(each, random.Random):
+        return each.getstate()
+    return each.copy()
+
+
+def _refill(each: Any, copy: Any) -> None:
+    """Let an object hold what it held; others may hold the object too."""
+    if isinstance(each, torch.Generator):
+        each.set_state(copy)
+    elif isinstance(each, np.random.Generator):
+        each.bit_generator.state = copy
+    elif isinstance(each, random.Random):
+        each.setstate(copy)
+    elif isinstance(each, np.ndarray):
+        each[...] = copy
+    elif not _same(each, copy):
+        each.clear()
+        each.extend(copy) if isinstance(each, list | deque) else each.update(copy)
+
+
+def _same(now: Any, before: Any) -> bool:
+    """Whether a container holds the same objects, in the same order."""
+    if len(now) != len(before):
+        return False
+    if isinstance(now, dict):
+        same = all(map(operator.is_, now.values(), before.values()))
+        return same and list(now) == list(before)
+    if isinstance(now, set):
+        return bool(now == before)
+    return all(map(operator.is_, now, before))
+
+
+def _computed(owner: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield the weights that hooks compute of parameters, as ``weight_norm`` and pruning do."""
+    for name in owner._parameters:
+        computed, _, kind = name.rpartition("_")
+        if kind in ("orig", "g") and computed in vars(owner):
+            yield owner, computed, vars(owner)[computed]
 
 
 def _parameters_of(owner: nn.Module) -> list[nn.Parameter]:
@@ -119,20 +359,97 @@ def _writable(tensor: Tensor) -> bool:
 
 
 def _write(tensors: list[Tensor], values: list[Tensor]) -> None:
-    """Write values into tensors; those of inference mode can be written within it only."""
-    with torch.no_grad():
-        inference = [tensor.is_inference() for tensor in tensors]
-        if not any(inference):
-            torch._foreach_copy_(tensors, values)
-            return
-        for tensor, copy, within in zip(tensors, values, inference, strict=True):
-            with torch.inference_mode(within):
-                tensor.copy_(copy)
+    """Write values into tensors, of which a graph may be made already."""
+    plain = not any(t.is_inference() or t.layout != torch.strided for t in tensors)
+    if plain:
+        torch._foreach_copy_([tensor.data for tensor in tensors], values)
+    for tensor, copy in zip(tensors, values, strict=True) if not plain else ():
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.copy_(copy)
+
+
+class RandomState:
+    """The state of the process's random generators: torch's, Python's and NumPy's.
+
+    >>> state = RandomState()
+    >>> first = torch.rand(1), random.random(), np.random.rand()
+    >>> state.restore()
+    True
+    >>> first == (torch.rand(1), random.random(), np.random.rand())
+    True
+    """
+
+    def __init__(self) -> None:
+        self._states = {name: get() for name, (get, _) in _GENERATORS.items()}
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self._states["cuda"] = torch.cuda.get_rng_state()
+
+    def restore(self, names: frozenset[str] | None = None) -> bool:
+        """Put generators back, and say whether any had been drawn from.
+
+        Args:
+            names: of those that may be put back; default: all.
+        """
+        drawn = self.drawn() if names is None else self.drawn() & names
+        for name in drawn:
+            put = torch.cuda.set_rng_state if name == "cuda" else _GENERATORS[name][1]
+            put(self._states[name])
+        return bool(drawn)
+
+    def drawn(self) -> frozenset[str]:
+        """Return the names of the generators that have been drawn from since, by whomever."""
+        now = RandomState()._states
+        return frozenset(n for n, state in self._states.items() if not _equal(state, now[n]))
+
+
+_GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "torch": (torch.get_rng_state, torch.set_rng_state),
+    "python": (random.getstate, random.setstate),
+    "numpy": (np.random.get_state, np.random.set_state),
+}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, tuple) and any(isinstance(each, np.ndarray) for each in a):
+        return all(map(_equal, a, b))
+    return bool(a == b)
+
+
+def generators_drawn_by(run: Callable[[], object]) -> frozenset[str]:
+    """Return the names of the generators that a pass draws from, while other threads may draw too.
+
+    >>> generators_drawn_by(lambda: nn.functional.dropout(torch.ones(2))) >= {"torch"}
+    True
+    """
+    before = RandomState()
+    with _Drawn() as watched:
+        run()
+    return before.drawn() - {"torch", "cuda"} | (_OF_TORCH_DRAWN if watched.drawn else frozenset())
+
+
+_OF_TORCH_DRAWN = frozenset({"torch", "cuda"})
+
+
+class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether operations of this thread draw random numbers."""
+
+    drawn = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drawn |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def undisturbed_rng() -> Iterator[None]:
-    """Put the CPU's generator and the current accelerator's back on leaving.
+    """Put the random generators back on leaving.
 
     >>> before = torch.get_rng_state()
     >>> with undisturbed_rng():
@@ -140,50 +457,78 @@ def undisturbed_rng() -> Iterator[None]:
     >>> torch.equal(before, torch.get_rng_state())
     True
     """
-    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cpu, device = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+    state = RandomState()
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        if device is not None:
-            torch.cuda.set_rng_state(device)
+        state.restore()
 
 
 @contextmanager
-def without_side_effects(snapshot: Snapshot, isolation: Isolation = nullcontext) -> Iterator[None]:
-    """Undo what passes write, outside inference mode and with gradients on.
+def without_side_effects(
+    snapshot: Snapshot, isolation: Isolation = nullcontext, draws: Draws | None = None
+) -> Iterator[None]:
+    """Undo what passes write and draw, outside inference mode and with gradients on.
 
     Args:
         snapshot: of the module that runs within.
         isolation: undoes what else its passes do, as logging.
+        draws: finds out which generators passes draw from; asked where other threads may draw too,
+            whose numbers would otherwise come again.
     """
-    with torch.inference_mode(False), torch.enable_grad(), undisturbed_rng(), isolation():
+    with torch.inference_mode(False), torch.enable_grad(), isolation():
         try:
+            snapshot.replace_inference_tensors()
+            if draws is not None and threading.active_count() > 1:
+                snapshot.draws = draws()
+                snapshot.undo_passes()
+                snapshot.replace_inference_tensors()
             yield
         finally:
-            snapshot.restore_buffers()
-            snapshot.restore_attributes()
-            snapshot.restore_flags()
-            torch.clear_autocast_cache()
+            snapshot.undo_passes()
 
 
 @contextmanager
-def norm_statistics(module: nn.Module, norm_stats: NormStats) -> Iterator[None]:
-    """Let BatchNorm layers normalise by the batch at hand; running statistics are never written.
+def counted_once(module: nn.Module) -> Iterator[None]:
+    """Put back what passes within count: attributes, what is in them, and buffers.
+
+    Buffers of normalisation layers are not put back: each pass of training is seen by them.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> layer.seen = [1]
+    >>> with counted_once(layer):
+    ...     layer.seen.append(2)
+    >>> layer.seen
+    [1]
+    """
+    snapshot = Snapshot(module)
+    try:
+        yield
+    finally:
+        snapshot.restore_written(norms=False)
+        snapshot.restore_attributes()
+
+
+class NormStatistics:
+    """Lets BatchNorm layers normalise by the batch at hand; running statistics are never written.
 
     Args:
         module: whose BatchNorm layers.
         norm_stats: ``"source"`` leaves them as they are; ``"batch"`` uses the current batch.
     """
-    layers = batch_norms(module) if norm_stats == "batch" else []
-    before = [(layer.training, layer.track_running_stats) for layer in layers]
-    try:
-        for layer in layers:
+
+    def __init__(self, module: nn.Module, norm_stats: NormStats) -> None:
+        layers = batch_norms(module) if norm_stats == "batch" else []
+        self._before = [(layer, layer.training, layer.track_running_stats) for layer in layers]
+
+    def enter(self) -> None:
+        """Begin."""
+        for layer, *_ in self._before:
             layer.training, layer.track_running_stats = True, False
-        yield
-    finally:
-        for layer, (training, tracking) in zip(layers, before, strict=True):
+
+    def restore(self) -> None:
+        """Put the layers' modes back."""
+        for layer, training, tracking in self._before:
             layer.training, layer.track_running_stats = training, tracking
 
 

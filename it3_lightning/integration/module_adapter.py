@@ -27,7 +27,7 @@ from it3_lightning.engine.passes import copied
 from it3_lightning.engine.restore import Snapshot, undisturbed_rng, without_side_effects
 from it3_lightning.engine.types import Forward, InputsIn, Isolation
 from it3_lightning.integration.batches import normal
-from it3_lightning.integration.isolation import hooked_by, muted, patched
+from it3_lightning.integration.isolation import hooked_by, muted, patched, without_logs
 from it3_lightning.integration.module import IT3Module
 from it3_lightning.priors import Prior
 
@@ -69,7 +69,7 @@ def adapter_of(
                 to_label,
                 settings,
                 enters=_enters(host),
-                isolation=partial(muted, module),
+                isolation=partial(without_logs, module),
                 inputs_in=inputs_in,
             )
     except ValueError as error:
@@ -97,7 +97,7 @@ def in_precision(
     autocast = torch.is_autocast_enabled(next(iter(adapter.selected.values())).device.type)
     if not autocast or selection is None or selection.backend == "loop":
         return list(tensors)
-    with without_side_effects(Snapshot(module), partial(muted, module)), torch.no_grad():
+    with without_side_effects(Snapshot(module), partial(without_logs, module)), torch.no_grad():
         types = [tensor.dtype for tensor in ordinary()]
     return [tensor.to(dtype) for tensor, dtype in zip(tensors, types, strict=True)]
 
@@ -187,6 +187,7 @@ class BatchStep:
         prediction: WhichPrediction,
     ) -> None:
         self.adapter = adapter
+        self.undo = adapter.undo
         self._module = module
         self._host = host
         self._prediction = prediction
@@ -253,10 +254,10 @@ def averaged(module: LightningModule, host: IT3Module, prior: Tensor) -> Iterato
         if asked.priors:
             return output
         with (
-            own(prior),
             undisturbed_rng(),
             muted(module),
             hooked_by(module, lambda hook: owned(hook, host)),
+            own(prior),
         ):
             second = module(*args, **kwargs)
         return mean_prediction(host.it3_prior, output, second)

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from it3_lightning.engine import Adaptation, Settings, batch_size
 from it3_lightning.engine.passes import copied
-from it3_lightning.engine.restore import undisturbed_rng
+from it3_lightning.engine.restore import Snapshot, Undo, undisturbed_rng
 from it3_lightning.engine.trees import taken
 from it3_lightning.engine.types import Answer, Plain
 from it3_lightning.integration.batches import normal
@@ -106,6 +106,7 @@ class PerSampleStep:
             forward=lambda call, prior: host.predict_with(_inputs_in(call), prior),
             inputs_in=_inputs_in,
         )
+        self.undo = Undo()
         self._module = module
         self._host = host
         self._prediction = prediction
@@ -124,8 +125,15 @@ class PerSampleStep:
             ValueError: it calls it with another number of samples.
         """
         interception = _Interception(self._module, self._host, self._answer, normal(inputs))
-        with interception.listening(self._adapting):
-            output = step()
+        with self.undo as undo:
+            undo.add(self.adapter.undo.run)
+            undo.add(Snapshot(self._module).restore)
+            try:
+                with interception.listening(self._adapting):
+                    output = step()
+            except Exception:  # what the step itself has written stays, unless it is interrupted
+                undo.clear()
+                raise
         if not interception.answered:
             raise MisconfigurationException(_NEVER_ASKED.format(**self._names))
         if interception.ran:
@@ -136,8 +144,10 @@ class PerSampleStep:
 
     def _answer(
         self, call: Call, given: bool, interception: _Interception
-    ) -> tuple[Any, Adaptation]:
+    ) -> tuple[Any, Adaptation, bool]:
         """Return what ``forward`` returns with each sample's weights, and their adaptation.
+
+        And whether random numbers were drawn.
 
         Args:
             call: to answer.
@@ -168,7 +178,7 @@ class PerSampleStep:
             return tensors
 
         tensors = in_precision(tree.tensors, ordinary, self.adapter, self._module)
-        return tree.filled(tensors), a
+        return tree.filled(tensors), a, self.adapter.drawn
 
     def _check(self, call: Call) -> None:
         size = batch_size(call.inputs)
@@ -219,7 +229,7 @@ class _Interception:
         self,
         module: LightningModule,
         host: IT3Module,
-        answer: Callable[[Call, bool, _Interception], tuple[Any, Adaptation]],
+        answer: Callable[[Call, bool, _Interception], tuple[Any, Adaptation, bool]],
         inputs: Any,
     ) -> None:
         self._module = module
@@ -260,11 +270,13 @@ class _Interception:
         given = bool(self._priors)
         call = Call(self._inputs, *normal((args, kwargs, self._priors[-1] if given else None)))
         for former, answer, _ in self.answered:
-            if _same(former, (call[1:], given)):
+            if former is not None and _same(former, (call[1:], given)):
                 return copy.deepcopy(answer)  # the step may write into it
         with self._mode_of("run"):
-            answer, adaptation = self._answer(call, given, self)
-        self.answered.append(((call[1:], given), answer, adaptation))
+            answer, adaptation, drawn = self._answer(call, given, self)
+        if drawn:  # the next call, even the same, is to draw other numbers
+            torch.rand(1)
+        self.answered.append((None if drawn else (call[1:], given), answer, adaptation))
         return copy.deepcopy(answer)
 
     @contextmanager

@@ -83,6 +83,7 @@ class Host:
 
     def __init__(self, strategy: Any, world_size: int) -> None:
         self.strategy, self.world_size = strategy, world_size
+        self.callbacks: list[Any] = []
 
 
 def checked(strategy: Any, world_size: int, independent_ranks: bool = False, **args: Any) -> None:

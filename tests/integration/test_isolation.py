@@ -19,7 +19,7 @@ from torchmetrics.classification import (
 )
 
 from it3_lightning import DualPass, IT3Mixin
-from it3_lightning.integration.isolation import muted, silent
+from it3_lightning.integration.isolation import muted, without_logs
 
 
 class Counting(LitNet):
@@ -179,7 +179,7 @@ def test_silence_ends_with_the_logging_methods_as_they_were() -> None:
         module.log_dict({"x": 1.0})
         raise KeyError
 
-    with pytest.raises(KeyError), silent(module):
+    with pytest.raises(KeyError), without_logs(module):
         step()
     assert vars(module)["log"] is print
     assert "log_dict" not in vars(module)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from it3_lightning.engine.fast.grad_sample import Gradient, Layerwise, Product
@@ -27,7 +26,7 @@ from it3_lightning.utils.graphs import graph_count
 
 _Result = TypeVar("_Result")
 
-__all__ = ["Vectorised", "bytes_kept", "plain_attention", "samples_at_once"]
+__all__ = ["Vectorised", "bytes_kept", "plain_attention", "release_switches", "samples_at_once"]
 
 
 def mapped(one: Callable[..., Any], size: int, dims: tuple[int | None, ...], *given: Any) -> Any:
@@ -72,37 +71,96 @@ def without_batch(leaf: Tensor) -> Tensor:
     return leaf[0] if leaf.ndim and leaf.shape[0] == 1 else leaf
 
 
+class Switch:
+    """A switch of the process, off while anybody needs it so; several threads may.
+
+    Args:
+        get: returns whether it is on.
+        put: turns it on or off.
+    """
+
+    def __init__(self, get: Callable[[], bool], put: Callable[[bool], object]) -> None:
+        self._get, self._put = get, put
+        self._lock = threading.RLock()
+        self._holders: set[object] = set()
+        self._before = True
+
+    def off(self, holder: object) -> None:
+        """Turn it off for a holder."""
+        with self._lock:
+            if not self._holders:
+                self._before = self._get()
+            self._holders.add(holder)
+            self._put(False)
+
+    def release(self, holder: object) -> None:
+        """Put it back if nobody else needs it off; a holder may release it twice."""
+        with self._lock:
+            if self._holders == {holder}:
+                self._put(self._before)
+            self._holders.discard(holder)
+
+
+_CUDA, _MHA = torch.backends.cuda, torch.backends.mha
+_WARNINGS = Switch(lambda: True, torch._C._functorch._set_vmap_fallback_warning_enabled)  # type: ignore[attr-defined]
+_MHA_FAST = Switch(_MHA.get_fastpath_enabled, _MHA.set_fastpath_enabled)
+_FUSED_ATTENTION = (
+    Switch(_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
+    Switch(_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
+    Switch(_CUDA.cudnn_sdp_enabled, _CUDA.enable_cudnn_sdp),
+)
+_FUSED_RECURRENT = (
+    Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    Switch(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+)
+
+
+def release_switches(holder: object) -> None:
+    """Put back what is off for a holder; it may be called twice."""
+    for switch in (_WARNINGS, _MHA_FAST, *_FUSED_ATTENTION, *_FUSED_RECURRENT):
+        switch.release(holder)
+
+
 @contextmanager
-def vmappable(module: nn.Module) -> Iterator[None]:
+def vmappable(module: nn.Module, holder: object) -> Iterator[None]:
     """Let a network run by operations that have a batching rule; the numbers are the same.
 
     Recurrent layers get the zero state that they would make themselves, as one that ``vmap`` knows
     of, and no fused kernels; on the CPU so does attention. What torch has no rule for runs sample
     by sample, which it warns of; the choice of a backend is made by the time taken.
+
+    Args:
+        module: the network.
+        holder: for whom switches of the process are off within, see :func:`release_switches`.
     """
-    patched = [m for m in recurrent_layers(module) if "forward" not in vars(m)]
-    with warnings.catch_warnings(), plain_attention(module):
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        try:
-            for layer in patched:
-                vars(layer)["forward"] = partial(_recurrent, layer, layer.forward)
+    layers = recurrent_layers(module)
+    patched = [m for m in layers if "forward" not in vars(m)]
+    try:
+        for switch in (_WARNINGS, *(_FUSED_RECURRENT if layers else ())):
+            switch.off(holder)
+        for layer in patched:
+            vars(layer)["forward"] = partial(_recurrent, layer, layer.forward)
+        with plain_attention(module, holder):
             yield
-        finally:
-            for layer in patched:
-                vars(layer).pop("forward", None)
+    finally:
+        for layer in patched:
+            vars(layer).pop("forward", None)
+        release_switches(holder)
 
 
 @contextmanager
-def plain_attention(module: nn.Module) -> Iterator[None]:
+def plain_attention(module: nn.Module, holder: object = None) -> Iterator[None]:
     """Let the attention of a network on the CPU run unfused, as ``vmap`` needs it."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+    holder = object() if holder is None else holder
     on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+    switches = _MHA_FAST, *(_FUSED_ATTENTION if on_cpu else ())
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
-            yield
+        for switch in switches:
+            switch.off(holder)
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        for switch in switches:
+            switch.release(holder)
 
 
 def recurrent_layers(module: nn.Module) -> list[nn.Module]:
@@ -128,13 +186,7 @@ def _recurrent(layer: nn.Module, own: Callable[..., Any], inputs: Any, hx: Any =
     """Run a recurrent layer, by a state of its own where it is given none."""
     if hx is None and isinstance(inputs, Tensor):
         hx = _zeros(layer, inputs)
-    fused = torch._C._get_mkldnn_enabled()
-    try:
-        torch._C._set_mkldnn_enabled(False)
-        with torch.backends.cudnn.flags(enabled=False):
-            return own(inputs, hx)
-    finally:
-        torch._C._set_mkldnn_enabled(fused)
+    return own(inputs, hx)
 
 
 def _zeros(layer: Any, inputs: Tensor) -> Any:
@@ -359,7 +411,7 @@ class Vectorised:
         try:
             with (
                 torch.autocast(self._device, enabled=False),
-                vmappable(self._module),
+                vmappable(self._module, self),
             ):
                 return self._adapt(inputs, answer)
         finally:
