@@ -184,8 +184,8 @@ def test_nothing_is_left_behind(stage: Any, end: str, way: str) -> None:
     trainer = quiet(callbacks=[adapting(**given)])
     with ending(ENDS[end]):
         getattr(trainer, stage)(model, loader())
-    # the step's own doing; the engine fails at the second batch, or at a sample of the first, and of
-    # the batch that is interrupted nothing is left
+    # the step's own doing; the engine fails at the second batch, or at a sample of the first; of a
+    # batch that is interrupted nothing is left
     model.calls.sub_({"well": 3, "step": 2, "ctrl-c": 1, "engine": int(batchwise)}[end])
     assert differing(before, everything(model)) == []
     assert trainer.global_step == 0

@@ -107,7 +107,6 @@ def test_every_requirement_is_a_row_of_its_section(found: dict[str, Any]) -> Non
         "Fast paths: with each, against without it, the same engine otherwise": dict.fromkeys(
             (
                 "activation_cache: larger CNN, late, batch 4 ",
-                "fused_step: larger CNN, first, batch 1 ",
                 "grad_sample: larger CNN, first, batch 2 sample, vectorised",
                 "vmap: small CNN, first, batch 4 sample",
             ),

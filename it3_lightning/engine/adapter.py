@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from it3_lightning.engine import fast
 from it3_lightning.engine.optimizers import OnlyStep
 from it3_lightning.engine.passes import AnchoredWeights, Network, NetworkPasses, all_finite
 from it3_lightning.engine.restore import NormStatistics, Snapshot, Undo, without_side_effects
@@ -341,10 +340,6 @@ class _Masked(TestTimeMethod):
 
 
 def _only_step(settings: Settings) -> OnlyStep | None:
-    """Return the step in closed form, where it is all there is, in its fastest form."""
+    """Return the step in closed form, where it is all there is."""
     rule = settings.rule
-    if rule is None or not settings.single_step:
-        return None
-    lr = settings.moves[1]
-    fused = None if rule.first_step is None else fast.path("fused_step")
-    return OnlyStep(rule, lr) if fused is None else fused.FusedStep(rule, lr)
+    return OnlyStep(rule, settings.moves[1]) if rule is not None and settings.single_step else None

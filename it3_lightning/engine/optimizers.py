@@ -133,11 +133,13 @@ def _signed_step(
     share: float, weights: list[Tensor], gradients: list[Tensor], lr: float
 ) -> list[Tensor]:
     """Return ``w - lr g / (share |g| + eps)``, the first step of Adam (1) and RMSprop (0.1)."""
-    sizes = list(torch._foreach_abs(gradients))
+    moved = list(torch._foreach_abs(gradients))
     if share != 1:
-        torch._foreach_mul_(sizes, share)
-    torch._foreach_add_(sizes, _EPS)
-    return list(torch._foreach_addcdiv(weights, gradients, sizes, value=-lr))
+        torch._foreach_mul_(moved, share)
+    torch._foreach_add_(moved, _EPS)
+    for weight, gradient, out in zip(weights, gradients, moved, strict=True):
+        torch.addcdiv(weight, gradient, out, value=-lr, out=out)  # no memory but this
+    return moved
 
 
 def _write_sgd(weights: Tensor, gradients: Tensor, lr: float, out: Tensor) -> None:

@@ -6,7 +6,6 @@ and :func:`disabled` turn all of them off.
 
 =====================  ===========================================================================
 ``activation_cache``   layers before the prior are not run twice on the same inputs
-``fused_step``         the only step of an episode, straight from the gradients to new weights
 ``vmap``               all samples of a batch at once; ``stacked_weights`` has their weights
 ``grad_sample``        on the CPU, ``vmap`` finds their first gradients layer by layer
 =====================  ===========================================================================
@@ -26,7 +25,7 @@ from torch import nn
 from it3_lightning.engine.types import Enters
 from it3_lightning.utils.messages import unknown
 
-_PATHS = ("activation_cache", "fused_step", "grad_sample", "vmap")
+_PATHS = ("activation_cache", "grad_sample", "vmap")
 _ALL_OFF = frozenset(_PATHS)
 _OFF = ContextVar("off", default=_ALL_OFF if os.environ.get("IT3_FAST") == "0" else frozenset())
 

@@ -48,8 +48,6 @@ def _cases(extent: Extent) -> Iterator[_Case]:
     for size in (1, extent.batch):
         yield _Case("activation_cache", extent.small, "late", size)
         yield _Case("activation_cache", extent.large, "late", size, judged=size > 1)
-        yield _Case("fused_step", extent.small, "first", size)
-        yield _Case("fused_step", extent.large, "first", size, judged=size == 1)
     yield _Case("grad_sample", extent.small, "first", extent.batch, vectorised)
     yield _Case("grad_sample", extent.large, "first", extent.few, vectorised, judged=True)
     either = {"scope": "sample"}

@@ -14,7 +14,7 @@ from helpers.zoo import KINDS, rows
 from torch import Tensor, nn
 
 from it3_lightning.engine import Adaptation, fast
-from it3_lightning.engine.fast import fused_step, grad_sample, stacked_weights, vmap
+from it3_lightning.engine.fast import grad_sample, stacked_weights, vmap
 from it3_lightning.methods import Idempotence
 
 # the first steps of Adam are as long for gradients that are all rounding: short ones are exact
@@ -85,7 +85,6 @@ def test_fast_paths_compute_what_the_reference_computes(
     given = SETTINGS[settings]
     assert_equal_to_the_reference(kind, way, given)
     if given.get("steps", 1) == 1:  # and large weights, in pieces
-        monkeypatch.setattr(fused_step, "CHUNK", 8)
         monkeypatch.setattr(stacked_weights, "_LARGE", 1)
         monkeypatch.setattr(vmap, "_LARGE", 1)
         monkeypatch.setattr(grad_sample, "_PIECE", 16)
