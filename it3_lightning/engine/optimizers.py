@@ -13,7 +13,7 @@ step of Adam is as long on clean samples as on shifted ones.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -133,13 +133,11 @@ def _signed_step(
     share: float, weights: list[Tensor], gradients: list[Tensor], lr: float
 ) -> list[Tensor]:
     """Return ``w - lr g / (share |g| + eps)``, the first step of Adam (1) and RMSprop (0.1)."""
-    moved = list(torch._foreach_abs(gradients))
+    sizes = list(torch._foreach_abs(gradients))
     if share != 1:
-        torch._foreach_mul_(moved, share)
-    torch._foreach_add_(moved, _EPS)
-    for weight, gradient, out in zip(weights, gradients, moved, strict=True):
-        torch.addcdiv(weight, gradient, out, value=-lr, out=out)  # no memory but this
-    return moved
+        torch._foreach_mul_(sizes, share)
+    torch._foreach_add_(sizes, _EPS)
+    return list(torch._foreach_addcdiv(weights, gradients, sizes, value=-lr))
 
 
 def _write_sgd(weights: Tensor, gradients: Tensor, lr: float, out: Tensor) -> None:
@@ -231,6 +229,9 @@ def write_first_step(
 class OnlyStep:
     """A step from no moments, where no other follows: neither a copy nor an optimizer is made.
 
+    On the CPU moved weights are kept in memory that the next step overwrites, and are written piece
+    by piece, in the cache.
+
     Args:
         rule: with a closed form of its first step, or with a length.
         lr: learning rate.
@@ -243,6 +244,7 @@ class OnlyStep:
     def __init__(self, rule: Rule, lr: float) -> None:
         self._rule = rule
         self._lr = lr
+        self._memory: dict[str, Tensor] = {}
 
     def backward(
         self, loss: Tensor, parameters: Mapping[str, nn.Parameter]
@@ -250,41 +252,81 @@ class OnlyStep:
         """Go back from the loss; return the moved weights of the parameters that it depends on.
 
         Returns:
-            The weights by name, and their norm, which is finite if they are.
+            The weights by name, and a sum over them, which is finite if they are.
         """
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         pairs = zip(parameters, found, strict=True)
-        gradients = {name: full_precision(g) for name, g in pairs if g is not None}
+        gradients = {name: g for name, g in pairs if g is not None}
         if not gradients:
             return {}, loss
-        source = {name: full_precision(p.detach()) for name, p in parameters.items()}
         del found, pairs
-        if self._rule.first_step is not None:
-            weights = [source[name] for name in gradients]
-            moved = self._rule.first_step(weights, list(gradients.values()), self._lr)
-        else:
+        source = {name: p.detach() for name, p in parameters.items()}
+        moved: dict[str, Tensor] = {}
+        sums: list[Tensor] = []
+        if self._rule.first_step is None:
             moved = self._by_length(source, gradients, loss.detach())
-        kept = {n: m.to(parameters[n].dtype) for n, m in zip(gradients, moved, strict=True)}
-        return kept, torch.nn.utils.get_total_norm(list(kept.values()))
+        for name in [n for n, g in gradients.items() if n not in moved and _is_large(g)]:
+            moved[name] = self._in_pieces(name, source[name], gradients.pop(name), sums)
+        if rest := [name for name in gradients if name not in moved]:
+            assert self._rule.first_step is not None
+            weights = [full_precision(source[name]) for name in rest]
+            full = [full_precision(gradients[name]) for name in rest]
+            stepped = self._rule.first_step(weights, full, self._lr)
+            moved |= {n: m.to(source[n].dtype) for n, m in zip(rest, stepped, strict=True)}
+        sums.append(torch.nn.utils.get_total_norm([w for n, w in moved.items() if n in gradients]))
+        sums = [each.to(sums[0].device) for each in sums]
+        return {n: moved[n] for n in parameters if n in moved}, torch.stack(sums).sum()
+
+    def _in_pieces(
+        self, name: str, weights: Tensor, gradient: Tensor, sums: list[Tensor]
+    ) -> Tensor:
+        """Write moved weights piece by piece, so that what is worked on stays in the cache."""
+        out = self._memory.get(name)
+        if out is None or (out.dtype, out.stride()) != (weights.dtype, weights.stride()):
+            out = self._memory[name] = torch.empty_like(weights)
+        dtype = torch.float32 if out.dtype in HALF else None
+        for weight, part, into in _pieces(weights, gradient, out):
+            write_first_step(self._rule, weight, part, self._lr, into)
+            sums.append(into.sum(dtype=dtype))
+        return out
 
     def _by_length(
         self, source: dict[str, Tensor], gradients: dict[str, Tensor], loss: Tensor
-    ) -> list[Tensor]:
+    ) -> dict[str, Tensor]:
         """Return weights moved by gradients of a length that depends on every weight's norm.
 
         The gradients become the weights, so that no other memory is needed.
         """
         assert self._rule.length is not None
-        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
-        size = torch.nn.utils.get_total_norm(list(source.values())).to(norm)
+        full = {name: full_precision(gradient) for name, gradient in gradients.items()}
+        norm = torch.nn.utils.get_total_norm(list(full.values()))
+        size = torch.nn.utils.get_total_norm([full_precision(w) for w in source.values()]).to(norm)
         scale = self._rule.length(loss.to(norm), norm.square(), size, self._lr)
-        users = Counter(g.untyped_storage().data_ptr() for g in gradients.values())
-        moved = []
-        for name, gradient in gradients.items():
+        users = Counter(g.untyped_storage().data_ptr() for g in full.values())
+        moved = {}
+        for name, gradient in full.items():
             shared = users[gradient.untyped_storage().data_ptr()] > 1 or 0 in gradient.stride()
             own = gradient.clone(memory_format=torch.contiguous_format) if shared else gradient
-            moved.append(own.mul_(-scale.to(own.device)).add_(source[name]))
+            stepped = own.mul_(-scale.to(own.device)).add_(full_precision(source[name]))
+            moved[name] = stepped.to(source[name].dtype)
         return moved
+
+
+def _is_large(gradient: Tensor) -> bool:
+    """Whether it pays to work on a tensor in pieces."""
+    return gradient.device.type == "cpu" and gradient.numel() >= CHUNK
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield parts of tensors of one shape, where they lie in memory alike; else the whole."""
+    first = tensors[0]
+    order = sorted(range(first.ndim), key=first.stride, reverse=True)
+    flat = [tensor.permute(order) for tensor in tensors]
+    if first.numel() <= CHUNK or not all(tensor.is_contiguous() for tensor in flat):
+        yield tensors
+        return
+    parts: list[tuple[Tensor, ...]] = [tensor.view(-1).split(CHUNK) for tensor in flat]  # type: ignore[no-untyped-call]
+    yield from zip(*parts, strict=True)
 
 
 def full_precision(tensor: Tensor) -> Tensor:

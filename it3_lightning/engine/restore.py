@@ -10,6 +10,7 @@ before the change that they undo, so that an interruption, wherever it comes, lo
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import random
 import sys
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from it3_lightning.engine.types import Isolation, NormStats
 
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}  # parameters, buffers, submodules, hooks
-_HOOKS = tuple(sorted(name for name in _OF_TORCH if "hook" in name))
+_HOOKS = frozenset(name for name in _OF_TORCH if "hook" in name)
 _RUNS_IT = ("_trainer", "_fabric")  # references from a module to what runs it
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.device, torch.dtype})
 _DEPTH = 4  # of containers and objects inside attributes
@@ -118,12 +119,7 @@ class Snapshot:
             {id(p): p for owner in owners for p in _parameters_of(owner)}.values()
         )
         self._saved = [(p, p.data, p.requires_grad, p.grad) for p in self.parameters]
-        self._registered = [
-            (entries, dict(entries))
-            for owner in owners
-            for entries in (owner._parameters, *(vars(owner).get(name) for name in _HOOKS))
-            if isinstance(entries, dict)
-        ]
+        self._registered = [(owner, *_registered(owner)) for owner in owners]
         self._attributes = [(owner, dict(vars(owner))) for owner in owners]
         self._computed = [found for owner in owners for found in _computed(owner)]
         self._buffers = [(owner, dict(owner._buffers), _copies(owner._buffers)) for owner in owners]
@@ -135,10 +131,12 @@ class Snapshot:
     def restore(self) -> None:
         """Put everything back, outside inference mode, so that no inference tensor stays."""
         self.restore_attributes()
-        for entries, before in self._registered:
-            if not _same(entries, before):
-                entries.clear()
-                entries.update(before)
+        for owner, parameters, hooks in self._registered:
+            _refill(owner._parameters, parameters)
+            for name in _HOOKS:
+                now = vars(owner).get(name)
+                if isinstance(now, dict):
+                    _refill(now, hooks.get(name, {}))
         with torch.inference_mode(False):
             self.restore_parameters()
             self.restore_written()
@@ -342,6 +340,15 @@ def _computed(owner: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
             yield owner, computed, vars(owner)[computed]
 
 
+def _registered(owner: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the parameters by name, and the hooks of each kind that there are."""
+    hooks = {}
+    for name, value in vars(owner).items():
+        if name in _HOOKS and value and isinstance(value, dict):
+            hooks[name] = dict(value)
+    return dict(owner._parameters), hooks
+
+
 def _parameters_of(owner: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in owner._parameters.values() if parameter is not None]
 
@@ -380,9 +387,12 @@ class RandomState:
     """
 
     def __init__(self) -> None:
-        self._states = {name: get() for name, (get, _) in _GENERATORS.items()}
+        self._torch = torch.get_rng_state()
+        self._cuda: Tensor | None = None
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            self._states["cuda"] = torch.cuda.get_rng_state()
+            self._cuda = torch.cuda.get_rng_state()
+        self._python = random.getstate()
+        self._numpy = _state_of_numpy()
 
     def restore(self, names: frozenset[str] | None = None) -> bool:
         """Put generators back, and say whether any had been drawn from.
@@ -391,32 +401,47 @@ class RandomState:
             names: of those that may be put back; default: all.
         """
         drawn = self.drawn() if names is None else self.drawn() & names
-        for name in drawn:
-            put = torch.cuda.set_rng_state if name == "cuda" else _GENERATORS[name][1]
-            put(self._states[name])
+        if "torch" in drawn:
+            torch.set_rng_state(self._torch)
+        if "cuda" in drawn and self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+        if "python" in drawn:
+            random.setstate(self._python)
+        if "numpy" in drawn:
+            np.random.set_state(self._numpy)
         return bool(drawn)
 
     def drawn(self) -> frozenset[str]:
         """Return the names of the generators that have been drawn from since, by whomever."""
-        now = RandomState()._states
-        return frozenset(n for n, state in self._states.items() if not _equal(state, now[n]))
+        cuda = self._cuda
+        same = {
+            "torch": torch.equal(self._torch, torch.get_rng_state()),
+            "cuda": cuda is None or torch.equal(cuda, torch.cuda.get_rng_state()),
+            "python": self._python == random.getstate(),
+            "numpy": self._numpy is _state_of_numpy(),
+        }
+        return frozenset(name for name, equal in same.items() if not equal)
 
 
-_GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    "torch": (torch.get_rng_state, torch.set_rng_state),
-    "python": (random.getstate, random.setstate),
-    "numpy": (np.random.get_state, np.random.set_state),
-}
+_last_of_numpy: tuple[bytes, Any] = (b"", None)
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, tuple) and any(isinstance(each, np.ndarray) for each in a):
-        return all(map(_equal, a, b))
-    return bool(a == b)
+def _state_of_numpy() -> Any:
+    """Return the state of NumPy's generator; the same object while nothing has been drawn.
+
+    To ask for it takes as long as a pass through a small network, so its memory is looked at first.
+    """
+    global _last_of_numpy
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if not isinstance(generator, np.random.MT19937):
+        return np.random.get_state()
+    memory = ctypes.string_at(generator.ctypes.state_address, _BYTES_OF_MT19937)
+    if memory != _last_of_numpy[0]:
+        _last_of_numpy = memory, np.random.get_state()
+    return _last_of_numpy[1]
+
+
+_BYTES_OF_MT19937 = 4 * 624 + 4  # its words and the place in them
 
 
 def generators_drawn_by(run: Callable[[], object]) -> frozenset[str]:
@@ -428,10 +453,8 @@ def generators_drawn_by(run: Callable[[], object]) -> frozenset[str]:
     before = RandomState()
     with _Drawn() as watched:
         run()
-    return before.drawn() - {"torch", "cuda"} | (_OF_TORCH_DRAWN if watched.drawn else frozenset())
-
-
-_OF_TORCH_DRAWN = frozenset({"torch", "cuda"})
+    of_torch = {"torch", "cuda"}
+    return before.drawn() - of_torch | (of_torch if watched.drawn else set())
 
 
 class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
