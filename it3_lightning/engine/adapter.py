@@ -133,18 +133,18 @@ class BatchAdapter:
             undo.add(statistics.restore)
             statistics.enter()
             undo.add((source := Snapshot(self._module)).restore)
-            try:
-                with without_side_effects(source, self._isolation, draws):
-                    adaptation = self._adapt(inputs, answer, source)
-            except Skip as reason:
-                source.restore_parameters()
-                statistics.restore()
-                source = Snapshot(self._module)
-                undo.add(source.restore)
-                with without_side_effects(source, self._isolation, draws):
-                    adaptation = self._keep_source(inputs, answer, str(reason))
-            finally:
-                self.network.cache.clear()
+            with torch.inference_mode(False), torch.enable_grad():
+                try:
+                    with without_side_effects(source, self._isolation, draws):
+                        adaptation = self._adapt(inputs, answer, source)
+                except Skip as reason:
+                    source.restore_parameters()
+                    statistics.restore()
+                    undo.add((source := Snapshot(self._module)).restore)
+                    with without_side_effects(source, self._isolation, draws):
+                        adaptation = self._keep_source(inputs, answer, str(reason))
+                finally:
+                    self.network.cache.clear()
             self.drawn = source.drawn
             try:
                 yield adaptation
@@ -271,7 +271,11 @@ class BatchAdapter:
     def bytes_of_step(self, inputs: Any, count: Any) -> int:
         """Return ``count(run)`` of the passes of a step, as the bytes that they keep."""
         source = Snapshot(self._module)
-        with without_side_effects(source, self._isolation):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            without_side_effects(source, self._isolation),
+        ):
             state, _ = self._state()
             state.enter()
             self.network.restart()

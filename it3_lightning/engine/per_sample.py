@@ -263,7 +263,8 @@ class SampleAdapter:
         self.undo.add(snapshot.restore)
         self.undo.add(partial(self._fast.release_switches, self._vectorised))
         draws = partial(self._alone.network.draws, inputs)
-        with without_side_effects(snapshot, self._isolation, draws):
+        without = without_side_effects(snapshot, self._isolation, draws)
+        with torch.inference_mode(False), torch.enable_grad(), without:
             snapshot.detach_parameters()
             adaptation = self._vectorised(inputs, answer)
         self.drawn |= snapshot.drawn

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import FunctionType, ModuleType
 from typing import Any, Self
 
@@ -470,9 +470,8 @@ class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def undisturbed_rng() -> Iterator[None]:
-    """Put the random generators back on leaving.
+class undisturbed_rng:  # noqa: N801  # read as a context
+    """Puts the random generators back on leaving.
 
     >>> before = torch.get_rng_state()
     >>> with undisturbed_rng():
@@ -480,18 +479,22 @@ def undisturbed_rng() -> Iterator[None]:
     >>> torch.equal(before, torch.get_rng_state())
     True
     """
-    state = RandomState()
-    try:
-        yield
-    finally:
-        state.restore()
+
+    def __enter__(self) -> None:
+        """Note their states."""
+        self._state = RandomState()
+
+    def __exit__(self, *_: object) -> None:
+        """Put them back."""
+        self._state.restore()
 
 
-@contextmanager
-def without_side_effects(
-    snapshot: Snapshot, isolation: Isolation = nullcontext, draws: Draws | None = None
-) -> Iterator[None]:
-    """Undo what passes write and draw, outside inference mode and with gradients on.
+class without_side_effects:  # noqa: N801  # read as a context, beside torch's
+    """Undoes what passes within write and draw.
+
+    A class, as all contexts here that put something back: what a generator has changed would stay
+    where an interruption comes as it begins. Passes need ``torch.inference_mode(False)`` and
+    ``torch.enable_grad()`` around it.
 
     Args:
         snapshot: of the module that runs within.
@@ -499,21 +502,37 @@ def without_side_effects(
         draws: finds out which generators passes draw from; asked where other threads may draw too,
             whose numbers would otherwise come again.
     """
-    with torch.inference_mode(False), torch.enable_grad(), isolation():
+
+    def __init__(
+        self, snapshot: Snapshot, isolation: Isolation = nullcontext, draws: Draws | None = None
+    ) -> None:
+        self._snapshot = snapshot
+        self._isolated = isolation()
+        self._draws = draws
+
+    def __enter__(self) -> None:
+        """Begin."""
+        self._isolated.__enter__()
         try:
-            snapshot.replace_inference_tensors()
-            if draws is not None and threading.active_count() > 1:
-                snapshot.draws = draws()
-                snapshot.undo_passes()
-                snapshot.replace_inference_tensors()
-            yield
+            self._snapshot.replace_inference_tensors()
+            if self._draws is not None and threading.active_count() > 1:
+                self._snapshot.draws = self._draws()
+                self._snapshot.undo_passes()
+                self._snapshot.replace_inference_tensors()
+        except BaseException:
+            self.__exit__(None)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        """Put back what was written and drawn."""
+        try:
+            self._snapshot.undo_passes()
         finally:
-            snapshot.undo_passes()
+            self._isolated.__exit__(None, None, None)
 
 
-@contextmanager
-def counted_once(module: nn.Module) -> Iterator[None]:
-    """Put back what passes within count: attributes, what is in them, and buffers.
+class counted_once:  # noqa: N801  # read as a context
+    """Puts back what passes within count: attributes, what is in them, and buffers.
 
     Buffers of normalisation layers are not put back: each pass of training is seen by them.
 
@@ -524,12 +543,18 @@ def counted_once(module: nn.Module) -> Iterator[None]:
     >>> layer.seen
     [1]
     """
-    snapshot = Snapshot(module)
-    try:
-        yield
-    finally:
-        snapshot.restore_written(norms=False)
-        snapshot.restore_attributes()
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        """Note what there is."""
+        self._snapshot = Snapshot(self._module)
+
+    def __exit__(self, *_: object) -> None:
+        """Put it back."""
+        self._snapshot.restore_written(norms=False)
+        self._snapshot.restore_attributes()
 
 
 class NormStatistics:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -12,9 +11,8 @@ from torch import nn
 from it3_lightning.engine.restore import counted_once
 
 
-@contextmanager
-def patched(module: nn.Module, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Put methods on an instance within; what was there before comes back.
+class patched:  # noqa: N801  # read as a context
+    """Puts methods on an instance within; what was there before comes back.
 
     >>> layer = nn.Identity()
     >>> with patched(layer, forward=lambda x: x + 1):
@@ -22,20 +20,26 @@ def patched(module: nn.Module, **methods: Callable[..., Any]) -> Iterator[None]:
     >>> inside, layer(1)
     (2, 1)
     """
-    attributes = vars(module)
-    before = {name: attributes[name] for name in methods if name in attributes}
-    attributes.update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            attributes.pop(name, None)
-        attributes.update(before)
+
+    def __init__(self, module: nn.Module, **methods: Callable[..., Any]) -> None:
+        self._attributes = vars(module)
+        self._methods = methods
+
+    def __enter__(self) -> None:
+        """Put them there."""
+        attributes = self._attributes
+        self._before = {name: attributes[name] for name in self._methods if name in attributes}
+        attributes.update(self._methods)
+
+    def __exit__(self, *_: object) -> None:
+        """Take them away."""
+        for name in self._methods:
+            self._attributes.pop(name, None)
+        self._attributes.update(self._before)
 
 
-@contextmanager
-def hooked_by(module: nn.Module, kept: Callable[[Any], bool]) -> Iterator[None]:
-    """Let only those of a module's own forward hooks run within that are to be kept.
+class hooked_by:  # noqa: N801  # read as a context
+    """Lets only those of a module's own forward hooks run within that are to be kept.
 
     >>> layer = nn.Identity()
     >>> handle = layer.register_forward_hook(lambda *_: 0)
@@ -44,14 +48,21 @@ def hooked_by(module: nn.Module, kept: Callable[[Any], bool]) -> Iterator[None]:
     >>> inside, layer(1)
     (1, 0)
     """
-    hooks = [(own, own.copy()) for own in (module._forward_pre_hooks, module._forward_hooks)]
-    try:
-        for own, before in hooks:
-            for key in [key for key, hook in before.items() if not kept(hook)]:
+
+    def __init__(self, module: nn.Module, kept: Callable[[Any], bool]) -> None:
+        self._kept = kept
+        self._hooks = (module._forward_pre_hooks, module._forward_hooks)
+
+    def __enter__(self) -> None:
+        """Take the others off."""
+        self._before = [(own, own.copy()) for own in self._hooks]
+        for own, before in self._before:
+            for key in [key for key, hook in before.items() if not self._kept(hook)]:
                 del own[key]
-        yield
-    finally:
-        for own, before in hooks:
+
+    def __exit__(self, *_: object) -> None:
+        """Put them on again."""
+        for own, before in self._before:
             own.clear()
             own.update(before)
 
@@ -59,22 +70,30 @@ def hooked_by(module: nn.Module, kept: Callable[[Any], bool]) -> Iterator[None]:
 _LOGGING = ("log", "log_dict")
 
 
-@contextmanager
-def muted(module: LightningModule) -> Iterator[None]:
-    """Silence ``log`` and ``log_dict`` within, and put what a step counts on back afterwards.
+def without_logs(module: LightningModule) -> patched:
+    """Let ``self.log`` and ``self.log_dict`` do nothing within."""
+    return patched(module, **dict.fromkeys(_LOGGING, _nothing))
+
+
+class muted:  # noqa: N801  # read as a context
+    """Silences ``log`` and ``log_dict`` within, and puts what a step counts on back afterwards.
 
     A step that runs twice must count once: the states of torchmetrics, whatever else the module and
     its submodules count by, and buffers other than those of normalisation layers.
     """
-    with without_logs(module), counted_once(module):
-        yield
 
+    def __init__(self, module: LightningModule) -> None:
+        self._counted, self._silent = counted_once(module), without_logs(module)
 
-@contextmanager
-def without_logs(module: LightningModule) -> Iterator[None]:
-    """Let ``self.log`` and ``self.log_dict`` do nothing within."""
-    with patched(module, **dict.fromkeys(_LOGGING, _nothing)):
-        yield
+    def __enter__(self) -> None:
+        """Begin."""
+        self._counted.__enter__()
+        self._silent.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        """Put it back."""
+        self._silent.__exit__()
+        self._counted.__exit__()
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -97,7 +97,8 @@ def in_precision(
     autocast = torch.is_autocast_enabled(next(iter(adapter.selected.values())).device.type)
     if not autocast or selection is None or selection.backend == "loop":
         return list(tensors)
-    with without_side_effects(Snapshot(module), partial(without_logs, module)), torch.no_grad():
+    without = without_side_effects(Snapshot(module), partial(without_logs, module))
+    with torch.inference_mode(False), without, torch.no_grad():
         types = [tensor.dtype for tensor in ordinary()]
     return [tensor.to(dtype) for tensor, dtype in zip(tensors, types, strict=True)]
 
