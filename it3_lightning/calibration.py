@@ -221,9 +221,22 @@ def fingerprint(module: nn.Module) -> str:
     return hashed.hexdigest()
 
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(values: Tensor) -> Tensor:
+    """Return values as integers of the same bits, so that NaN equals NaN, and 0 not -0.
+
+    >>> bits(torch.tensor([0.0, -0.0], dtype=torch.float16)).tolist()
+    [0, -32768]
+    """
+    plain = torch.view_as_real(values.detach()) if values.is_complex() else values.detach()
+    return plain.view(_INTEGERS[plain.element_size()])
+
+
 def _bytes(values: Tensor) -> bytes:
-    flat = values.detach().cpu().contiguous().reshape(-1)
-    return bytes(flat.view(torch.uint8).numpy())
+    held: bytes = bits(values).cpu().numpy().tobytes()
+    return held
 
 
 def calibration_of(module: nn.Module) -> Calibration:

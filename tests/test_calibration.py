@@ -224,6 +224,17 @@ def test_every_weight_and_statistic_has_a_part_in_the_fingerprint() -> None:
     assert fingerprint(model) == before
 
 
+def test_a_fingerprint_covers_tensors_of_every_kind() -> None:
+    kinds = [torch.bfloat16, torch.complex64, torch.complex128, torch.float64]
+    module = torch.nn.ParameterList([torch.ones(1, dtype=kind) for kind in kinds])
+    module.register_buffer("row", torch.ones(1).expand(1).clone())  # its stride is 0
+    seen = {fingerprint(module)}
+    for value in (*module, module.row):
+        value.data.mul_(2)
+        seen.add(fingerprint(module))
+    assert len(seen) == 6
+
+
 def test_a_fingerprint_does_not_depend_on_what_leaves_the_values_as_they_are() -> None:
     model, before = net(), fingerprint(net())
     model.net.bn.num_batches_tracked.add_(1)

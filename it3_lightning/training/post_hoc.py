@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, Stochastic
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from it3_lightning.calibration import bits
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine.selection import OWN
 from it3_lightning.priors import Prior
@@ -240,7 +241,7 @@ class Kept:
     def put_back(self) -> list[str]:
         """Write them back; return the names of those that had changed."""
         held = entries(self._module, self._wanted)
-        changed = [n for n, value in self.values.items() if not torch.equal(held[n], value)]
+        changed = [n for n, v in self.values.items() if not torch.equal(bits(held[n]), bits(v))]
         with torch.no_grad():
             for name in changed:
                 held[name].copy_(self.values[name])
@@ -250,6 +251,8 @@ class Kept:
 def entries(module: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by the names that ``state_dict`` gives them.
 
+    Sharded or quantised ones, which are tensors of kinds of their own, are left out.
+
     >>> list(entries(nn.BatchNorm1d(1), lambda name: "mean" in name))
     ['running_mean']
     """
@@ -258,7 +261,7 @@ def entries(module: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tenso
         passing = layer._non_persistent_buffers_set
         for name, value in {**layer._parameters, **layer._buffers}.items():
             full = f"{path}.{name}" if path else name
-            if value is not None and name not in passing and wanted(full):
+            if type(value) in (Tensor, nn.Parameter) and name not in passing and wanted(full):
                 found[full] = value
     return found
 

@@ -184,6 +184,8 @@ def test_entries_are_put_back_in_place() -> None:
     kept, weight = Kept(layer, lambda name: name.startswith("0")), layer[0].weight
     weight.data.add_(1)
     layer[1].running_mean.add_(1)
+    layer[0].bias.data.fill_(float("nan"))
+    kept.take(lambda name: name.endswith("bias"))
     assert kept.put_back() == ["0.weight"]
     assert layer[0].weight is weight
     assert torch.equal(weight, kept.values["0.weight"])
