@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from it3_lightning.calibration import bits
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine.selection import OWN
+from it3_lightning.integration.module import Conditioned
 from it3_lightning.priors import Prior
 
 
@@ -278,6 +280,7 @@ class Fitting(Callback):
 
     def __init__(self) -> None:
         self._kept: Kept | None = None
+        self._stop_looking: Callable[[], None] = _nothing
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the network; give the conditioning to the optimizer, alone where that is frozen."""
@@ -294,10 +297,15 @@ class Fitting(Callback):
             _warn_of_still_monitors(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put a frozen network into evaluation mode."""
+        """Put a frozen network into evaluation mode; look at the first outputs."""
         module = _with_priors(pl_module)
-        if module is not None and module.it3_frozen is not None:
+        if module is None:
+            return
+        if module.it3_frozen is not None:
             module.it3_frozen.stay_in_eval()
+        if getattr(type(pl_module), "it3_forward", None) is Conditioned.it3_forward:
+            check = partial(_check_outputs, module.it3_parts()[0])
+            self._stop_looking = pl_module.register_forward_hook(check).remove
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put back what an epoch must not begin without; refuse what would train the network."""
@@ -321,6 +329,7 @@ class Fitting(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Keep what the prior has measured."""
+        self._stop_looking()
         module = _with_priors(pl_module)
         if module is not None:
             self._keep_measured(trainer, module)
@@ -391,6 +400,8 @@ class Fitting(Callback):
         return [] if self._kept is None else self._kept.put_back()
 
     def _finish(self, module: LightningModule) -> None:
+        self._stop_looking()
+        self._stop_looking = _nothing
         self._put_back()
         self._kept = None
         mixed = _with_priors(module)
@@ -407,6 +418,27 @@ def _load_before_use(module: LightningModule) -> None:
     mixed = _with_priors(module)
     if mixed is not None:
         load_due(mixed)
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def _check_outputs(prior: Prior, module: nn.Module, _: Any, outputs: Any) -> None:
+    """Refuse outputs that the prior cannot read, before the first step is taken.
+
+    Raises:
+        MisconfigurationException: it cannot.
+    """
+    if not isinstance(outputs, Tensor):
+        return
+    try:
+        prior.from_output(outputs.detach())
+    except ValueError as error:
+        raise MisconfigurationException(
+            f"The prior cannot read what {type(module).__name__} puts out. {error} Where self(...) "
+            "returns something else than predictions, override it3_forward(self, inputs)."
+        ) from error
 
 
 def _still(module: FittedOnPriors) -> Callable[[str], bool]:

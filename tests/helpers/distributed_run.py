@@ -55,6 +55,9 @@ class Regression(LitNet):
 class IT3Regression(IT3Mixin, Regression):
     """The same with priors."""
 
+    def it3_forward(self, inputs: Any) -> Any:
+        return super().it3_forward(inputs)[:, :1]
+
 
 def regression() -> Any:
     return IT3Regression(**parts(prior=ValuePrior(), train="conditioning", dual_pass=DualPass()))
