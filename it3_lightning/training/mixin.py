@@ -130,7 +130,6 @@ class IT3Mixin(Conditioned):
         step = super().training_step
         if self.it3_train == "off":
             return called(step, batch, *args, **kwargs)
-        load_due(self)  # also where a search runs batches before Fitting is asked
         output, loss = self._it3_passes(batch, lambda b: called(step, b, *args, **kwargs))
         if self.it3_train == "conditioning" and loss is not None:
             size = batch_size(self.it3_inputs(batch))
@@ -240,6 +239,9 @@ class IT3Mixin(Conditioned):
 
     def _it3_passes(self, batch: Any, step: Callable[[Any], Any]) -> tuple[Any, Tensor | None]:
         """Run a step on all passes of the training; return its output and the loss of all."""
+        load_due(
+            self
+        )  # where a search runs batches before Fitting is asked, or there is no Trainer
         prior = self.it3_parts()[0]
         if prior.measuring and torch.is_grad_enabled():  # not in a validation
             prior.measure(self.it3_target(batch), self._it3_gather)

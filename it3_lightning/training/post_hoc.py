@@ -222,7 +222,7 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
 
 
 class Kept:
-    """What a module held, to be put back whatever writes into it.
+    """What a module held, a copy of it, to be put back whatever writes into it.
 
     Args:
         module: whose parameters and persistent buffers.
@@ -304,7 +304,7 @@ class Fitting(Callback):
         if module.it3_frozen is not None:
             module.it3_frozen.stay_in_eval()
         if getattr(type(pl_module), "it3_forward", None) is Conditioned.it3_forward:
-            check = partial(_check_outputs, module.it3_parts()[0])
+            check = partial(_check_outputs, *module.it3_parts())
             self._stop_looking = pl_module.register_forward_hook(check).remove
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -424,13 +424,17 @@ def _nothing() -> None:
     """Do nothing."""
 
 
-def _check_outputs(prior: Prior, module: nn.Module, _: Any, outputs: Any) -> None:
+def _check_outputs(
+    prior: Prior, conditioning: Conditioning, module: nn.Module, _: Any, outputs: Any
+) -> None:
     """Refuse outputs that the prior cannot read, before the first step is taken.
+
+    Only in passes that see a prior: strategies run a whole step as a forward pass of the module.
 
     Raises:
         MisconfigurationException: it cannot.
     """
-    if not isinstance(outputs, Tensor):
+    if conditioning.shown.prior is None or not isinstance(outputs, Tensor):
         return
     try:
         prior.from_output(outputs.detach())

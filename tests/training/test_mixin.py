@@ -130,7 +130,8 @@ def test_a_prior_of_other_classes_than_the_network_is_refused_before_the_first_s
     data: Any = DataLoader(TensorDataset(images, labels.clamp(max=1)), batch_size=4)
     model, trainer = IT3Net(**parts(prior=ClassPrior(classes), train=train)), quiet()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(MisconfigurationException, match=rf"IT3Net puts out.*\(B, {classes}, ...\)"):
+    refusals = (MisconfigurationException, ValueError)
+    with pytest.raises(refusals, match=rf"output of shape \(B, {classes}, ...\), got \(4, 3\)"):
         trainer.fit(model, data)
     assert trainer.global_step == 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
