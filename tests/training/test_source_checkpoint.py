@@ -78,6 +78,20 @@ def test_a_search_before_fitting_leaves_the_source_in_place(name: str, plain: Li
     assert differing(searched(name), plain) == []
 
 
+def test_a_search_runs_the_frozen_network_as_fitting_does(plain: LitNet) -> None:
+    class Notes(IT3Net):
+        def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            modes.append((self.net.bn.training, self.net.head.weight.requires_grad))
+            assert differing(self, plain) == []
+            return super().training_step(batch, *args, **kwargs)
+
+    modes: list[tuple[bool, bool]] = []
+    model = post_hoc(Notes)
+    Tuner(quiet()).lr_find(model, datamodule=Data(), num_training=3, **RATES)
+    quiet().fit(model, datamodule=Data())
+    assert modes == 6 * [(False, False)]
+
+
 class Copies(Callback):
     """Copies the module when a run is set up, as averaging callbacks do."""
 
