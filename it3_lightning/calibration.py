@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import fields
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -14,13 +18,14 @@ from it3_lightning.engine.types import NormStats
 from it3_lightning.methods import TestTimeMethod, TestTimeObjective
 
 _LEVELS = 1000  # quantiles kept, besides that of level 0
-_LETTERS = 128  # bytes of the name of what the distances were measured by
 
 
-class Calibration(nn.Module):
-    """Quantiles of a distance, and which distance it was; part of a module's checkpoint.
+class Calibration:
+    """Quantiles of a distance, which distance it was, and of which weights, as plain data.
 
-    They stay in single precision where the module is cast to half.
+    It is no part of the weights, so that nothing casts or averages it. ``IT3Mixin`` keeps it in
+    checkpoints; another module does so by handing on :meth:`state_dict` in its
+    ``on_save_checkpoint`` and giving it to :meth:`load_state_dict` in its ``on_load_checkpoint``.
 
     >>> calibration = Calibration()
     >>> calibration.take(torch.arange(101.0), by="l2")
@@ -28,74 +33,210 @@ class Calibration(nn.Module):
     95.5
     """
 
-    quantiles: Tensor
-    name: Tensor  # as bytes, so that the state holds nothing but tensors
-
     def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("quantiles", torch.zeros(_LEVELS + 1, dtype=torch.float32))
-        self.register_buffer("name", torch.zeros(_LETTERS, dtype=torch.uint8))
+        self.quantiles = torch.zeros(_LEVELS + 1, dtype=torch.float64, device="cpu")
+        self.by = ""
+        """What the distances were measured by; empty where none were."""
+        self.weights = ""
+        """Fingerprint of the weights that they were measured with."""
 
-    def take(self, distances: Tensor, *, by: str) -> None:
+    def take(self, distances: Tensor, *, by: str, weights: str = "") -> None:
         """Keep the quantiles of distances ``(N,)``, linear between the samples.
 
         Args:
             distances: of validation samples; those that are not finite do not count, and where none
                 is left, what was known before is forgotten.
             by: what they were measured by.
+            weights: :func:`fingerprint` of the module then.
         """
         known = distances[distances.isfinite()].cpu().sort().values
-        self.name.zero_()
+        self.by, self.weights = "", ""
         if not known.numel():
             return
-        levels = torch.linspace(0, 1, _LEVELS + 1, dtype=torch.float64)
-        self.quantiles.copy_(_between(known, levels))
-        self.name.copy_(torch.tensor(list(_letters(by)), dtype=torch.uint8))
+        levels = torch.linspace(0, 1, _LEVELS + 1, dtype=torch.float64, device="cpu")
+        self.quantiles = _between(known, levels)
+        self.by, self.weights = by, weights
 
-    def quantile(self, level: float, *, by: str) -> float:
+    def quantile(self, level: float, *, by: str, weights: str | None = None) -> float:
         """Return the distance that this share of the validation samples does not exceed.
 
         Args:
             level: the share, in [0, 1].
             by: what the distance is to be measured by.
+            weights: :func:`fingerprint` of the module that is to measure; ``None``: any.
 
         Raises:
-            MisconfigurationException: nothing has been measured, or by something else.
+            MisconfigurationException: nothing has been measured, or by something else, or with
+                other weights.
         """
-        if bytes(self.name.tolist()) != _letters(by):
+        if self.by != by:
             has = f"were measured by {self.by}" if self.by else "have not been measured"
-            raise MisconfigurationException(
-                f"The gate needs distances of validation samples, measured by {by}; they {has}. "
-                f"Run Trainer(callbacks=[IT3TestTimeCallback(gate={level})]).validate(model, data) "
-                "once, or have that callback in trainer.fit; they are kept in the checkpoint."
-            )
-        return float(_between(self.quantiles.cpu(), torch.tensor([level], dtype=torch.float64)))
+            raise _refused(level, f", measured by {by}; they {has}")
+        if weights is not None and self.weights != weights:
+            raise _refused(level, ", measured with these weights; they were measured with others")
+        return float(_between(self.quantiles, torch.tensor([level], dtype=torch.float64)))
 
-    @property
-    def by(self) -> str:
-        """What the distances were measured by; empty where none were."""
-        return bytes(self.name.tolist()).rstrip(b"\0").decode(errors="ignore")
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data, for a checkpoint."""
+        return {"quantiles": self.quantiles, "by": self.by, "weights": self.weights}
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Calibration:
-        before = self.quantiles
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.quantiles.dtype != before.dtype:
-            self.quantiles = before.to(self.quantiles.device)
-        return self
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what :meth:`state_dict` returned; nothing where that was not kept."""
+        if state:
+            self.quantiles = state["quantiles"].cpu()
+            self.by, self.weights = state["by"], state["weights"]
+
+    def take_former(self, quantiles: Tensor, name: Tensor) -> None:
+        """Take what version 0.1.0 kept among the weights: quantiles, and a name as bytes.
+
+        Its names did not tell apart what is no string: such a distance is to be measured again.
+        """
+        self.quantiles = quantiles.detach().cpu().double()
+        self.by = bytes(name.tolist()).rstrip(b"\0").decode(errors="ignore")
+
+
+def _refused(level: float, wanted: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"The gate needs distances of validation samples{wanted}. Run "
+        f"Trainer(callbacks=[IT3TestTimeCallback(gate={level})]).validate(model, data) once, or "
+        "have that callback in trainer.fit; they are kept in the checkpoint."
+    )
+
+
+_NOT_IN_THE_MEASURE = ("reliability", "balance", "sharpen")
 
 
 def measured_by(objective: TestTimeMethod | TestTimeObjective, norm_stats: NormStats) -> str:
-    """Name what a distance is measured by.
+    """Name what a distance is measured by; what is no plain value has a fingerprint.
 
-    >>> from it3_lightning.objectives import Idempotence
+    >>> from it3_lightning.methods import Idempotence
     >>> measured_by(Idempotence("js"), "batch")
     "Idempotence, distance 'js', norm_stats 'batch'"
     """
-    distance = getattr(objective, "distance", None)
-    if distance is not None and not isinstance(distance, str):
-        distance = getattr(distance, "__qualname__", type(distance).__qualname__)
-    which = "" if distance is None else f", distance {distance!r}"
-    return f"{type(objective).__name__}{which}, norm_stats {norm_stats!r}"
+    kind, settings = type(objective), ""
+    if not kind.__module__.startswith("it3_lightning.methods."):
+        return f"{_label(objective)}, norm_stats {norm_stats!r}"
+    for field in fields(objective):  # type: ignore[arg-type]
+        if field.name not in _NOT_IN_THE_MEASURE:
+            value = getattr(objective, field.name)
+            plain = value is None or isinstance(value, str | int | float)
+            settings += f", {field.name} {value if plain else _label(value)!r}"
+    return f"{kind.__name__}{settings}, norm_stats {norm_stats!r}"
+
+
+def _label(value: Any) -> str:
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    hashed = hashlib.blake2b(digest_size=8)
+    for part in _parts(value, ()):
+        hashed.update(part)
+    return f"{name}#{hashed.hexdigest()}"
+
+
+def _parts(value: Any, outer: tuple[int, ...]) -> Iterator[bytes]:
+    """Yield bytes that tell a value, with all that it holds, from others.
+
+    Args:
+        value: a function with its defaults and what it closes over, an object with its attributes,
+            or data.
+        outer: which values it lies in, so that circles end.
+
+    Raises:
+        MisconfigurationException: it cannot be told.
+    """
+    yield f"<{type(value).__module__}.{type(value).__qualname__} ".encode()
+    held = _held(value) if id(value) not in outer else b"again"
+    if isinstance(held, bytes):
+        yield held
+        return
+    yield str(len(held)).encode()
+    for part in held:
+        yield from _parts(part, (*outer, id(value)))
+
+
+def _held(value: Any) -> bytes | tuple[Any, ...]:
+    """Return what tells a value: bytes, or the values that it holds."""
+    if isinstance(value, Tensor):
+        return (str(value.dtype), tuple(value.shape), _bytes(value))
+    if isinstance(value, tuple | list):
+        return tuple(value)
+    if isinstance(value, Mapping):
+        return tuple(value.items())
+    if isinstance(value, Set):
+        return tuple(sorted(map(_label, value)))
+    if isinstance(value, functools.partial):
+        return (value.func, value.args, value.keywords)
+    if isinstance(value, MethodType):
+        return (value.__func__, value.__self__)
+    if isinstance(value, FunctionType):
+        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
+        named = f"{value.__module__}.{value.__qualname__}"
+        return (named, value.__code__, value.__defaults__, value.__kwdefaults__, cells)
+    if isinstance(value, CodeType):
+        return (value.co_code, value.co_consts, value.co_names)
+    if isinstance(value, type | ModuleType):
+        return f"{getattr(value, '__module__', '')}.{value.__name__}".encode()
+    if isinstance(value, BuiltinFunctionType):
+        return (value.__qualname__, value.__self__)
+    if hasattr(value, "tobytes"):  # arrays and numbers of numpy
+        return (str(value.dtype), value.shape, value.tobytes())
+    if hasattr(value, "__dict__"):
+        return (*_local_methods(type(value)), *vars(value).items())
+    return _described(value)
+
+
+def _local_methods(kind: type) -> list[Any]:
+    """Return the methods of a class made inside a function: others there have the same name."""
+    return [*filter(callable, vars(kind).values())] if "<locals>" in kind.__qualname__ else []
+
+
+def _described(value: Any) -> bytes:
+    described = repr(value)
+    if " at 0x" in described:
+        raise MisconfigurationException(
+            f"The gate cannot tell {described} from others that measure otherwise. Give a name, a "
+            "function, functools.partial of one, or an object with attributes."
+        )
+    return described.encode()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return what tells a module's weights and statistics from others, in any precision above half.
+
+    It covers parameters and persistent buffers that are no counts, ``it3_*`` too, not where they
+    lie or which type holds them: a cast that changes no value changes no fingerprint.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> before = fingerprint(layer)
+    >>> fingerprint(layer.double()) == before
+    True
+    """
+    hashed = hashlib.blake2b(digest_size=16)
+    for path, layer in module.named_modules():
+        for name, value in {**layer._parameters, **layer._buffers}.items():
+            passing = value is None or name in layer._non_persistent_buffers_set
+            if passing or (name in layer._buffers and not value.is_floating_point()):
+                continue
+            hashed.update(f"{path}.{name}".replace("_orig_mod.", "").encode())
+            hashed.update(_bytes(value.float() if value.is_floating_point() else value))
+    return hashed.hexdigest()
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(values: Tensor) -> Tensor:
+    """Return values as integers of the same bits, so that NaN equals NaN, and 0 not -0.
+
+    >>> bits(torch.tensor([0.0, -0.0], dtype=torch.float16)).tolist()
+    [0, -32768]
+    """
+    plain = torch.view_as_real(values.detach()) if values.is_complex() else values.detach()
+    return plain.view(_INTEGERS[plain.element_size()])
+
+
+def _bytes(values: Tensor) -> bytes:
+    held: bytes = bits(values).cpu().numpy().tobytes()
+    return held
 
 
 def calibration_of(module: nn.Module) -> Calibration:
@@ -121,7 +262,7 @@ def gate_of(module: nn.Module, settings: Settings, level: float) -> float:
         MisconfigurationException: it is not known.
     """
     by = measured_by(settings.objective, settings.norm_stats)
-    return calibration_of(module).quantile(level, by=by)
+    return calibration_of(module).quantile(level, by=by, weights=fingerprint(module))
 
 
 def check_level(gate: float | None) -> None:
@@ -139,7 +280,3 @@ def _between(ordered: Tensor, levels: Tensor) -> Tensor:
     places = levels * (len(ordered) - 1)
     low, high = ordered.double()[places.floor().long()], ordered.double()[places.ceil().long()]
     return low + (high - low) * (places - places.floor())
-
-
-def _letters(name: str) -> bytes:
-    return name.encode()[:_LETTERS].ljust(_LETTERS, b"\0")

@@ -1,5 +1,8 @@
 """Quantiles of distances: numpy's, kept with the weights, and by what they were measured."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,16 @@ from helpers.toy import IT3Net, LitNet, net, parts, quiet
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from it3_lightning import Idempotence
-from it3_lightning.calibration import Calibration, calibration_of, measured_by
-from it3_lightning.methods import Entropy
+from it3_lightning.calibration import (
+    Calibration,
+    calibration_of,
+    fingerprint,
+    gate_of,
+    measured_by,
+)
+from it3_lightning.engine import Settings
+from it3_lightning.methods import MEMO, Entropy
+from it3_lightning.methods.terms import l2
 
 
 def distances(count: int, seed: int = 0) -> torch.Tensor:
@@ -60,44 +71,178 @@ def test_distances_measured_by_something_else_are_refused() -> None:
         calibration.quantile(0.5, by="Entropy")
 
 
-def test_long_names_are_told_apart_by_their_beginning() -> None:
-    name = "a" * 300
-    assert taken(torch.ones(3), by=name).quantile(0.5, by=name) == 1
+def test_distances_measured_with_other_weights_are_refused() -> None:
+    calibration = Calibration()
+    calibration.take(torch.ones(3), by="l2", weights="a")
+    assert calibration.quantile(0.5, by="l2", weights="a") == 1
+    with pytest.raises(MisconfigurationException, match="these weights; they were measured with o"):
+        calibration.quantile(0.5, by="l2", weights="b")
+
+
+# What distances are measured by
+
+
+def squared(p: Any, q: Any, scale: float = 1.0) -> Any:
+    return scale * (p - q).square().sum(1)
+
+
+class Scaled:
+    """A distance with a parameter."""
+
+    def __init__(self, scale: Any) -> None:
+        self.scale = scale
+
+    def __call__(self, p: Any, q: Any) -> Any:
+        return squared(p, q) * self.scale
+
+
+def made(scale: float) -> Any:
+    """Return a function of the same name as all others that are made here."""
+
+    def own(p: Any, q: Any) -> Any:
+        return squared(p, q, scale)
+
+    return own
+
+
+def made_class(scale: float) -> Any:
+    """Return an instance of a class of the same name as all others that are made here."""
+
+    class Own:
+        def __call__(self, p: Any, q: Any) -> Any:
+            return squared(p, q, scale)
+
+    return Own()
+
+
+DISTANCES: dict[str, tuple[Any, Any, Any]] = {  # the second is as the first, the third is not
+    "partial": (
+        partial(squared, scale=2.0),
+        partial(squared, scale=2.0),
+        partial(squared, scale=3.0),
+    ),
+    "lambda": (lambda p, q: squared(p, q), lambda p, q: squared(p, q), lambda p, q: squared(q, p)),
+    "constant in a lambda": (
+        lambda p, q: 2 * squared(p, q),
+        lambda p, q: 2 * squared(p, q),
+        lambda p, q: 3 * squared(p, q),
+    ),
+    "closure": (made(2.0), made(2.0), made(3.0)),
+    "instance": (Scaled(2.0), Scaled(2.0), Scaled(3.0)),
+    "instance with a tensor": (
+        Scaled(torch.ones(2)),
+        Scaled(torch.ones(2)),
+        Scaled(torch.tensor([1.0, 2.0])),
+    ),
+    "instance with an array": (
+        Scaled(np.arange(5000)),
+        Scaled(np.arange(5000)),
+        Scaled(np.where(np.arange(5000) == 2500, 0, np.arange(5000))),
+    ),
+    "instance of a local class": (made_class(2.0), made_class(2.0), made_class(3.0)),
+    "method": (Scaled(2.0).__call__, Scaled(2.0).__call__, Scaled(3.0).__call__),
+    "module": (
+        torch.nn.PairwiseDistance(1.0),
+        torch.nn.PairwiseDistance(1.0),
+        torch.nn.PairwiseDistance(2.0),
+    ),
+    "partial of a built-in": (
+        partial(torch.cosine_similarity, dim=1),
+        partial(torch.cosine_similarity, dim=1),
+        partial(torch.cosine_similarity, dim=2),
+    ),
+    "method of a test-time method": (Idempotence("js"), Idempotence("js"), Idempotence("l1")),
+}
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distances_that_differ_in_a_parameter_have_other_names(name: str) -> None:
+    first, same, other = (measured_by(Idempotence(d), "source") for d in DISTANCES[name])
+    assert first == same
+    assert first != other
 
 
 def test_what_a_distance_is_measured_by_is_its_name() -> None:
-    def own(p: Any, q: Any) -> Any:
-        return (p - q).square().sum(1)
-
-    assert measured_by(Idempotence(own), "source") == (
-        "Idempotence, distance 'test_what_a_distance_is_measured_by_is_its_name.<locals>.own', "
-        "norm_stats 'source'"
-    )
-    assert measured_by(Idempotence(partial(own)), "source") == (
-        "Idempotence, distance 'partial', norm_stats 'source'"
+    assert measured_by(Idempotence("js", reliability=0.1, balance=1.0), "source") == (
+        "Idempotence, distance 'js', norm_stats 'source'"
     )
     assert measured_by(Entropy(), "batch") == "Entropy, norm_stats 'batch'"
+    assert measured_by(Idempotence(squared), "source").startswith("Idempotence, distance 'squared#")
+    assert measured_by(MEMO(views=3), "source") == (
+        "MEMO, views 3, augment None, norm_stats 'source'"
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_quantiles_stay_what_they_are_when_the_module_is_cast(dtype: torch.dtype) -> None:
-    values = distances(1000)
+def test_a_name_is_the_same_in_another_process() -> None:
+    code = (
+        "from functools import partial; from it3_lightning import Idempotence; "
+        "from it3_lightning.calibration import measured_by; "
+        "from it3_lightning.methods.terms import l2; "
+        "print(measured_by(Idempotence(partial(l2)), 'source'), end='')"
+    )
+    here = measured_by(Idempotence(partial(l2)), "source")
+    for seed in ("1", "2"):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+            text=True,
+        )
+        assert run.stdout == here
+
+
+class Slots:
+    """A distance that has a parameter, and no way to see it."""
+
+    __slots__ = ("scale",)
+
+    def __call__(self, p: Any, q: Any) -> Any:
+        return squared(p, q)
+
+
+def test_a_distance_that_cannot_be_told_from_others_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"cannot tell .*Slots.* from others"):
+        measured_by(Idempotence(Slots()), "source")
+
+
+# Which weights
+
+
+def test_every_weight_and_statistic_has_a_part_in_the_fingerprint() -> None:
     model = net()
-    model.it3_calibration.take(values, by="l2")
-    before = model.it3_calibration.quantile(0.95, by="l2")
-    model.to(dtype)
-    assert model.net.head.weight.dtype == dtype
-    assert model.it3_calibration.quantile(0.95, by="l2") == before
-    assert model.it3_calibration.quantiles.dtype == torch.float32
+    before = fingerprint(model)
+    assert fingerprint(net()) == before
+    state = model.state_dict()
+    assert {"net.bn.running_var", "it3_conditioning.embedders.net-dense.last.bias"} <= state.keys()
+    for name, value in state.items():
+        if value.is_floating_point():
+            kept = value.clone()
+            value.view(-1)[0].add_(1)
+            assert fingerprint(model) != before, name
+            value.copy_(kept)
+    assert fingerprint(model) == before
 
 
-def test_module_made_without_memory_can_be_given_some() -> None:
-    with torch.device("meta"):
-        calibration = Calibration()
-    calibration.half().to_empty(device="cpu")
-    calibration.take(torch.ones(3), by="l2")
-    assert calibration.quantile(0.5, by="l2") == 1
-    assert calibration.quantiles.dtype == torch.float32
+def test_a_fingerprint_covers_tensors_of_every_kind() -> None:
+    kinds = [torch.bfloat16, torch.complex64, torch.complex128, torch.float64]
+    module = torch.nn.ParameterList([torch.ones(1, dtype=kind) for kind in kinds])
+    module.register_buffer("row", torch.ones(1).expand(1).clone())  # its stride is 0
+    seen = {fingerprint(module)}
+    for value in (*module, module.row):
+        value.data.mul_(2)
+        seen.add(fingerprint(module))
+    assert len(seen) == 6
+
+
+def test_a_fingerprint_does_not_depend_on_what_leaves_the_values_as_they_are() -> None:
+    model, before = net(), fingerprint(net())
+    model.net.bn.num_batches_tracked.add_(1)
+    model.register_buffer("cache", torch.ones(1), persistent=False)
+    model.requires_grad_(False).eval()
+    assert fingerprint(model) == before
+    assert fingerprint(model.double()) == before
+    assert fingerprint(model.half()) != before
 
 
 # In checkpoints
@@ -122,23 +267,53 @@ def without(path: Path, prefix: str) -> Path:
 
 def test_checkpoint_brings_the_quantiles_back(tmp_path: Path) -> None:
     model = net()
-    model.it3_calibration.take(distances(100), by="l2")
+    model.it3_calibration.take(distances(100), by="l2", weights=fingerprint(model))
     path = saved(tmp_path / "with.ckpt", model)
     loaded = IT3Net.load_from_checkpoint(path, **parts(), weights_only=True)
     assert torch.equal(loaded.it3_calibration.quantiles, model.it3_calibration.quantiles)
     assert loaded.it3_calibration.by == "l2"
+    assert loaded.it3_calibration.weights == fingerprint(loaded)
 
 
-@pytest.mark.parametrize("prefix", ["it3_calibration.", "it3_"], ids=["older", "plain"])
-def test_checkpoint_without_quantiles_still_loads(prefix: str, tmp_path: Path) -> None:
-    path = without(saved(tmp_path / "without.ckpt", net()), prefix)
+def test_checkpoint_of_another_version_or_of_a_plain_module_still_loads(tmp_path: Path) -> None:
+    path = without(saved(tmp_path / "without.ckpt", net()), "it3_")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["it3"]
+    torch.save(checkpoint, path)
     loaded = IT3Net.load_from_checkpoint(path, **parts(), weights_only=True)
     assert torch.equal(loaded.net.head.weight, net().net.head.weight)
     assert loaded.it3_calibration.by == ""
 
 
+def former(by: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What version 0.1.0 kept among the weights."""
+    levels = torch.linspace(0, 1, 1001)
+    letters = list(by.encode()[:128].ljust(128, b"\0"))
+    return {
+        "it3_calibration.quantiles": values.quantile(levels),
+        "it3_calibration.name": torch.tensor(letters, dtype=torch.uint8),
+    }
+
+
+def test_quantiles_kept_among_the_weights_are_those_of_these_weights() -> None:
+    model, by, values = net(), "Idempotence, distance 'l2', norm_stats 'source'", distances(100)
+    model.load_state_dict({**model.state_dict(), **former(by, values)})
+    settings = Settings()
+    assert gate_of(model, settings, 0.9) == pytest.approx(np.quantile(values.numpy(), 0.9))
+    model.net.head.weight.data.add_(1)
+    with pytest.raises(MisconfigurationException, match="measured with others"):
+        gate_of(model, settings, 0.9)
+
+
+def test_former_names_that_could_mean_several_distances_are_refused() -> None:
+    model, by = net(), "Idempotence, distance 'squared', norm_stats 'source'"
+    model.load_state_dict({**model.state_dict(), **former(by, distances(100))})
+    with pytest.raises(MisconfigurationException, match=r"they were measured by .*'squared'"):
+        gate_of(model, Settings(objective=Idempotence(squared)), 0.9)
+
+
 def test_checkpoint_that_lacks_more_than_the_quantiles_is_refused(tmp_path: Path) -> None:
-    path = without(saved(tmp_path / "broken.ckpt", net()), "it3_conditioning.embedders.")
+    path = without(saved(tmp_path / "broken.ckpt", net()), "it3_conditioning.embedders.net-dense.l")
     with pytest.raises(RuntimeError, match=r"Missing key.*it3_conditioning\.embedders"):
         IT3Net.load_from_checkpoint(path, **parts(), weights_only=True)
 

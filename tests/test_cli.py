@@ -94,9 +94,9 @@ def test_scope_sample_and_gate_are_a_line_each(tmp_path: Path, idx_images: Path)
     )
     more = f"--config={file}"
     run("fit", "digits", tmp_path, idx_images, more)
-    weights = torch.load(checkpoint(tmp_path), weights_only=True)["state_dict"]
-    assert weights["it3_calibration.quantiles"].diff().min() >= 0
-    assert weights["it3_calibration.quantiles"][-1] > 0
+    kept = torch.load(checkpoint(tmp_path), weights_only=True)["it3"]["calibration"]
+    assert kept["quantiles"].diff().min() >= 0
+    assert kept["quantiles"][-1] > 0
     for command in ("validate", "test", "predict"):
         run(command, "digits", tmp_path, idx_images, more, f"--ckpt_path={checkpoint(tmp_path)}")
     logged = "".join(path.read_text() for path in tmp_path.rglob("metrics.csv"))

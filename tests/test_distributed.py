@@ -118,3 +118,10 @@ def test_post_hoc_step_on_two_processes_is_that_on_a_batch_twice_as_large(run: A
     quiet().fit(alone, loader(16, 16))
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(run[0]["state"][name], value, msg=name)
+
+
+def test_targets_are_measured_over_the_samples_of_all_processes(run: Any) -> None:
+    expected = torch.arange(12.0) ** 2
+    assert run[0]["measured"]["it3_prior.mean"].item() == pytest.approx(expected.mean().item())
+    spread = expected.std(correction=0).item()
+    assert run[0]["measured"]["it3_prior.std"].item() == pytest.approx(spread)

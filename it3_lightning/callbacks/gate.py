@@ -10,7 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from it3_lightning.calibration import calibration_of, check_level, gate_of, measured_by
+from it3_lightning.calibration import (
+    calibration_of,
+    check_level,
+    fingerprint,
+    gate_of,
+    measured_by,
+)
 from it3_lightning.callbacks.checks import check_strategy
 from it3_lightning.engine import Settings
 from it3_lightning.integration.batches import normal
@@ -87,6 +93,7 @@ class _Measurement:
 
     def __init__(self, module: LightningModule, settings: Settings) -> None:
         self._calibration = calibration_of(module)
+        self._module = module
         self._host = checked_module(module)
         self._by = measured_by(settings.objective, settings.norm_stats)
         still = replace(
@@ -100,9 +107,11 @@ class _Measurement:
         )
         self._adapter = adapter_of(module, self._host, still, silent=True)
         self._distances: list[Tensor] = []
+        self._weights = ""
 
     def add(self, batch: Any) -> None:
         """Measure a batch."""
+        self._weights = self._weights or fingerprint(self._module)  # once callbacks swapped theirs
         with self._adapter.adapted(normal(self._host.it3_inputs(batch))) as adaptation:
             if adaptation.distance_source is not None:
                 self._distances.append(adaptation.distance_source)
@@ -110,12 +119,12 @@ class _Measurement:
     def keep(self, trainer: Trainer) -> None:
         """Keep the quantiles, over the samples of all processes."""
         with torch.inference_mode(False), torch.no_grad():
-            home = self._calibration.quantiles.device
+            home = self._module.device
             none = torch.empty(0, device=home)
             distances = torch.cat([none, *(d.float().to(home) for d in self._distances)])
             if trainer.world_size > 1:
                 distances = _gathered(distances, trainer)
-            self._calibration.take(distances, by=self._by)
+            self._calibration.take(distances, by=self._by, weights=self._weights)
         if not self._calibration.by:
             rank_zero_warn("The gate is not calibrated: no validation sample could be measured.")
 

@@ -61,8 +61,8 @@ class TestTimeCallback(Callback):
         norm_stats: statistics of BatchNorm layers. Default: the method's own, else the source's.
         gate: share of validation samples, such as 0.95, whose distance a sample must exceed to be
             adapted to. This callback measures validation samples in ``fit`` and ``validate``, in
-            two forward passes a batch, and keeps the quantiles in the module's checkpoint; they
-            are those of the weights at that time.
+            two forward passes a batch, and keeps the quantiles in the module's checkpoint; with
+            other weights than at that time they are refused.
         prediction: what the step predicts: ``"first"``: ``f(x, 0)``; ``"second"``:
             ``f(x, f(x, 0))``, which with ``steps=0`` costs one more forward pass and no gradient;
             ``"mean"``: the mean of both, of probabilities or of values, for steps that predict by

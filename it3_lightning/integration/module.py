@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from it3_lightning.calibration import Calibration
+from it3_lightning.calibration import Calibration, fingerprint
 from it3_lightning.conditioning import Conditioning, Shown
 from it3_lightning.engine.selection import OWN
 from it3_lightning.integration import batches
@@ -18,6 +18,8 @@ from it3_lightning.methods import TestTimeMethod
 from it3_lightning.priors import Prior
 from it3_lightning.priors.classes import OutputKind, probabilities
 from it3_lightning.utils.specs import built, spec
+
+KEPT = "it3"  # what this library keeps in a checkpoint beside weights and hyperparameters
 
 
 def plain(value: Any) -> Any:
@@ -159,19 +161,30 @@ class Conditioned(LightningModule):
     ) -> Any:
         """Load weights; a plain checkpoint may lack all ``it3_*`` keys, but no others.
 
-        What was kept before there was a calibration may lack that.
+        Version 0.1.0 kept the calibration among them.
         """
-        mine = OWN if not any(key.startswith(OWN) for key in state_dict) else "it3_calibration."
-        if strict:
-            own = {k: v for k, v in self.state_dict().items() if k.startswith(mine)}
-            state_dict = {**own, **state_dict}
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        state, former = dict(state_dict), f"{OWN}calibration."
+        names = [key for key in state if key.startswith(former)]
+        calibration = {key.removeprefix(former): state.pop(key) for key in names}
+        if strict and not any(key.startswith(OWN) for key in state):
+            state |= {k: v for k, v in self.state_dict().items() if k.startswith(OWN)}
+        loaded = super().load_state_dict(state, strict=strict, assign=assign)
+        if calibration:
+            self.it3_calibration.take_former(**calibration)
+            self.it3_calibration.weights = fingerprint(self)
+        return loaded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the checkpoint plain data: priors and conditionings as ``class_path`` dicts."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint[KEPT] = {"calibration": self.it3_calibration.state_dict()}
         hparams = checkpoint.get("hyper_parameters", {})
         hparams.update({name: plain(value) for name, value in hparams.items()})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the calibration that was kept beside the weights."""
+        super().on_load_checkpoint(checkpoint)
+        self.it3_calibration.load_state_dict(checkpoint.get(KEPT, {}).get("calibration", {}))
 
     # How it works
 

@@ -24,6 +24,8 @@ class ClassPrior(Prior):
         outputs: what the network puts out: ``"logits"`` or ``"probabilities"``.
         neutral: see :class:`Prior`.
         neutral_value: see :class:`Prior`.
+        ignore_index: the label that the loss ignores, such as -100; its prior says nothing: all
+            classes alike.
 
     Shapes:
         targets ``(B,)`` or ``(B, 1)`` indices, or ``(B, C)`` probabilities; outputs ``(B, C)``.
@@ -44,6 +46,7 @@ class ClassPrior(Prior):
         outputs: OutputKind = "logits",
         neutral: Neutral = "zeros",
         neutral_value: float = -1.0,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__(
             num_classes, neutral=neutral, neutral_value=neutral_value, presence_flag=False
@@ -52,19 +55,20 @@ class ClassPrior(Prior):
             raise ValueError(f"Expected at least 2 classes, got {num_classes}.")
         check_outputs(outputs)
         self.outputs: OutputKind = outputs
+        self.ignore_index = ignore_index
 
     def from_target(self, target: Tensor) -> Tensor:
         """Return ``(B, C)`` one-hot vectors, or the given probabilities."""
         if target.ndim == 2 and target.shape[1] == self.channels:
-            return floating(target)
+            return distributions(target)
         if not is_single(target):
             raise ValueError(
                 f"ClassPrior({self.channels}) expected a target of shape (B,) or "
                 f"(B, {self.channels}), got {tuple(target.shape)}. MaskPrior takes maps of classes."
             )
         if self.channels == 2 and target.is_floating_point():
-            return both(target.reshape(-1, 1))
-        return one_hot(target.flatten(), self.channels)
+            return both(shares(target.reshape(-1, 1), self.ignore_index))
+        return one_hot(target.flatten(), self.channels, self.ignore_index)
 
     def from_output(self, output: Tensor) -> Tensor:
         """Return ``(B, C)`` probabilities."""
@@ -87,11 +91,17 @@ class ClassPrior(Prior):
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        return {"num_classes": self.channels, "outputs": self.outputs, **super().init_args()}
+        own = {"num_classes": self.channels, "outputs": self.outputs}
+        return {**own, **super().init_args(), "ignore_index": self.ignore_index}
 
 
-def one_hot(target: Tensor, classes: int) -> Tensor:
+def one_hot(target: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
     """Return class indices as one-hot vectors along dimension 1: ``(B, ...) -> (B, C, ...)``.
+
+    Args:
+        target: class indices.
+        classes: their number ``C``.
+        ignore_index: an index of no class; it becomes ``1 / C`` of each.
 
     Raises:
         ValueError: an index is out of range, or not a whole number.
@@ -105,8 +115,57 @@ def one_hot(target: Tensor, classes: int) -> Tensor:
             f"Expected whole class indices in 0..{classes - 1}, got fractions in a target of "
             f"shape {tuple(target.shape)}. Give whole numbers, or probabilities of shape (B, C)."
         )
-    check_range(indices, 0, classes - 1, "Set num_classes to the labels' number of classes.")
-    return F.one_hot(indices, classes).movedim(-1, 1).to(torch.get_default_dtype())
+    ignored = torch.zeros_like(indices, dtype=torch.bool)
+    if ignore_index is not None:
+        ignored = indices == ignore_index
+        indices = indices.masked_fill(ignored, 0)
+    check_range(indices, 0, classes - 1, f"Set num_classes to the labels' number of classes{_OR}.")
+    vectors = F.one_hot(indices, classes).movedim(-1, 1).to(torch.get_default_dtype())
+    return vectors.masked_fill(ignored.unsqueeze(1), 1 / classes)
+
+
+_OR = ", or ignore_index to the label that the loss ignores"
+
+
+def shares(target: Tensor, ignore_index: int | None = None) -> Tensor:
+    """Return shares of the second of two classes as floating numbers; what is ignored is 1/2.
+
+    Raises:
+        ValueError: one lies outside [0, 1].
+
+    >>> shares(torch.tensor([1, 255]), ignore_index=255)
+    tensor([1.0000, 0.5000])
+    """
+    values = floating(target)
+    if ignore_index is not None:
+        values = values.masked_fill(target == ignore_index, 0.5)
+    if values.numel() and not (values.min() >= 0 and values.max() <= 1):
+        raise ValueError(
+            f"Expected labels or probabilities in 0..1, got {values.min():g} to {values.max():g}. "
+            f"Give a binary mask of 0 and 1, or labels of 0 and 1; or set num_classes{_OR}."
+        )
+    return values
+
+
+_SUM = 1e-2  # how far probabilities in half precision may be from adding up to 1
+
+
+def distributions(target: Tensor) -> Tensor:
+    """Return probabilities ``(B, C, ...)`` as floating numbers.
+
+    Raises:
+        ValueError: some are negative, or do not add up to 1 over the classes.
+    """
+    values = floating(target)
+    sums = values.sum(1)
+    if values.numel() and not (values.min() >= 0 and (sums - 1).abs().max() <= _SUM):
+        raise ValueError(
+            f"Expected probabilities of {values.shape[1]} classes, which add up to 1, got values "
+            f"from {values.min():g} to {values.max():g} with sums from {sums.min():g} to "
+            f"{sums.max():g}. Labels that are independent of each other (multi-label) are no "
+            "distribution over classes: write a prior of your own for them, a subclass of Prior."
+        )
+    return values
 
 
 def probabilities(output: Tensor, classes: int, kind: OutputKind) -> Tensor:

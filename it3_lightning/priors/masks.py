@@ -11,11 +11,11 @@ from it3_lightning.priors.classes import (
     OutputKind,
     both,
     check_outputs,
-    check_range,
-    floating,
+    distributions,
     mean_outputs,
     one_hot,
     probabilities,
+    shares,
 )
 from it3_lightning.priors.prior import Neutral, Prior
 
@@ -33,6 +33,8 @@ class MaskPrior(Prior):
         outputs: what the network puts out: ``"logits"`` or ``"probabilities"``.
         neutral: see :class:`Prior`.
         neutral_value: see :class:`Prior`.
+        ignore_index: the label of pixels that the loss ignores, such as 255; the prior says
+            nothing there: all classes alike.
 
     Shapes:
         targets ``(B, H, W)`` or ``(B, 1, H, W)`` indices, or ``(B, C, H, W)`` probabilities;
@@ -53,17 +55,19 @@ class MaskPrior(Prior):
         outputs: OutputKind = "logits",
         neutral: Neutral = "zeros",
         neutral_value: float = -1.0,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__(
             num_classes, neutral=neutral, neutral_value=neutral_value, presence_flag=True
         )
         check_outputs(outputs)
         self.outputs: OutputKind = outputs
+        self.ignore_index = ignore_index
 
     def from_target(self, target: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` maps."""
         if self.channels > 1 and target.ndim == 4 and target.shape[1] == self.channels:
-            return floating(target)
+            return distributions(target)
         maps = target.squeeze(1) if target.ndim == 4 and target.shape[1] == 1 else target
         if maps.ndim != 3:
             raise ValueError(
@@ -71,9 +75,8 @@ class MaskPrior(Prior):
                 f"(B, {self.channels}, H, W), got {tuple(target.shape)}."
             )
         if self.channels > 1:
-            return one_hot(maps, self.channels)
-        check_range(maps, 0, 1, "Give a binary mask of 0 and 1, or set num_classes.")
-        return floating(maps.unsqueeze(1))
+            return one_hot(maps, self.channels, self.ignore_index)
+        return shares(maps.unsqueeze(1), self.ignore_index)
 
     def from_output(self, output: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` probabilities."""
@@ -108,4 +111,5 @@ class MaskPrior(Prior):
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        return {"num_classes": self.channels, "outputs": self.outputs, **super().init_args()}
+        own = {"num_classes": self.channels, "outputs": self.outputs}
+        return {**own, **super().init_args(), "ignore_index": self.ignore_index}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Neutral = Literal["none", "zeros", "uniform", "constant"]
+Gather = Callable[[Tensor], Tensor]
 
 
 class Prior(nn.Module, ABC):
@@ -30,7 +31,7 @@ class Prior(nn.Module, ABC):
     """
 
     fitted: bool = True
-    """Whether the prior knows all it must know of the targets, so that no fit is needed."""
+    """Whether the prior knows what it must know of the targets, so that no fit is needed."""
 
     def __init__(
         self, channels: int, *, neutral: Neutral, neutral_value: float, presence_flag: bool
@@ -95,6 +96,25 @@ class Prior(nn.Module, ABC):
 
     def fit(self, targets: Iterable[Tensor]) -> None:
         """Take from training targets what the prior must know of them; most need nothing."""
+
+    @property
+    def measuring(self) -> bool:
+        """Whether :meth:`measure` is to see the targets of the next training batch."""
+        return not self.fitted
+
+    def measure(self, target: Tensor, gather: Gather | None = None) -> None:
+        """Take from one training batch, before its passes, what the prior must know of targets.
+
+        Called with the first batch, and with others while :attr:`measuring` holds.
+
+        Args:
+            target: of the batch, as ``it3_target`` returns it.
+            gather: brings a tensor of all processes together, along a new first dimension.
+        """
+        self.fit([target])
+
+    def settle(self) -> None:
+        """Measure no more: all training targets have been seen once."""
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments, for checkpoints and YAML."""

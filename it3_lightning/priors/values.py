@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from it3_lightning.priors.prior import Neutral, Prior
+from it3_lightning.priors.prior import Gather, Neutral, Prior
+
+_SETTLED = -1  # in the place of a count: there is nothing more to measure
 
 
 class ValuePrior(Prior):
@@ -19,8 +21,10 @@ class ValuePrior(Prior):
 
     Args:
         size: number of values ``C`` per sample.
-        mean: mean of the training targets, a number or one per value; ``None``: measured when
-            training starts.
+        mean: mean of the training targets, a number or one per value; ``None``: measured on the
+            batches of the first epoch as ``training_step`` sees them, over all processes. The
+            passes of a batch use what is known with it; at the end of the epoch it is settled. A
+            first batch of one or two samples says little: give mean and std there.
         std: their standard deviation, likewise.
         noise: largest perturbation, in standard deviations.
         neutral: see :class:`Prior`.
@@ -40,6 +44,7 @@ class ValuePrior(Prior):
 
     mean: Tensor
     std: Tensor
+    count: Tensor  # targets measured so far, so that a resumed epoch goes on
 
     def __init__(
         self,
@@ -59,6 +64,9 @@ class ValuePrior(Prior):
         self.noise = noise
         self.register_buffer("mean", _row("mean", mean, size))
         self.register_buffer("std", _row("std", std, size))
+        self._measuring = mean is None
+        self.register_buffer("count", torch.tensor(0 if self._measuring else _SETTLED))
+        self._moments: Tensor | None = None
         if bool((self.std <= 0).any()):
             raise ValueError(f"Expected std > 0, got {std}.")
 
@@ -67,11 +75,48 @@ class ValuePrior(Prior):
         """Whether mean and standard deviation are known."""
         return bool(self.mean.isfinite().all() and self.std.isfinite().all())
 
+    @property
+    def measuring(self) -> bool:
+        """Whether mean and standard deviation are still being measured."""
+        return self._measuring
+
+    def measure(self, target: Tensor, gather: Gather | None = None) -> None:
+        """Add the targets of a batch to mean and standard deviation; non-finite ones do not count.
+
+        Chan, Golub and LeVeque, 1979: counts, means and sums of squares of parts are those of the
+        whole, in any order. Where all targets are the same, the standard deviation is 1.
+
+        >>> prior = ValuePrior()
+        >>> prior.measure(torch.tensor([1.0, 3.0]))
+        >>> prior.measure(torch.tensor([5.0]))
+        >>> prior.mean, prior.std ** 2
+        (tensor([3.]), tensor([2.6667]))
+        """
+        found = _moments_of(self._rows(target).detach())
+        parts = found[None] if gather is None else gather(found).to(found)
+        known = self._known()
+        moments = _joined(parts if known is None else torch.cat([known[None], parts]))
+        count, mean, squares = self._moments = moments
+        if count[0] == 0:
+            return
+        spread = (squares / count).sqrt()
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(spread > 1e-12 * mean.abs(), spread, 1.0))
+        self.count.copy_(count[0])
+
+    def settle(self) -> None:
+        """Measure no more."""
+        if self._measuring and self.fitted:
+            self._measuring = False
+            self.count.fill_(_SETTLED)
+
     def fit(self, targets: Iterable[Tensor]) -> None:
-        """Measure mean and standard deviation of the training targets."""
-        values = torch.cat([self._rows(t).to(torch.float64).cpu() for t in targets])
-        self.mean.copy_(values.mean(0))
-        self.std.copy_(values.std(0, correction=0).clamp_min(1e-6))
+        """Measure mean and standard deviation of all these targets, and no others."""
+        self._measuring, self._moments = True, None
+        self.count.zero_()
+        for target in targets:
+            self.measure(target)
+        self.settle()
 
     def from_target(self, target: Tensor) -> Tensor:
         """Return ``(B, C)`` scaled values."""
@@ -91,12 +136,31 @@ class ValuePrior(Prior):
         return prior + size * torch.randn_like(prior)
 
     def init_args(self) -> dict[str, Any]:
-        """Return the constructor's arguments; mean and std travel as buffers."""
+        """Return the constructor's arguments; mean, std and count travel as buffers."""
         return {"size": self.channels, "noise": self.noise, **super().init_args()}
 
     def _scaled(self, values: Tensor) -> Tensor:
         rows = self._rows(values)
-        return (rows - self.mean.to(rows)) / self.std.to(rows)
+        mean, std = self.mean.to(rows), self.std.to(rows)
+        if self._measuring:  # which writes into them, maybe before the backward pass
+            mean, std = mean.clone(), std.clone()
+        return (rows - mean) / std
+
+    def _known(self) -> Tensor | None:
+        """Return the moments of the targets so far, ``(3, C)``; after a resume from the buffers."""
+        if self._moments is None and self.count > 0:
+            mean, std = self.mean.cpu().double(), self.std.cpu().double()
+            count = torch.full_like(mean, int(self.count))
+            return torch.stack([count, mean, count * std.square()])
+        return self._moments
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        mean = state_dict.get(f"{prefix}mean")
+        if mean is not None:  # version 0.1.0 kept no count, and measured before training
+            known = bool(mean.isfinite().all())
+            state_dict.setdefault(f"{prefix}count", torch.tensor(_SETTLED if known else 0))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._moments, self._measuring = None, bool(self.count >= 0)
 
     def _rows(self, values: Tensor) -> Tensor:
         rows = values.unsqueeze(1) if values.ndim == 1 else values
@@ -113,3 +177,22 @@ def _row(name: str, values: float | list[float] | None, size: int) -> Tensor:
     if row.ndim > 1 or row.numel() not in (1, size):
         raise ValueError(f"Expected {name} to be a number or {size} of them, got {values}.")
     return row.expand(size).clone()
+
+
+def _moments_of(rows: Tensor) -> Tensor:
+    """Return count, mean and sum of squared deviations of the finite rows, ``(3, C)``."""
+    values = rows.cpu().double()
+    values = values[values.isfinite().all(1)]
+    if not len(values):
+        return values.new_zeros(3, values.shape[1])
+    mean = values.mean(0)
+    return torch.stack([torch.full_like(mean, len(values)), mean, (values - mean).square().sum(0)])
+
+
+def _joined(parts: Tensor) -> Tensor:
+    """Return the moments of the whole from those of its parts, ``(N, 3, C) -> (3, C)``."""
+    counts, means, squares = parts.unbind(1)
+    count = counts.sum(0)
+    mean = (counts * means).sum(0) / count.clamp_min(1)
+    between = (counts * (means - mean).square()).sum(0)
+    return torch.stack([count, mean, squares.sum(0) + between])

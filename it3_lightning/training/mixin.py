@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -14,13 +14,20 @@ from torch import Tensor
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine import batch_size
 from it3_lightning.engine.selection import OWN
-from it3_lightning.integration.module import Conditioned, plain
+from it3_lightning.integration.module import KEPT, Conditioned, plain
 from it3_lightning.priors import Prior
 from it3_lightning.training.dual_pass import DualPass, called, run_passes, with_loss
-from it3_lightning.training.post_hoc import Fitting, Frozen, check_step
+from it3_lightning.training.post_hoc import (
+    Fitting,
+    Frozen,
+    check_callbacks,
+    check_step,
+    load_due,
+)
 
 Train = Literal["joint", "conditioning", "off"]
 
+_DUE = f"{OWN}source_due"  # among weights about to be loaded: they are not those of the source
 
 LossFn = Callable[[Tensor, Any], Tensor]
 
@@ -50,7 +57,8 @@ class IT3Mixin(Conditioned):
             ``"off"``: the plain module. Default: ``"conditioning"`` where a ``source_checkpoint``
             is given, else ``"joint"``.
         source_checkpoint: an ordinary checkpoint of the network, loaded when a Trainer first fits,
-            tests or predicts; not where a checkpoint of the module itself was loaded before.
+            tests or predicts, before any callback sees the network; not where a checkpoint of the
+            module itself was loaded before. Checkpoints say whether its weights are in place.
         dual_pass: settings of the label pass. Post-hoc default: half of the priors the network's
             own prediction, inputs perturbed by :class:`~it3_lightning.RandomNoise`.
         conditioning_optimizer: makes the optimizer of post-hoc training; default Adam, 1e-3. It
@@ -129,10 +137,11 @@ class IT3Mixin(Conditioned):
         return with_loss(output, loss)
 
     def configure_model(self) -> None:
-        """Attach the conditioning; check the training and freeze the network post-hoc."""
+        """Attach the conditioning; load the source, check the training, freeze post-hoc."""
         if self.it3_train != "off":
             self.it3_parts()
         super().configure_model()
+        load_due(self, early=True)
         if not self._it3_fitting:
             return
         if type(self).training_step is IT3Mixin.training_step:
@@ -141,16 +150,33 @@ class IT3Mixin(Conditioned):
             self.it3_freeze()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the settings of the label pass as plain data."""
+        """Keep the settings of the label pass as plain data, and whether the source is in place."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint[KEPT]["source_in_place"] = not self.it3_source_due
         hparams = checkpoint.get("hyper_parameters", {})
         hparams.update({k: v.init_args() for k, v in hparams.items() if isinstance(v, DualPass)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take a checkpoint with priors for what it is: the network need not be loaded again."""
         super().on_load_checkpoint(checkpoint)
-        if any(name.startswith(OWN) for name in checkpoint.get("state_dict", ())):
-            self.it3_source_due = False
+        if not checkpoint.get(KEPT, {}).get("source_in_place", True):
+            checkpoint["state_dict"][_DUE] = torch.tensor(True)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights; with those of the conditioning come those of its network."""
+        state = dict(state_dict)
+        due = bool(state.pop(_DUE, False))
+        if any(name.startswith(OWN) for name in state):
+            self.it3_source_due = due
+        return super().load_state_dict(state, strict=strict, assign=assign)
+
+    def on_train_start(self) -> None:
+        """Put a frozen network into evaluation mode, in a search for a learning rate too."""
+        super().on_train_start()
+        if self.it3_frozen is not None:
+            self.it3_frozen.stay_in_eval()
 
     def configure_optimizers(self) -> Any:
         """Return the module's own optimizers; post-hoc, one of the conditioning alone."""
@@ -160,13 +186,18 @@ class IT3Mixin(Conditioned):
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Add what prepares fitting with priors and cleans up after it, once for each Trainer."""
-        own = super().configure_callbacks()
-        if self.it3_train == "off" or not (self._it3_fitting or self.it3_source_due):
+        given = super().configure_callbacks()
+        own = [given] if isinstance(given, Callback) else [*given]
+        if self.it3_train == "off":
             return own
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, Fitting) for callback in present):
+        if self._it3_fitting and self.it3_train == "conditioning":
+            check_callbacks([*present, *own])
+        if not (self._builds_later() or self.it3_prior is None or self.it3_conditioning is None):
+            load_due(self, early=True)  # callbacks copy the network in their setup
+        if not (self._it3_fitting or self.it3_source_due):
             return own
-        return [*([own] if isinstance(own, Callback) else own), Fitting()]
+        return own if any(isinstance(c, Fitting) for c in present) else [*own, Fitting()]
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode; a frozen network stays in evaluation mode."""
@@ -208,5 +239,18 @@ class IT3Mixin(Conditioned):
 
     def _it3_passes(self, batch: Any, step: Callable[[Any], Any]) -> tuple[Any, Tensor | None]:
         """Run a step on all passes of the training; return its output and the loss of all."""
+        load_due(
+            self
+        )  # where a search runs batches before Fitting is asked, or there is no Trainer
+        prior = self.it3_parts()[0]
+        if prior.measuring and torch.is_grad_enabled():  # not in a validation
+            prior.measure(self.it3_target(batch), self._it3_gather)
         frozen = self.it3_train == "conditioning"
         return run_passes(self, self.it3_dual_pass, batch, step, frozen=frozen)
+
+    def _it3_gather(self, values: Tensor) -> Tensor:
+        """Return a tensor of all processes, along a new first dimension."""
+        if self._trainer is None or self._trainer.world_size == 1:
+            return values[None]
+        gathered: Tensor = self.all_gather(values.to(self.device))  # type: ignore[assignment]
+        return gathered

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable, Mapping, Sized
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch import callbacks as pl_callbacks
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from it3_lightning.calibration import bits
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine.selection import OWN
+from it3_lightning.integration.module import Conditioned
 from it3_lightning.priors import Prior
 
 
@@ -85,38 +87,6 @@ def _differences(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_BATCHES = 200  # at most, spread evenly over the data
-
-
-def training_targets(trainer: Trainer, target: Callable[[Any], Tensor]) -> list[Tensor]:
-    """Return the targets of up to 200 training batches, spread evenly over the data.
-
-    The batches are read anew, in order: no random state, sampler or worker of the training loaders
-    is touched, and every process sees the same. An iterable of one's own is iterated as it is.
-
-    Args:
-        trainer: about to train.
-        target: returns the target of a batch.
-    """
-    loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")  # as a Trainer does
-    loaders.flattened = [_reader(loader) for loader in loaders.flattened]
-    with isolate_rng():
-        return [target(batch) for batch, _, _ in islice(iter(loaders), _BATCHES)]
-
-
-def _reader(loader: Any) -> Any:
-    """Return a loader of the same batches, in order, that shares no state with the given one."""
-    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
-        return loader
-    dataset, size = loader.dataset, None
-    if loader.batch_sampler is not None:
-        size = getattr(loader.batch_sampler, "batch_size", 64)
-        if not isinstance(dataset, IterableDataset):
-            count = len(cast(Sized, dataset))
-            dataset = Subset(dataset, range(0, count, -(-count // (_BATCHES * size)) or 1))
-    return DataLoader(dataset, batch_size=size, collate_fn=loader.collate_fn)
-
-
 class Frozen:
     """A network whose parameters need no gradient; once told, it stays in evaluation mode.
 
@@ -137,6 +107,12 @@ class Frozen:
         for parameter in self._parameters:
             parameter.requires_grad_(need)
 
+    def melting(self, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+        """Whether a parameter needs a gradient, or is given to an optimizer."""
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        optimized = {id(p) for group in groups for p in group["params"]}
+        return any(p.requires_grad or id(p) in optimized for p in self._parameters)
+
     def stay_in_eval(self) -> None:
         """Put the module and every layer of the network into evaluation mode."""
         for module, _ in self._modes:
@@ -145,6 +121,10 @@ class Frozen:
     def thaw(self) -> None:
         """Let the parameters need gradients again and put the modes back."""
         self.require_grad(True)
+        self.put_modes_back()
+
+    def put_modes_back(self) -> None:
+        """Give every layer of the network the mode that it had."""
         for module, mode in self._modes:
             module.training = mode
 
@@ -191,9 +171,6 @@ class FittedOnPriors(Protocol):
     it3_source_due: bool
     it3_frozen: Frozen | None
 
-    def it3_target(self, batch: Any) -> Any:
-        """Return the target of a batch."""
-
     def it3_parts(self) -> tuple[Prior, Conditioning]:
         """Return prior and conditioning."""
 
@@ -201,56 +178,235 @@ class FittedOnPriors(Protocol):
         """Undo the freezing of post-hoc training."""
 
 
+def load_due(module: FittedOnPriors, *, early: bool = False) -> None:
+    """Load the source checkpoint, where it is not in place.
+
+    Args:
+        module: waits for its source, or has it.
+        early: a checkpoint of the module may yet be loaded, which brings the source along: a file
+            that is not there is no error.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a checkpoint of another network, or holds more than plain data.
+        MisconfigurationException: no source checkpoint was given.
+    """
+    path = module.it3_source_checkpoint
+    if not module.it3_source_due or (early and not (path and Path(path).is_file())):
+        return
+    if path is None:
+        raise MisconfigurationException(
+            f"Expected {type(module).__name__} to have the weights of its source, got a checkpoint "
+            "written before they were loaded. Give source_checkpoint=..., or load a checkpoint "
+            "written after fitting."
+        )
+    load_source(cast(nn.Module, module), path)
+    module.it3_source_due = False
+
+
+_WRITE_INTO_THE_NETWORK = (BaseFinetuning, ModelPruning)
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks whose purpose is to change the network that post-hoc training freezes.
+
+    Raises:
+        MisconfigurationException: there is one.
+    """
+    for callback in callbacks:
+        if isinstance(callback, _WRITE_INTO_THE_NETWORK):
+            raise MisconfigurationException(
+                f"train='conditioning' freezes the network, and {type(callback).__name__} changes "
+                "it. Leave out the callback, or train both: train='joint'."
+            )
+
+
+class Kept:
+    """What a module held, a copy of it, to be put back whatever writes into it.
+
+    Args:
+        module: whose parameters and persistent buffers.
+        wanted: says by their names which of them.
+    """
+
+    def __init__(self, module: nn.Module, wanted: Callable[[str], bool]) -> None:
+        self._module = module
+        self._wanted = wanted
+        self.values: dict[str, Tensor] = {}
+        self.take(wanted)
+
+    def take(self, some: Callable[[str], bool]) -> None:
+        """Keep some of them as they are now."""
+        held = entries(self._module, lambda name: self._wanted(name) and some(name))
+        self.values.update({name: value.detach().clone() for name, value in held.items()})
+
+    def put_back(self) -> list[str]:
+        """Write them back; return the names of those that had changed."""
+        held = entries(self._module, self._wanted)
+        changed = [n for n, v in self.values.items() if not torch.equal(bits(held[n]), bits(v))]
+        with torch.no_grad():
+            for name in changed:
+                held[name].copy_(self.values[name])
+        return changed
+
+
+def entries(module: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by the names that ``state_dict`` gives them.
+
+    Sharded or quantised ones, which are tensors of kinds of their own, are left out.
+
+    >>> list(entries(nn.BatchNorm1d(1), lambda name: "mean" in name))
+    ['running_mean']
+    """
+    found: dict[str, Tensor] = {}
+    for path, layer in module.named_modules(remove_duplicate=False):
+        passing = layer._non_persistent_buffers_set
+        for name, value in {**layer._parameters, **layer._buffers}.items():
+            full = f"{path}.{name}" if path else name
+            if type(value) in (Tensor, nn.Parameter) and name not in passing and wanted(full):
+                found[full] = value
+    return found
+
+
+_PRIOR = f"{OWN}prior."
+
+
 class Fitting(Callback):
-    """Prepares fitting with priors and cleans up after it, however it ends."""
+    """Prepares fitting with priors, keeps still what must not move, and cleans up after it.
+
+    The prior's statistics and, post-hoc, the network stay what they are: callbacks that average
+    weights copy them too, and move them by rounding.
+    """
+
+    def __init__(self) -> None:
+        self._kept: Kept | None = None
+        self._stop_looking: Callable[[], None] = _nothing
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the network; give the conditioning to the optimizer, alone where that is frozen."""
         module = _with_priors(pl_module)
         if module is None:
             return
-        _load_due(module)
+        load_due(module)
         own, frozen = list(module.it3_parts()[1].parameters()), module.it3_train == "conditioning"
         _optimize(trainer, own, only=frozen)
+        self._kept = Kept(pl_module, _still(module))
+        if module.it3_frozen is not None:
+            module.it3_frozen.put_modes_back()  # after a search for a learning rate
         if frozen:
             _warn_of_still_monitors(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what the prior must know of the targets; a frozen network goes into eval mode."""
+        """Put a frozen network into evaluation mode; look at the first outputs."""
         module = _with_priors(pl_module)
         if module is None:
             return
-        prior = module.it3_parts()[0]
-        if not prior.fitted:
-            prior.fit(training_targets(trainer, module.it3_target))
         if module.it3_frozen is not None:
             module.it3_frozen.stay_in_eval()
+        if getattr(type(pl_module), "it3_forward", None) is Conditioned.it3_forward:
+            check = partial(_check_outputs, *module.it3_parts())
+            self._stop_looking = pl_module.register_forward_hook(check).remove
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put back what an epoch must not begin without; refuse what would train the network."""
+        module = _with_priors(pl_module)
+        if module is None or module.it3_frozen is None:
+            return
+        if module.it3_frozen.melting(trainer.optimizers):
+            names = ", ".join(type(c).__name__ for c in trainer.callbacks if c is not self)  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "train='conditioning' freezes the network, and something gave its weights to an "
+                f"optimizer or let them need gradients. The callbacks are {names}. Leave out the "
+                "one that does, or train both: train='joint'."
+            )
+        changed = self._put_back()
+        if changed and not any(map(_averages, trainer.callbacks)):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"Something wrote into the frozen network: {', '.join(changed[:5])}"
+                f"{', ...' * (len(changed) > 5)}. It has been put back. Look for a callback, or a "
+                "training_step, that changes weights or buffers."
+            )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Keep what the prior has measured."""
+        self._stop_looking()
+        module = _with_priors(pl_module)
+        if module is not None:
+            self._keep_measured(trainer, module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure no more once all targets have been seen."""
+        module = _with_priors(pl_module)
+        if module is not None and trainer.is_last_batch and module.it3_parts()[0].measuring:
+            module.it3_parts()[0].settle()
+            if self._kept is not None:
+                self._kept.take(lambda name: name.startswith(_PRIOR))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put back what averaged weights were written over."""
+        self._put_back()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the network, where it is judged before it is fitted."""
-        _load_due(_with_priors(pl_module))
+        _load_before_use(pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put back what averaged weights were written over, for the validation."""
+        self._put_back()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the network, where it is judged before it is fitted."""
-        _load_due(_with_priors(pl_module))
+        _load_before_use(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the network, where it is used before it is fitted."""
-        _load_due(_with_priors(pl_module))
+        _load_before_use(pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write what stays as it is, also where averaged weights take the place of the module's."""
+        module = _with_priors(pl_module)
+        if module is None:
+            return
+        self._keep_measured(trainer, module)
+        live = self._kept is None
+        still = entries(pl_module, _still(module)) if live else self._kept.values  # type: ignore[union-attr]
+        for state in (checkpoint["state_dict"], checkpoint.get("current_model_state", {})):
+            for name, value in still.items():
+                if getattr(state.get(name), "shape", None) == value.shape:
+                    state[name] = value.detach()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Thaw the network."""
-        _thaw(pl_module)
+        self._finish(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Thaw the network."""
-        _thaw(pl_module)
+        self._finish(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Thaw the network, where a search for a learning rate ended the fit early."""
-        _thaw(pl_module)
+        self._finish(pl_module)
+
+    def _keep_measured(self, trainer: Trainer, module: FittedOnPriors) -> None:
+        """Keep what the prior has measured, unless averaged weights are in place to be judged."""
+        if self._kept is not None and trainer.training and module.it3_parts()[0].measuring:
+            self._kept.take(lambda name: name.startswith(_PRIOR))
+
+    def _put_back(self) -> list[str]:
+        return [] if self._kept is None else self._kept.put_back()
+
+    def _finish(self, module: LightningModule) -> None:
+        self._stop_looking()
+        self._stop_looking = _nothing
+        self._put_back()
+        self._kept = None
+        mixed = _with_priors(module)
+        if mixed is not None:
+            mixed.it3_thaw()
 
 
 def _with_priors(module: LightningModule) -> FittedOnPriors | None:
@@ -258,11 +414,47 @@ def _with_priors(module: LightningModule) -> FittedOnPriors | None:
     return cast("FittedOnPriors", module) if getattr(module, "it3_train", "off") != "off" else None
 
 
-def _load_due(module: FittedOnPriors | None) -> None:
-    """Load the source checkpoint, once."""
-    if module is not None and module.it3_source_due and module.it3_source_checkpoint is not None:
-        load_source(cast(nn.Module, module), module.it3_source_checkpoint)
-        module.it3_source_due = False
+def _load_before_use(module: LightningModule) -> None:
+    mixed = _with_priors(module)
+    if mixed is not None:
+        load_due(mixed)
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def _check_outputs(
+    prior: Prior, conditioning: Conditioning, module: nn.Module, _: Any, outputs: Any
+) -> None:
+    """Refuse outputs that the prior cannot read, before the first step is taken.
+
+    Only in passes that see a prior: strategies run a whole step as a forward pass of the module.
+
+    Raises:
+        MisconfigurationException: it cannot.
+    """
+    if conditioning.shown.prior is None or not isinstance(outputs, Tensor):
+        return
+    try:
+        prior.from_output(outputs.detach())
+    except ValueError as error:
+        raise MisconfigurationException(
+            f"The prior cannot read what {type(module).__name__} puts out. {error} Where self(...) "
+            "returns something else than predictions, override it3_forward(self, inputs)."
+        ) from error
+
+
+def _still(module: FittedOnPriors) -> Callable[[str], bool]:
+    """Return what tells by its name whether an entry stays as it is while the module is fitted."""
+    frozen = module.it3_train == "conditioning"
+    return lambda name: name.startswith(_PRIOR) or (frozen and not name.startswith(OWN))
+
+
+def _averages(callback: Callback) -> bool:
+    """Whether a callback averages all weights, and so writes into a frozen network by rounding."""
+    average = getattr(pl_callbacks, "WeightAveraging", StochasticWeightAveraging)  # Lightning 2.6
+    return isinstance(callback, StochasticWeightAveraging | average)
 
 
 def _warn_of_still_monitors(trainer: Trainer) -> None:
@@ -274,12 +466,6 @@ def _warn_of_still_monitors(trainer: Trainer) -> None:
                 f"{type(callback).__name__} monitors {monitor!r}, which stays the same while the "
                 "network is frozen. Monitor 'it3/label_loss', the loss of the conditioning."
             )
-
-
-def _thaw(module: LightningModule) -> None:
-    mixed = _with_priors(module)
-    if mixed is not None:
-        mixed.it3_thaw()
 
 
 def _optimize(trainer: Trainer, parameters: list[nn.Parameter], *, only: bool) -> None:

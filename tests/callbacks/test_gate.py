@@ -25,12 +25,12 @@ from helpers.toy import (
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from it3_lightning import ClassPrior, Idempotence, IT3TestTimeCallback
-from it3_lightning.calibration import Calibration
+from it3_lightning.calibration import Calibration, gate_of
 
 SCOPES: list[Any] = ["batch", "sample"]
 MEASURED = "Idempotence, distance 'l2', norm_stats 'source'"
@@ -122,14 +122,58 @@ def test_measuring_leaves_training_alone(train: Any) -> None:
         runs.append((model, dict(trainer.callback_metrics)))
     (plain, logged), (model, same) = runs
     changed = differing(everything(plain), everything(model))
-    assert {name.partition(" ")[0] for name in changed} == {"buffer", "storage"}
-    assert [name for name in changed if "storage" not in name] == [
-        "buffer it3_calibration.quantiles",
-        "buffer it3_calibration.name",
-    ]
+    assert {name.partition(" ")[0] for name in changed} <= {"storage"}
     assert logged.keys() == same.keys()
     assert all(torch.equal(same[name], value) for name, value in logged.items())
     assert model.it3_calibration.by == MEASURED
+
+
+AVERAGES: dict[str, Any] = {
+    "moving": lambda: EMAWeightAveraging(decay=0.7),
+    "moving, buffers kept": lambda: EMAWeightAveraging(decay=0.7, use_buffers=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*overrides the configure_model:UserWarning")
+@pytest.mark.parametrize("gate_first", [True, False], ids=["gate first", "average first"])
+@pytest.mark.parametrize("name", AVERAGES)
+def test_the_gate_of_averaged_weights_is_theirs(
+    name: str, gate_first: bool, tmp_path: Path
+) -> None:
+    callbacks = [gated(), AVERAGES[name]()]
+    kept = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    trainer = quiet(
+        callbacks=[*(callbacks if gate_first else callbacks[::-1]), kept],
+        max_epochs=3,
+        enable_checkpointing=True,
+    )
+    model = net(Validated)
+    trainer.fit(model, loader(), loader(count=20, seed=1))
+    loaded = Validated.load_from_checkpoint(tmp_path / "last.ckpt", **parts(), weights_only=True)
+    for each in (model, loaded):
+        expected = np.quantile(distances(each.eval(), loader(count=20, seed=1)).numpy(), 0.5)
+        assert gate_of(each, gated().settings, 0.5) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*overrides the configure_model:UserWarning")
+@pytest.mark.parametrize("gate_first", [True, False], ids=["gate first", "average first"])
+def test_a_gate_of_other_weights_than_those_at_the_end_is_refused(gate_first: bool) -> None:
+    class Epochs(WeightAveraging):
+        def should_update(self, step_idx: Any = None, epoch_idx: Any = None) -> bool:
+            return epoch_idx is not None
+
+    callbacks, model = [gated(), Epochs()], net(Validated)
+    trainer = quiet(callbacks=callbacks if gate_first else callbacks[::-1], max_epochs=3)
+    trainer.fit(model, loader(), loader(seed=1))
+    with pytest.raises(MisconfigurationException, match="these weights; they were measured with o"):
+        quiet(callbacks=[gated()]).test(model, loader())
+
+
+def test_a_gate_measured_before_more_training_is_refused() -> None:
+    model = calibrated()
+    quiet(limit_val_batches=0).fit(model, loader(), loader())
+    with pytest.raises(MisconfigurationException, match="these weights; they were measured with o"):
+        quiet(callbacks=[gated()]).test(model, loader())
 
 
 def test_sanity_check_and_validation_that_failed_do_not_count() -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers.toy import IT3Net, adapting, loader, net, quiet, samples
-from it3_lightning import DualPass
+from helpers.toy import IT3Net, LitNet, adapting, loader, net, parts, quiet, samples
+from it3_lightning import DualPass, IT3Mixin, ValuePrior
 
 TWO: dict[str, Any] = {"devices": 2, "strategy": "ddp_fork"}
 
@@ -46,6 +47,27 @@ def post_hoc() -> Any:
     return net(train="conditioning", dual_pass=dual)
 
 
+class Regression(LitNet):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.mse_loss(self(batch[0])[:, 0], batch[1])
+
+
+class IT3Regression(IT3Mixin, Regression):
+    """The same with priors."""
+
+    def it3_forward(self, inputs: Any) -> Any:
+        return super().it3_forward(inputs)[:, :1]
+
+
+def regression() -> Any:
+    return IT3Regression(**parts(prior=ValuePrior(), train="conditioning", dual_pass=DualPass()))
+
+
+def targets() -> Any:
+    """Serve samples with targets that grow, so that each process sees others."""
+    return DataLoader(TensorDataset(samples(12)[0], torch.arange(12.0) ** 2), batch_size=2)
+
+
 def main(folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
     model = net(Writes)
@@ -62,8 +84,11 @@ def main(folder: Path) -> None:
     quiet(callbacks=[adapting(gate=0.5)], **TWO).validate(model, stream(2, 14), verbose=False)
     fitted = post_hoc()
     quiet(**TWO).fit(fitted, loader(16, 8))
+    measured = regression()
+    quiet(**TWO).fit(measured, targets())
     numbers = {"refused": refused, "logged": logged, "by_sample": by_sample}
-    torch.save({**numbers, "state": fitted.state_dict()}, folder / "main.pt")
+    states = {"state": fitted.state_dict(), "measured": measured.state_dict()}
+    torch.save({**numbers, **states}, folder / "main.pt")
 
 
 if __name__ == "__main__":

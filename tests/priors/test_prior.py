@@ -48,12 +48,35 @@ def test_floating_targets_of_two_classes_are_probabilities_of_the_second() -> No
         (torch.tensor([-100, 1]), r"indices in 0..2, got -100 to 1"),
         (torch.tensor([0.5, 1.0]), "got fractions in a target of shape"),
         (torch.zeros(2, 4, 4, dtype=torch.long), "MaskPrior takes maps"),
+        (torch.tensor([-100, 1]), "or ignore_index to the label that the loss ignores"),
+        (
+            torch.tensor([[1.0, 1.0, 0.0]]),
+            r"1, got .* sums from 2 to 2. Labels that are i",
+        ),
+        (torch.tensor([[1, 0, 1]]), "multi-label"),
+        (torch.tensor([[0.0, 0.0, 0.0]]), "add up to 1"),
+        (torch.tensor([[3.0, -1.0, -1.0]]), "got values from -1 to 3"),
         (torch.zeros(2, 5), r"shape \(B,\) or \(B, 3\), got \(2, 5\)"),
     ],
 )
 def test_class_prior_refuses_other_targets(target: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClassPrior(3).from_target(target)
+
+
+def test_ignored_labels_say_nothing_and_the_others_what_they_say_alone() -> None:
+    rows = ClassPrior(4, ignore_index=-100).from_target(torch.tensor([-100, 2]))
+    assert rows.tolist() == [[0.25] * 4, [0.0, 0.0, 1.0, 0.0]]
+    pair = ClassPrior(2, ignore_index=-1).from_target(torch.tensor([-1.0, 1.0]))
+    assert pair.tolist() == [[0.5, 0.5], [0.0, 1.0]]
+    target = torch.tensor([[[0, 255], [1, 255]]])
+    for classes in (1, 2, 3):
+        maps = MaskPrior(classes, ignore_index=255).from_target(target)
+        plain = MaskPrior(classes).from_target(target.clamp(max=1))
+        assert torch.equal(maps[..., 0], plain[..., 0])
+        assert set(maps[..., 1].flatten().tolist()) == {torch.tensor(1 / max(2, classes)).item()}
+    with pytest.raises(ValueError, match="got -1 to 2"):
+        ClassPrior(3, ignore_index=-100).from_target(torch.tensor([-100, -1, 2]))
 
 
 def test_an_empty_batch_has_empty_priors() -> None:
@@ -84,6 +107,10 @@ def test_maps_of_classes_become_one_channel_a_class(shape: tuple[int, ...]) -> N
     [
         (MaskPrior(), torch.full((1, 2, 2), 255), r"in 0..1, got 255 to 255. Give a binary mask"),
         (MaskPrior(3), torch.full((1, 2, 2), 255), r"in 0..2, got 255 to 255"),
+        (MaskPrior(3), torch.full((1, 2, 2), 255), "or ignore_index to the label that the loss"),
+        (MaskPrior(), torch.full((1, 2, 2), float("nan")), "in 0..1, got nan"),
+        (MaskPrior(3), torch.ones(1, 3, 2, 2), "add up to 1"),
+        (ClassPrior(2), torch.tensor([-1.0, 1.0]), "in 0..1, got -1 to 1"),
         (MaskPrior(3), torch.zeros(1, 2), r"\(B, H, W\) or \(B, 3, H, W\), got \(1, 2\)"),
         (MaskPrior(3), torch.zeros(1, 2, 2, 2), r"got \(1, 2, 2, 2\)"),
     ],
@@ -312,7 +339,7 @@ def test_perturbation_is_seeded_and_leaves_its_argument_alone(prior: Prior, rows
 @pytest.mark.parametrize(
     "prior",
     [
-        ClassPrior(3, outputs="probabilities", neutral="uniform"),
+        ClassPrior(3, outputs="probabilities", neutral="uniform", ignore_index=-100),
         ValuePrior(2, noise=0.5, neutral="constant", neutral_value=-50.0),
         MaskPrior(4, outputs="probabilities", neutral="none"),
     ],

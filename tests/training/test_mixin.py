@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from it3_lightning import ClassPrior, DualPass, FeatureInjection, IT3Mixin
 from it3_lightning.training.post_hoc import Fitting
@@ -118,6 +119,23 @@ def test_source_checkpoint_means_post_hoc_unless_said_otherwise() -> None:
     assert IT3Net(**parts()).it3_train == "joint"
     assert IT3Net(**parts(source_checkpoint="a.ckpt")).it3_train == "conditioning"
     assert IT3Net(**parts(source_checkpoint="a.ckpt", train="joint")).it3_train == "joint"
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("train", ["joint", "conditioning"])
+def test_a_prior_of_other_classes_than_the_network_is_refused_before_the_first_step(
+    classes: int, train: Any
+) -> None:
+    images, labels = samples()
+    data: Any = DataLoader(TensorDataset(images, labels.clamp(max=1)), batch_size=4)
+    model, trainer = IT3Net(**parts(prior=ClassPrior(classes), train=train)), quiet()
+    before = [p.detach().clone() for p in model.parameters()]
+    refusals = (MisconfigurationException, ValueError)
+    with pytest.raises(refusals, match=rf"output of shape \(B, {classes}, ...\), got \(4, 3\)"):
+        trainer.fit(model, data)
+    assert trainer.global_step == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not model._forward_hooks
 
 
 # What reaches the base
