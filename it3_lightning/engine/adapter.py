@@ -34,7 +34,7 @@ from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.selection import select
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.state import State
-from it3_lightning.engine.trees import batch_size, divisible, taken
+from it3_lightning.engine.trees import batch_size, divisible, laid_out, taken
 from it3_lightning.engine.types import (
     SOURCE,
     Answer,
@@ -44,6 +44,7 @@ from it3_lightning.engine.types import (
     InputsIn,
     Isolation,
     Plain,
+    SampleDims,
     Skip,
     ToLabel,
 )
@@ -62,6 +63,7 @@ class BatchAdapter:
             them is not computed twice. Empty: unknown.
         isolation: returns a context in which passes leave no trace, in logs for example.
         inputs_in: finds the network's inputs in what :meth:`adapted` is given.
+        sample_dims: says which dimension of each tensor holds the samples; default: the first.
 
     Raises:
         ValueError: the selection of parameters matches nothing.
@@ -87,7 +89,9 @@ class BatchAdapter:
         enters: Enters = MappingProxyType({}),
         isolation: Isolation = nullcontext,
         inputs_in: InputsIn | None = None,
+        sample_dims: SampleDims | None = None,
     ) -> None:
+        self._sample_dims = sample_dims
         self.selected = select(module, settings.parameters)
         self._module = module
         self._settings = settings
@@ -125,6 +129,8 @@ class BatchAdapter:
             ValueError: the selected parameters have no influence on the prediction.
         """
         self.network.forwards = self.network.cache.hits = 0
+        if self._sample_dims is not None:
+            inputs = laid_out(inputs, self._sample_dims(inputs))
         with ExitStack() as statistics:
             statistics.enter_context(norm_statistics(self._module, self._settings.norm_stats))
             source = Snapshot(self._module)
@@ -241,7 +247,8 @@ class BatchAdapter:
             return None
         before = self._measure(inputs, state)
         within = before.objective.measure <= limit
-        alone = self._settings.norm_stats == "source" and divisible(inputs)
+        known = self._sample_dims is not None or divisible(inputs, len(within), self._module)
+        alone = self._settings.norm_stats == "source" and known
         rows = (~within).nonzero()[:, 0].tolist()
         alone = alone and bool(rows)
         return _Gate(before, within, taken(inputs, rows) if alone else inputs, alone)

@@ -25,10 +25,10 @@ from it3_lightning.engine import (
 )
 from it3_lightning.engine.passes import copied
 from it3_lightning.engine.restore import Snapshot, undisturbed_rng, without_side_effects
-from it3_lightning.engine.types import Forward, InputsIn, Isolation
+from it3_lightning.engine.types import Forward, InputsIn, Isolation, SampleDims
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import hooked_by, muted, patched
-from it3_lightning.integration.module import IT3Module
+from it3_lightning.integration.module import IT3Module, sample_dims_of
 from it3_lightning.priors import Prior
 
 WhichPrediction = Literal["first", "second", "mean"]
@@ -42,6 +42,7 @@ def adapter_of(
     *,
     forward: Forward | None = None,
     inputs_in: InputsIn | None = None,
+    sample_dims: SampleDims | None = None,
     silent: bool = False,
 ) -> Adapter:
     """Return the engine for a module, and say which weights it adapts.
@@ -52,6 +53,7 @@ def adapter_of(
         settings: how to adapt.
         forward: of the engine; default: ``host.predict_with``.
         inputs_in: finds the module's inputs in what the engine is given.
+        sample_dims: says which dimensions of that hold samples; default: as the module does.
         silent: say nothing.
 
     Raises:
@@ -71,6 +73,7 @@ def adapter_of(
                 enters=_enters(host),
                 isolation=partial(muted, module),
                 inputs_in=inputs_in,
+                sample_dims=sample_dims or sample_dims_of(module),
             )
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error

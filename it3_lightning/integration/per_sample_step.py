@@ -20,16 +20,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from it3_lightning.engine import Adaptation, Settings, batch_size
 from it3_lightning.engine.passes import copied
 from it3_lightning.engine.restore import undisturbed_rng
-from it3_lightning.engine.trees import taken
+from it3_lightning.engine.trees import dims_by, laid_out, taken, told_dims
 from it3_lightning.engine.types import Answer, Plain
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import hooked_by, muted, patched
-from it3_lightning.integration.module import IT3Module
+from it3_lightning.integration.module import IT3Module, sample_dims_of
 from it3_lightning.integration.module_adapter import (
     WhichPrediction,
     adapter_of,
@@ -99,12 +100,14 @@ class PerSampleStep:
         self._names = {"step": step, "name": type(module).__name__}
         if module.forward == LightningModule.forward.__get__(module):
             raise MisconfigurationException(_NEVER_ASKED.format(**self._names))
+        self._dims_of_inputs = sample_dims_of(module)
         self.adapter = adapter_of(
             module,
             host,
             settings,
             forward=lambda call, prior: host.predict_with(_inputs_in(call), prior),
             inputs_in=_inputs_in,
+            sample_dims=self._dims if self._dims_of_inputs is not None else None,
         )
         self._module = module
         self._host = host
@@ -147,10 +150,15 @@ class PerSampleStep:
         Raises:
             ValueError: the call has another number of samples, or returns no samples.
         """
-        self._check(call)
+        dims = self._dims(call)
+        laid = call if dims is None else laid_out(call, dims)
+        if self._check(laid) == 0:
+            return self._empty(call, prediction="first" if given else self._prediction)
         prediction = "first" if given else self._prediction
         plain = prediction == "first" and call.prior is None
         usual = plain and interception.reaches(call, lambda: self._neutral(call))
+
+        graphs = _graphs_in(call)
 
         def answer(asked: Call) -> tuple[Tensor, OutputTree]:
             interception.returned = None
@@ -158,19 +166,50 @@ class PerSampleStep:
             value = interception.returned
             if not usual:
                 value = self._predicted(asked, outputs, prediction)
-            return outputs, OutputTree.of(value, _samples(asked))
+            return outputs, OutputTree.of(value, None if graphs else len(outputs))
 
         with self.adapter.adapted(call, _Neutral(self._neutral, answer) if usual else answer) as a:
             tree: OutputTree = a.answers
 
         def ordinary() -> list[Tensor]:
-            tensors: list[Tensor] = answer(taken(call, range(1)))[1].tensors
+            tensors: list[Tensor] = answer(copied(taken(laid, range(1))))[1].tensors
             return tensors
 
         tensors = in_precision(tree.tensors, ordinary, self.adapter, self._module)
         return tree.filled(tensors), a
 
-    def _check(self, call: Call) -> None:
+    def _dims(self, call: Any) -> Any:
+        """Return the dimensions of the samples in a call, as the module says, if it does.
+
+        Arguments are told by the inputs that are equal to them, or have their shape; others go by
+        the rule.
+        """
+        own = self._dims_of_inputs
+        dims = None if own is None else own(_inputs_in(call))
+        if dims is None or not isinstance(call, Call):
+            return dims
+        told = told_dims(call.inputs, dims)
+        size = batch_size(laid_out(call.inputs, dims))
+
+        def dim(leaf: Any) -> int | None:
+            if not isinstance(leaf, Tensor):
+                return None
+            same = [d for tensor, d in told if _equal(tensor, leaf)]
+            same += [d for tensor, d in told if tensor.shape == leaf.shape]
+            return same[0] if same else 0 if leaf.ndim and len(leaf) == size else None
+
+        args, kwargs = dims_by(dim, call.args), dims_by(dim, call.kwargs)
+        return Call(dims, args, kwargs, 0)  # type: ignore[arg-type]
+
+    def _empty(self, call: Call, prediction: WhichPrediction) -> tuple[Any, Adaptation]:
+        """Return what ``forward`` returns of no samples, and that nothing came of them."""
+        with self.adapter.adapted(call, Plain(self._neutral)) as adaptation:
+            pass
+        with torch.no_grad(), undisturbed_rng(), muted(self._module):
+            outputs = self._neutral(call)
+            return self._predicted(call, outputs, prediction), adaptation
+
+    def _check(self, call: Call) -> int:
         size = batch_size(call.inputs)
         try:
             asked = batch_size((call.args, call.kwargs))
@@ -182,6 +221,7 @@ class PerSampleStep:
                 f"{size}. With scope='sample' each sample has weights of its own: call it on all "
                 "of them, once for each view, or use scope='batch'."
             )
+        return size
 
     def _predicted(self, asked: Call, outputs: Tensor, prediction: WhichPrediction) -> Any:
         """Return what ``forward`` returns; ``outputs`` are those of the neutral pass."""
@@ -341,10 +381,10 @@ def _inputs_in(given: Any) -> Any:
     return given.inputs if isinstance(given, Call) else given
 
 
-def _samples(asked: Call) -> int | None:
-    """Return how many samples there are, or ``None``: outputs of graphs may be those of nodes."""
-    leaves = [leaf for leaf in tree_leaves(asked.inputs) if not isinstance(leaf, Tensor)]
-    return None if any(map(graph_count, leaves)) else batch_size(asked.inputs)
+def _graphs_in(call: Call) -> bool:
+    """Whether there are graphs, whose outputs may be those of nodes."""
+    leaves = tree_leaves(call.inputs, is_leaf=lambda value: isinstance(value, PackedSequence))
+    return any(graph_count(leaf) for leaf in leaves if not isinstance(leaf, Tensor | tuple))
 
 
 def _by_name(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:

@@ -96,11 +96,11 @@ def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) 
     assert vectorised is not None
 
     class Limited:
-        def __call__(self, inputs: Tensor, answer: Any) -> Adaptation:
+        def __call__(self, inputs: Tensor, answer: Any, conditions: Any) -> Adaptation:
             sizes.append(len(inputs))
             if len(inputs) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            found: Adaptation = vectorised(inputs, answer)
+            found: Adaptation = vectorised(inputs, answer, conditions)
             return found
 
         def release(self) -> None:

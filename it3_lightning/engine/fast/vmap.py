@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import is_dataclass
 from functools import partial
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from it3_lightning.engine.fast.grad_sample import Gradient, Layerwise, Product
@@ -20,7 +24,7 @@ from it3_lightning.engine.fast.stacked_weights import Compiled, Stacked, bytes_k
 from it3_lightning.engine.passes import FunctionalPasses, Network, Sites, copied
 from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.settings import Settings
-from it3_lightning.engine.trees import batch_size, joined, taken
+from it3_lightning.engine.trees import batch_size, joined, leaves_of, taken
 from it3_lightning.engine.types import REASONS, SOURCE, Answer, SampleEvaluations, Weights
 from it3_lightning.methods.base import Objective
 from it3_lightning.utils.graphs import graph_count
@@ -59,7 +63,8 @@ def mapped(one: Callable[..., Any], size: int, dims: tuple[int | None, ...], *gi
         alone = tree_map(lambda leaf, dim: leaf if dim is None else leaf[None], sample, along)
         return one(*rest, alone)
 
-    return vmap(with_batch, in_dims=(*dims, along))(*others, inputs)
+    with uncompiled():
+        return vmap(with_batch, in_dims=(*dims, along))(*others, inputs)
 
 
 def without_batch(leaf: Tensor) -> Tensor:
@@ -72,6 +77,98 @@ def without_batch(leaf: Tensor) -> Tensor:
     return leaf[0] if leaf.ndim and leaf.shape[0] == 1 else leaf
 
 
+class Held:
+    """A setting of the whole process, for as long as any thread is within.
+
+    The first thread to enter makes it, the last to leave puts back what there was.
+
+    Args:
+        made: returns the context that makes it.
+
+    >>> flag = torch.backends.mha.get_fastpath_enabled
+    >>> held = Held(without_fused_attention)
+    >>> with held(), held():
+    ...     inside = flag()
+    >>> inside, flag()
+    (False, True)
+    """
+
+    def __init__(self, made: Callable[[], AbstractContextManager[None]]) -> None:
+        self._made = made
+        self._lock = Lock()
+        self._within = 0
+        self._stack = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Hold the setting within."""
+        with self._lock:
+            if not self._within:
+                self._stack.enter_context(self._made())
+            self._within += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._within -= 1
+                if not self._within:
+                    self._stack.close()
+
+
+@contextmanager
+def without_fused_attention() -> Iterator[None]:
+    """Let transformer layers of torch run by their parts."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _without_fused_recurrence() -> Iterator[None]:
+    fused = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(fused)
+
+
+@contextmanager
+def _without_warnings_of_speed() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    stance = torch.compiler.set_stance("force_eager")  # from here on
+    try:
+        yield
+    finally:
+        stance.__exit__(None, None, None)
+
+
+_UNFUSED = Held(without_fused_attention)
+_PLAIN_KERNEL = Held(lambda: sdpa_kernel(SDPBackend.MATH))
+_UNFUSED_RECURRENCE = Held(_without_fused_recurrence)
+_QUIET = Held(_without_warnings_of_speed)
+_UNCOMPILED = Held(_uncompiled)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Let what ``torch.compile`` has made run as it was written, within.
+
+    A compiled graph knows neither hooks that were registered since nor the weights of each sample,
+    and which graph is taken depends on what has run before: it cannot be found right once for all.
+    """
+    return _UNCOMPILED() if "torch._dynamo" in sys.modules else nullcontext()
+
+
 @contextmanager
 def vmappable(module: nn.Module) -> Iterator[None]:
     """Let a network run by operations that have a batching rule; the numbers are the same.
@@ -81,8 +178,7 @@ def vmappable(module: nn.Module) -> Iterator[None]:
     by sample, which it warns of; the choice of a backend is made by the time taken.
     """
     patched = [m for m in recurrent_layers(module) if "forward" not in vars(m)]
-    with warnings.catch_warnings(), plain_attention(module):
-        warnings.filterwarnings("ignore", message="There is a performance drop")
+    with _QUIET(), plain_attention(module):
         try:
             for layer in patched:
                 vars(layer)["forward"] = partial(_recurrent, layer, layer.forward)
@@ -95,14 +191,9 @@ def vmappable(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def plain_attention(module: nn.Module) -> Iterator[None]:
     """Let the attention of a network on the CPU run unfused, as ``vmap`` needs it."""
-    fast = torch.backends.mha.get_fastpath_enabled()
     on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with _UNFUSED(), _PLAIN_KERNEL() if on_cpu else nullcontext():
+        yield
 
 
 def recurrent_layers(module: nn.Module) -> list[nn.Module]:
@@ -128,13 +219,8 @@ def _recurrent(layer: nn.Module, own: Callable[..., Any], inputs: Any, hx: Any =
     """Run a recurrent layer, by a state of its own where it is given none."""
     if hx is None and isinstance(inputs, Tensor):
         hx = _zeros(layer, inputs)
-    fused = torch._C._get_mkldnn_enabled()
-    try:
-        torch._C._set_mkldnn_enabled(False)
-        with torch.backends.cudnn.flags(enabled=False):
-            return own(inputs, hx)
-    finally:
-        torch._C._set_mkldnn_enabled(fused)
+    with _UNFUSED_RECURRENCE():
+        return own(inputs, hx)
 
 
 def _zeros(layer: Any, inputs: Tensor) -> Any:
@@ -178,23 +264,32 @@ class Gradients:
         self._layerwise = Layerwise(module, selected, network, settings.method)
         on_cpu = next(iter(selected.values())).device.type == "cpu"  # faster there, as measured
         self._may_share = shared and on_cpu and not settings.compile and settings.anchor != "live"
-        self._agreed = 0  # samples on which that is known to agree with torch.func
+        self._agreed: dict[Any, int | None] = {}  # see `_ask`
+        self._conditions: Any = None
         self._compiled: dict[bool, Compiled] = {}
         if settings.compile:
             self._compiled = {r: Compiled(partial(self._step, r)) for r in (False, True)}
+        self._optimizer = settings.optimizer
         self._unused: frozenset[str] | None = None if callable(settings.optimizer) else frozenset()
         self._passes: dict[bool, int] = {}
 
+    def under(self, conditions: Any) -> None:
+        """Go by what is known of networks and inputs under these conditions."""
+        if conditions != self._conditions and callable(self._optimizer):
+            self._unused = None
+        self._conditions = conditions
+
     def first(self, stacked: Stacked, inputs: Any) -> tuple[Weights, SampleEvaluations]:
         """Return the gradients at the source, layer by layer where that is known to agree."""
-        if self._agreed > 1 or stacked.size <= self._agreed:  # one tells nothing of several
+        agreed = self._agreed.get(self._conditions, 0)
+        if agreed is not None and (agreed > 1 or stacked.size <= agreed):
             try:
                 return self._layer_by_layer(stacked, inputs)
             except Exception:  # torch.func is asked, and raises what is no fault of the rules
-                self._agreed, self._may_share = 0, False
+                self._agreed[self._conditions] = agreed = None
                 stacked.forget()
         gradients, seen = self._by_func(stacked, inputs, at_source=True)
-        if self._may_share:
+        if self._may_share and agreed in (0, 1):  # one tells nothing of several
             self._ask(inputs, gradients, seen)
         return gradients, seen
 
@@ -212,11 +307,16 @@ class Gradients:
                 gradient = gradient.whole(self._selected[name].shape)
             gradients[name] = gradient
 
-        seen = self._layerwise(inputs, take)
+        with uncompiled():
+            seen = self._layerwise(inputs, take)
         return self._used(gradients), seen
 
     def _ask(self, inputs: Any, gradients: Weights, seen: SampleEvaluations) -> None:
-        """Find out whether the gradients can be found layer by layer, from some that are known."""
+        """Find out whether the gradients can be found layer by layer, from some that are known.
+
+        The answer holds under the conditions of now: the number of samples on which they agree, or
+        ``None`` where they do not.
+        """
         few = range(min(_FEW, len(seen.loss)))
         if bool(trouble_of(seen).any()) or not bool(seen.moves[: len(few)].any()):
             return  # another batch will tell
@@ -224,9 +324,9 @@ class Gradients:
         counts = network.forwards, network.cache.hits
         network.cache.clear()
         known = {name: gradient[: len(few)] for name, gradient in gradients.items()}
-        agrees = self._layerwise.agrees(taken(inputs, few), known)
-        self._agreed = len(few) if agrees else 0
-        self._may_share = self._agreed == 1  # and several, when they come
+        with uncompiled():
+            agrees = self._layerwise.agrees(taken(inputs, few), known)
+        self._agreed[self._conditions] = len(few) if agrees else None
         network.forwards, network.cache.hits = counts
 
     def _used(self, gradients: Weights) -> Weights:
@@ -344,18 +444,33 @@ class Vectorised:
         """Give back the memory that is kept for the next batch."""
         self._memory.clear()
 
-    def __call__(self, inputs: Any, answer: Answer) -> Adaptation:
+    def __call__(self, inputs: Any, answer: Answer, conditions: Any = None) -> Adaptation:
         """Adapt to every sample of the inputs, and answer with its weights.
+
+        Args:
+            inputs: of the network.
+            answer: inputs to outputs, and what is answered with them.
+            conditions: of the network and the inputs: what was found out under others does not
+                count.
 
         Raises:
             Exception: whatever ``torch.func`` says of a network that cannot be vectorised.
         """
-        objects = [leaf for leaf in tree_leaves(inputs) if not isinstance(leaf, Tensor)]
+        leaves = tree_leaves(inputs, is_leaf=lambda value: isinstance(value, PackedSequence))
+        objects = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         if any(graph_count(leaf) for leaf in objects if leaf is not None):
             raise NotImplementedError("torch.func takes tensors, not batches of graphs.")
+        for leaf in objects:
+            opens = isinstance(leaf, PackedSequence | Mapping) or is_dataclass(leaf)
+            if opens and any(isinstance(held, Tensor | PackedSequence) for held in leaves_of(leaf)):
+                raise NotImplementedError(
+                    "torch.func takes tensors in tuples, lists and dicts, not in a "
+                    f"{type(leaf).__name__}."
+                )
         if not self._method.vmappable:
             raise NotImplementedError(f"{type(self._method).__name__} asks for further passes")
         self._network.restart()
+        self._gradients.under(conditions)
         try:
             with (
                 torch.autocast(self._device, enabled=False),
@@ -430,7 +545,8 @@ class Vectorised:
             self._network.forwards += 1
             own = {name: w[row] for name, w in weights.items()}
             alone = copied(taken(inputs, range(row, row + 1)))
-            parts.append(self._sites.run_with(own, partial(answer, alone)))
+            with uncompiled():
+                parts.append(self._sites.run_with(own, partial(answer, alone)))
         outputs, answers = joined(parts)
         return outputs, answers
 
