@@ -223,7 +223,7 @@ def write_first_step(
         return
     assert rule.first_step is not None
     given = [full_precision(weights)], [full_precision(gradients)]
-    out.copy_(rule.first_step(*given, lr)[0])
+    out.copy_(rounded(rule.first_step(*given, lr)[0], out.dtype, weights.shape))
 
 
 class OnlyStep:
@@ -262,7 +262,8 @@ class OnlyStep:
             moved = self._rule.first_step(weights, list(gradients.values()), self._lr)
         else:
             moved = self._by_length(source, gradients, loss.detach())
-        kept = {n: m.to(parameters[n].dtype) for n, m in zip(gradients, moved, strict=True)}
+        both = zip(gradients, moved, strict=True)
+        kept = {n: rounded(m, parameters[n].dtype) for n, m in both}
         return kept, torch.nn.utils.get_total_norm(list(kept.values()))
 
     def _by_length(
@@ -286,8 +287,51 @@ class OnlyStep:
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """Return a float32 copy of a half-precision tensor, any other tensor itself."""
+    """Return a float32 copy of a half-precision tensor, any other tensor itself.
+
+    Sparse ones, as the gradients of some embeddings are, are made dense.
+    """
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
     return tensor.float() if tensor.dtype in HALF else tensor
+
+
+_BITS = {torch.bfloat16: (8, -133), torch.float16: (11, -24)}  # of the mantissa; smallest exponent
+_GOLDEN = -1640531527  # 2^32 / golden ratio: its multiples, in 32 bits, lie evenly there
+
+
+def rounded(values: Tensor, dtype: torch.dtype, shape: torch.Size | None = None) -> Tensor:
+    r"""Return moved weights in a data type; in half precision their movement outlives the rounding.
+
+    The source lies on the grid of half precision, so that steps of less than half a unit of it
+    would all be rounded away, where weights in float32 under autocast move in their share. So each
+    weight is rounded at a threshold of its own, spread evenly over the weights:
+    :math:`\lfloor w / u + t_i \rfloor u`, with :math:`t_i` in (0, 1) a multiple of the golden
+    ratio. On the mean the movement is what it was; nothing is drawn, and what lies on the grid
+    stays there.
+
+    Args:
+        values: in full precision, ``shape`` or ``(B, *shape)``.
+        dtype: of the weights.
+        shape: of one sample's weights; default: that of the values.
+
+    >>> moved = torch.full((1000,), 1 + 2**-7 / 4)  # a quarter of the way to the next bfloat16
+    >>> moved.bfloat16().mean().item()
+    1.0
+    >>> round((rounded(moved, torch.bfloat16).float().mean().item() - 1) * 2**7, 2)
+    0.25
+    """
+    if dtype not in HALF or values.dtype in HALF:
+        return values.to(dtype)
+    shape = values.shape if shape is None else shape
+    bits, least = _BITS[dtype]
+    index = torch.arange(1, shape.numel() + 1, device=values.device, dtype=torch.int32)
+    share = index.mul_(_GOLDEN).to(values.dtype).mul_((1 - 2**-20) / 2**32)  # within half a unit
+    exponent = (torch.frexp(values).exponent - bits).clamp_min(least)
+    offset = torch.ldexp(torch.ones_like(values), exponent).mul_(share.reshape(shape))
+    nearest = values.to(dtype)
+    on_grid = nearest.to(values.dtype) == values
+    return torch.where(on_grid, nearest, (values + offset).to(dtype))
 
 
 class Updater:
@@ -300,11 +344,18 @@ class Updater:
         parameters: to move.
         factory: makes the optimizer.
         clip: largest total gradient norm, or ``None``.
+        stacked: whether these are weights ``(B, *shape)`` of many samples.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], factory: OptimizerFactory, clip: float | None
+        self,
+        parameters: Sequence[nn.Parameter],
+        factory: OptimizerFactory,
+        clip: float | None,
+        *,
+        stacked: bool = False,
     ) -> None:
+        self._shapes = [p.shape[1:] if stacked else p.shape for p in parameters]
         self._parameters = parameters
         self._masters = [_master(p) for p in parameters]
         self.optimizer = factory(self._masters)
@@ -330,10 +381,11 @@ class Updater:
             self.optimizer.step(loss.detach)  # type: ignore[arg-type]
         else:
             self.optimizer.step()
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
+        pairs = zip(self._parameters, self._masters, self._shapes, strict=True)
+        for parameter, master, shape in pairs:
             master.grad = None
             if master is not parameter:
-                parameter.data.copy_(master.data)
+                parameter.data.copy_(rounded(master.data, parameter.dtype, shape))
 
     def state(self) -> tuple[dict[str, Any], list[Tensor]]:
         """Return a copy of the optimizer's state and of the masters, for :meth:`load`."""

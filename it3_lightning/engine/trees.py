@@ -305,7 +305,7 @@ def _told(leaf: Tensor | Along | Shared) -> tuple[Tensor, int | None]:
 def sealed(inputs: Any) -> Any:
     """Return inputs in which tensors that hold no samples are marked as shared.
 
-    Otherwise a part of the batch, of as many samples as they have rows, would take them for its own.
+    Otherwise parts of the batch, of as many samples as they have rows, would take them for theirs.
 
     >>> x, t = torch.zeros(4, 3), torch.zeros(2)
     >>> [type(leaf).__name__ for leaf in taken(sealed([x, t]), [0, 1])]

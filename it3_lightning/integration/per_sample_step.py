@@ -405,6 +405,8 @@ def _same(a: Any, b: Any) -> bool:
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        if a.layout != torch.strided or b.layout != torch.strided:
+            return alike and a.layout == b.layout and torch.equal(a.to_dense(), b.to_dense())
         return alike and torch.equal(a, b)
     if is_graph(a) and is_graph(b):
         return _same([dict(store) for store in a.stores], [dict(store) for store in b.stores])

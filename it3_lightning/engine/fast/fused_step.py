@@ -15,6 +15,7 @@ from it3_lightning.engine.optimizers import (
     OnlyStep,
     Rule,
     full_precision,
+    rounded,
     write_first_step,
 )
 
@@ -55,12 +56,15 @@ class FusedStep(OnlyStep):
         def use_up(name: str, parameter: Tensor) -> None:
             assert parameter.grad is not None
             moved[name] = self._buffer(name, parameter)
-            sums.append(self._write(parameter.detach(), parameter.grad, moved[name]))
+            gradient = parameter.grad
+            if gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
+            sums.append(self._write(parameter.detach(), gradient, moved[name]))
             parameter.grad = None
 
         with ExitStack() as hooks:
             for name, parameter in parameters.items():
-                if parameter.numel() >= CHUNK:
+                if parameter.numel() >= CHUNK and parameter.dtype not in HALF:
                     handle = parameter.register_post_accumulate_grad_hook(partial(use_up, name))  # type: ignore[no-untyped-call]
                     hooks.callback(handle.remove)
             loss.backward(inputs=list(parameters.values()))  # type: ignore[no-untyped-call]
@@ -69,7 +73,7 @@ class FusedStep(OnlyStep):
             weights = [p.detach() for p in small.values()]
             gradients = [full_precision(p.grad) for p in small.values() if p.grad is not None]
             full = self._first_step([full_precision(w) for w in weights], gradients, self._lr)
-            kept = {n: m.to(w.dtype) for n, m, w in zip(small, full, weights, strict=True)}
+            kept = {n: rounded(m, w.dtype) for n, m, w in zip(small, full, weights, strict=True)}
             moved |= kept
             sums += torch._foreach_norm(list(kept.values()))
         for parameter in small.values():
