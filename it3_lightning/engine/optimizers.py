@@ -323,15 +323,29 @@ def rounded(values: Tensor, dtype: torch.dtype, shape: torch.Size | None = None)
     """
     if dtype not in HALF or values.dtype in HALF:
         return values.to(dtype)
-    shape = values.shape if shape is None else shape
+    count = (values.shape if shape is None else shape).numel()
+    out = values.new_empty(values.shape, dtype=dtype)
+    if not count:
+        return out
+    rows, into = values.reshape(-1, count), out.view(-1, count)
+    at_once = CHUNK // 8 if values.device.type == "cpu" else 2**24
+    piece = max(1, at_once // max(1, len(rows)))
+    for start in range(0, count, piece):
+        part = slice(start, min(start + piece, count))
+        into[:, part] = _rounded(rows[:, part], dtype, start + 1)
+    return out
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, first: int) -> Tensor:
+    """Round values ``(B, N)`` of weights with these numbers on."""
     bits, least = _BITS[dtype]
-    index = torch.arange(1, shape.numel() + 1, device=values.device, dtype=torch.int32)
-    share = index.mul_(_GOLDEN).to(values.dtype).mul_((1 - 2**-20) / 2**32)  # within half a unit
-    exponent = (torch.frexp(values).exponent - bits).clamp_min(least)
-    offset = torch.ldexp(torch.ones_like(values), exponent).mul_(share.reshape(shape))
+    number = torch.arange(first, first + values.shape[1], device=values.device, dtype=torch.int32)
+    share = number.mul_(_GOLDEN).to(values.dtype).mul_((1 - 2**-20) / 2**32)  # within half a unit
+    exponent = (torch.frexp(values).exponent - bits).clamp_min_(least)
+    offset = torch.ldexp(torch.ones_like(values), exponent).mul_(share)
     nearest = values.to(dtype)
     on_grid = nearest.to(values.dtype) == values
-    return torch.where(on_grid, nearest, (values + offset).to(dtype))
+    return torch.where(on_grid, nearest, offset.add_(values).to(dtype))
 
 
 class Updater:

@@ -195,7 +195,7 @@ class BatchStep:
         self._prediction = prediction
 
     def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
-        """Adapt to the inputs and run the step."""
+        """Adapt to the inputs and run the step, to the end of what it yields."""
         own = normal(inputs)
         with ExitStack() as stack:
             adaptation = stack.enter_context(self.adapter.adapted(own))
@@ -203,13 +203,25 @@ class BatchStep:
                 stack.enter_context(self._host.it3_given(self._first(own)))
             elif self._prediction == "mean":
                 stack.enter_context(averaged(self._module, self._host, self._first(own)))
-            return step(), adaptation
+            return run_through(step()), adaptation
 
     def _first(self, inputs: Any) -> Tensor:
         """Return the first prediction, in label space."""
         with torch.no_grad(), undisturbed_rng(), muted(self._module):
             outputs = self._host.predict_with(inputs, None)
             return self._host.it3_prior.from_output(outputs)
+
+
+def run_through(output: Any) -> Any:
+    """Return what a step returned; where it yields, run it to its end, while weights are in place.
+
+    >>> list(run_through(letter for letter in "ab"))
+    ['a', 'b']
+    """
+    if not isinstance(output, Iterator):
+        return output
+    values = list(output)
+    return (value for value in values)
 
 
 @dataclass

@@ -37,6 +37,7 @@ from it3_lightning.integration.module_adapter import (
     in_precision,
     mean_prediction,
     owned,
+    run_through,
 )
 from it3_lightning.integration.output_tree import OutputTree
 from it3_lightning.utils.graphs import graph_count, is_graph
@@ -129,6 +130,8 @@ class PerSampleStep:
         interception = _Interception(self._module, self._host, self._answer, normal(inputs))
         with interception.listening(self._adapting):
             output = step()
+            if isinstance(output, Iterator):
+                output = run_through(output)
         if not interception.answered:
             raise MisconfigurationException(_NEVER_ASKED.format(**self._names))
         if interception.ran:
