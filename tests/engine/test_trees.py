@@ -253,6 +253,7 @@ def test_sequences_that_come_first_are_refused_until_told(time: int, size: int, 
     assert_close(adaptation_of(net, x, way, 1).outputs, torch.cat(one), 1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")  # CSR is beta, says torch
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 @drawing
 @given(size=sizes, rows=st.permutations(range(3)))
