@@ -163,7 +163,7 @@ class NetworkPasses(Passes):
             outputs = network.first(inputs, weights.version)
         self.outputs = outputs
         if not len(self.outputs):
-            raise Skip("there is no sample in it")
+            raise Skip  # no sample: nothing to adapt to, and nothing amiss
         if not all_finite(self.outputs):
             raise Skip("non-finite output")
         self.y0 = network.to_label(self.outputs)
