@@ -68,6 +68,7 @@ class State(AnchoredWeights):
         self._method = method
         self._source = {name: p.detach() for name, p in parameters.items()}
         self.weights: Weights = dict(self._source)
+        self._half = [w.dtype for w in self._source.values() if w.dtype in HALF]
         self.version = self._latest = SOURCE
         self.moved = False
         self.backwards = 0
@@ -112,12 +113,11 @@ class State(AnchoredWeights):
 
     def _warn_of_rounding(self, loss: Tensor) -> None:
         """Say so where the only step has changed no weight, though there was a loss to lower."""
-        lost = [w.dtype for w in self.weights.values() if w.dtype in HALF]
-        if not lost or float(loss.detach()) == 0:
-            return
-        if all(torch.equal(w, self._source[n]) for n, w in self.weights.items()):
+        if float(loss.detach()) != 0 and all(
+            torch.equal(w, self._source[n]) for n, w in self.weights.items()
+        ):
             warnings.warn(
-                f"The step changed no weight: it is lost in the rounding of {lost[0]}. Use a "
+                f"The step changed no weight: it is lost in the rounding of {self._half[0]}. Use a "
                 "larger lr, more parameters, or precision='bf16-mixed' or '32-true'.",
                 stacklevel=2,
             )
@@ -130,7 +130,8 @@ class State(AnchoredWeights):
         self.weights = {**self._source, **moved}
         for name, values in moved.items():
             self._parameters[name].data = values
-        self._warn_of_rounding(loss)
+        if self._half:
+            self._warn_of_rounding(loss)
         return total
 
     def _step_on(self, loss: Tensor) -> Tensor:

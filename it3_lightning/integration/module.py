@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import PackedSequence
 from it3_lightning.calibration import Calibration
 from it3_lightning.conditioning import Conditioning, Shown
 from it3_lightning.engine.selection import OWN
-from it3_lightning.engine.types import SampleDims
 from it3_lightning.integration import batches
 from it3_lightning.methods import TestTimeMethod
 from it3_lightning.priors import Prior
@@ -213,12 +212,6 @@ class Conditioned(LightningModule):
 def _spread(inputs: Any) -> bool:
     """Whether inputs are several arguments."""
     return isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
-
-
-def sample_dims_of(module: LightningModule) -> SampleDims | None:
-    """Return what says which dimensions of a module's inputs hold samples; ``None``: the rule."""
-    own = getattr(type(module), "it3_sample_dims", None)
-    return None if own in (None, Conditioned.it3_sample_dims) else module.it3_sample_dims  # type: ignore[return-value]
 
 
 _NEEDS_MIXIN = """Test-time adaptation needs a module that predicts with a prior; {name} does not.

@@ -28,7 +28,7 @@ from it3_lightning.engine.restore import Snapshot, undisturbed_rng, without_side
 from it3_lightning.engine.types import Forward, InputsIn, Isolation, SampleDims
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import hooked_by, muted, patched
-from it3_lightning.integration.module import IT3Module, sample_dims_of
+from it3_lightning.integration.module import Conditioned, IT3Module
 from it3_lightning.priors import Prior
 
 WhichPrediction = Literal["first", "second", "mean"]
@@ -103,6 +103,12 @@ def in_precision(
     with without_side_effects(Snapshot(module), partial(muted, module)), torch.no_grad():
         types = [tensor.dtype for tensor in ordinary()]
     return [tensor.to(dtype) for tensor, dtype in zip(tensors, types, strict=True)]
+
+
+def sample_dims_of(module: LightningModule) -> SampleDims | None:
+    """Return what says which dimensions of a module's inputs hold samples; ``None``: the rule."""
+    own = getattr(type(module), "it3_sample_dims", None)
+    return None if own in (None, Conditioned.it3_sample_dims) else module.it3_sample_dims  # type: ignore[return-value]
 
 
 def _announced(made: Adapter) -> str:
@@ -203,7 +209,8 @@ class BatchStep:
                 stack.enter_context(self._host.it3_given(self._first(own)))
             elif self._prediction == "mean":
                 stack.enter_context(averaged(self._module, self._host, self._first(own)))
-            return run_through(step()), adaptation
+            output = step()
+            return run_through(output) if isinstance(output, Iterator) else output, adaptation
 
     def _first(self, inputs: Any) -> Tensor:
         """Return the first prediction, in label space."""
@@ -212,14 +219,12 @@ class BatchStep:
             return self._host.it3_prior.from_output(outputs)
 
 
-def run_through(output: Any) -> Any:
-    """Return what a step returned; where it yields, run it to its end, while weights are in place.
+def run_through(output: Iterator[Any]) -> Iterator[Any]:
+    """Run a step that yields to its end, while weights are in place, and return what it yields.
 
     >>> list(run_through(letter for letter in "ab"))
     ['a', 'b']
     """
-    if not isinstance(output, Iterator):
-        return output
     values = list(output)
     return (value for value in values)
 

@@ -30,7 +30,7 @@ from it3_lightning.engine.trees import dims_by, laid_out, taken, told_dims
 from it3_lightning.engine.types import Answer, Plain
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import hooked_by, muted, patched
-from it3_lightning.integration.module import IT3Module, sample_dims_of
+from it3_lightning.integration.module import IT3Module
 from it3_lightning.integration.module_adapter import (
     WhichPrediction,
     adapter_of,
@@ -38,6 +38,7 @@ from it3_lightning.integration.module_adapter import (
     mean_prediction,
     owned,
     run_through,
+    sample_dims_of,
 )
 from it3_lightning.integration.output_tree import OutputTree
 from it3_lightning.utils.graphs import graph_count, is_graph
