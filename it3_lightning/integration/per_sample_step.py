@@ -118,7 +118,8 @@ class PerSampleStep:
         self._adapting = {
             name: owner
             for name, owner in list(module.named_modules())[1:]
-            if any(id(parameter) in ids for parameter in owner.parameters(recurse=False))
+            if not isinstance(owner, torch.jit.ScriptModule)  # which takes no hooks
+            and any(id(parameter) in ids for parameter in owner.parameters(recurse=False))
         }
 
     def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
