@@ -142,11 +142,12 @@ class Conditioning(nn.Module, ABC):
         if not all(self._is_on(layer) for layer in layers):
             raise ValueError(
                 f"This {type(self).__name__} is attached to another network already, or its layer "
-                "was replaced since. Make one for each network."
+                "was replaced since. Make one for each network, after its layers are in place."
             )
 
     def _is_on(self, layer: nn.Module) -> bool:
-        """Whether a hook of this conditioning sits on the layer."""
+        """Whether a hook of this conditioning sits on the layer, compiled since or not."""
+        layer = getattr(layer, "_orig_mod", layer)
         hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
         return any(map(self.owns, hooks))
 

@@ -17,13 +17,14 @@ from it3_lightning.engine.optimizers import OPTIMIZERS, Rule
 from it3_lightning.engine.per_sample import SampleAdapter
 from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.settings import Settings
-from it3_lightning.engine.trees import batch_size
+from it3_lightning.engine.trees import batch_size, laid_out
 from it3_lightning.engine.types import (
     Answer,
     Enters,
     Forward,
     InputsIn,
     Isolation,
+    SampleDims,
     ToLabel,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "Forward",
     "Rule",
     "SampleAdapter",
+    "SampleDims",
     "Settings",
     "ToLabel",
     "adapt",
@@ -53,6 +55,7 @@ def adapter(
     enters: Enters = MappingProxyType({}),
     isolation: Isolation = nullcontext,
     inputs_in: InputsIn | None = None,
+    sample_dims: SampleDims | None = None,
 ) -> BatchAdapter | SampleAdapter:
     """Return what adapts a module to one batch after another, in the scope of the settings.
 
@@ -65,6 +68,9 @@ def adapter(
             comes before them is not computed twice. Empty: unknown.
         isolation: returns a context in which passes leave no trace, in logs for example.
         inputs_in: finds the network's inputs in what the adapter is given.
+        sample_dims: ``inputs -> dims``: for each tensor in the inputs the dimension of its samples,
+            ``None`` where all samples share it, in the structure of the inputs; default: tensors
+            whose first dimension is that of the first tensor hold the samples.
 
     Raises:
         ValueError: the selection of parameters matches nothing.
@@ -78,6 +84,7 @@ def adapter(
         enters=enters,
         isolation=isolation,
         inputs_in=inputs_in,
+        sample_dims=sample_dims,
     )
 
 
@@ -89,6 +96,7 @@ def adapt(
     to_label: ToLabel,
     settings: Settings,
     enters: Enters = MappingProxyType({}),
+    sample_dims: SampleDims | None = None,
 ) -> Adaptation:
     r"""Adapt a module to one batch and return what came of it; the module is left as it was.
 
@@ -102,6 +110,7 @@ def adapt(
         to_label: brings outputs into label space ``(B, C, ...)``.
         settings: how to adapt.
         enters: see :func:`adapter`.
+        sample_dims: likewise.
 
     Raises:
         ValueError: nothing is selected, what is selected has no influence on the prediction, or
@@ -120,12 +129,12 @@ def adapt(
     >>> round(adaptation.distance_adapted.mean().item(), 4)
     0.2025
     """
-    size = batch_size(inputs)
+    size = batch_size(inputs if sample_dims is None else laid_out(inputs, sample_dims(inputs)))
     if settings.needs_batch and size < 2:
         raise ValueError(
             f"norm_stats='batch' and batch terms need at least two samples, got {size}. Use larger "
             "batches, or norm_stats='source' without a balance term."
         )
-    made = adapter(module, forward, to_label, settings, enters=enters)
+    made = adapter(module, forward, to_label, settings, enters=enters, sample_dims=sample_dims)
     with made.adapted(inputs) as adaptation:
         return adaptation

@@ -34,7 +34,7 @@ from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.selection import select
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.state import State
-from it3_lightning.engine.trees import batch_size, divisible, taken
+from it3_lightning.engine.trees import batch_size, divisible, laid_out, taken
 from it3_lightning.engine.types import (
     SOURCE,
     Answer,
@@ -44,6 +44,7 @@ from it3_lightning.engine.types import (
     InputsIn,
     Isolation,
     Plain,
+    SampleDims,
     Skip,
     ToLabel,
 )
@@ -62,6 +63,7 @@ class BatchAdapter:
             them is not computed twice. Empty: unknown.
         isolation: returns a context in which passes leave no trace, in logs for example.
         inputs_in: finds the network's inputs in what :meth:`adapted` is given.
+        sample_dims: says which dimension of each tensor holds the samples; default: the first.
 
     Raises:
         ValueError: the selection of parameters matches nothing.
@@ -87,10 +89,11 @@ class BatchAdapter:
         enters: Enters = MappingProxyType({}),
         isolation: Isolation = nullcontext,
         inputs_in: InputsIn | None = None,
+        sample_dims: SampleDims | None = None,
     ) -> None:
+        self._sample_dims = sample_dims
         self.selected = select(module, settings.parameters)
-        self.undo = Undo()
-        self.drawn = False  # whether the last passes drew random numbers
+        self.undo, self.drawn = Undo(), False  # whether the last passes drew random numbers
         self._module = module
         self._settings = settings
         self._method = settings.method
@@ -127,11 +130,11 @@ class BatchAdapter:
             ValueError: the selected parameters have no influence on the prediction.
         """
         self.network.forwards = self.network.cache.hits = 0
+        if self._sample_dims is not None:
+            inputs = laid_out(inputs, self._sample_dims(inputs))
         draws = partial(self.network.draws, inputs)
         with self.undo as undo:
-            statistics = NormStatistics(self._module, self._settings.norm_stats)
-            undo.add(statistics.restore)
-            statistics.enter()
+            statistics = NormStatistics(self._module, self._settings.norm_stats, undo)
             undo.add((source := Snapshot(self._module)).restore)
             with torch.inference_mode(False), torch.enable_grad():
                 try:
@@ -149,12 +152,9 @@ class BatchAdapter:
             try:
                 yield adaptation
             except Exception:  # what the body itself has written stays, unless it is interrupted
-                source.restore_weights()
-                statistics.restore()
-                undo.clear()
+                undo.end(source.restore_weights, statistics.restore)
                 raise
-            source.restore_weights()
-            statistics.restore()
+            undo.end(source.restore_weights, statistics.restore)
 
     def _adapt(self, inputs: Any, answer: Answer | None, source: Snapshot) -> Adaptation:
         """Adapt, and leave the adapted weights in place; all or nothing."""
@@ -251,7 +251,8 @@ class BatchAdapter:
             return None
         before = self._measure(inputs, state)
         within = before.objective.measure <= limit
-        alone = self._settings.norm_stats == "source" and divisible(inputs)
+        known = self._sample_dims is not None or divisible(inputs, len(within), self._module)
+        alone = self._settings.norm_stats == "source" and known
         rows = (~within).nonzero()[:, 0].tolist()
         alone = alone and bool(rows)
         return _Gate(before, within, taken(inputs, rows) if alone else inputs, alone)

@@ -223,7 +223,7 @@ def write_first_step(
         return
     assert rule.first_step is not None
     given = [full_precision(weights)], [full_precision(gradients)]
-    out.copy_(rule.first_step(*given, lr)[0])
+    out.copy_(rounded(rule.first_step(*given, lr)[0], out.dtype, weights.shape))
 
 
 class OnlyStep:
@@ -272,7 +272,8 @@ class OnlyStep:
             weights = [full_precision(source[name]) for name in rest]
             full = [full_precision(gradients[name]) for name in rest]
             stepped = self._rule.first_step(weights, full, self._lr)
-            moved |= {n: m.to(source[n].dtype) for n, m in zip(rest, stepped, strict=True)}
+            both = zip(rest, stepped, strict=True)
+            moved |= {n: rounded(m, source[n].dtype) for n, m in both}
         sums.append(torch.nn.utils.get_total_norm([w for n, w in moved.items() if n in gradients]))
         sums = [each.to(sums[0].device) for each in sums]
         return {n: moved[n] for n in parameters if n in moved}, torch.stack(sums).sum()
@@ -284,10 +285,9 @@ class OnlyStep:
         out = self._memory.get(name)
         if out is None or (out.dtype, out.stride()) != (weights.dtype, weights.stride()):
             out = self._memory[name] = torch.empty_like(weights)
-        dtype = torch.float32 if out.dtype in HALF else None
         for weight, part, into in _pieces(weights, gradient, out):
             write_first_step(self._rule, weight, part, self._lr, into)
-            sums.append(into.sum(dtype=dtype))
+            sums.append(into.sum())
         return out
 
     def _by_length(
@@ -308,13 +308,14 @@ class OnlyStep:
             shared = users[gradient.untyped_storage().data_ptr()] > 1 or 0 in gradient.stride()
             own = gradient.clone(memory_format=torch.contiguous_format) if shared else gradient
             stepped = own.mul_(-scale.to(own.device)).add_(full_precision(source[name]))
-            moved[name] = stepped.to(source[name].dtype)
+            moved[name] = rounded(stepped, source[name].dtype)
         return moved
 
 
 def _is_large(gradient: Tensor) -> bool:
     """Whether it pays to work on a tensor in pieces."""
-    return gradient.device.type == "cpu" and gradient.numel() >= CHUNK
+    plain = gradient.layout == torch.strided and gradient.dtype not in HALF
+    return plain and gradient.device.type == "cpu" and gradient.numel() >= CHUNK
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -330,8 +331,65 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """Return a float32 copy of a half-precision tensor, any other tensor itself."""
+    """Return a float32 copy of a half-precision tensor, any other tensor itself.
+
+    Sparse ones, as the gradients of some embeddings are, are made dense.
+    """
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
     return tensor.float() if tensor.dtype in HALF else tensor
+
+
+_BITS = {torch.bfloat16: (8, -133), torch.float16: (11, -24)}  # of the mantissa; smallest exponent
+_GOLDEN = -1640531527  # 2^32 / golden ratio: its multiples, in 32 bits, lie evenly there
+
+
+def rounded(values: Tensor, dtype: torch.dtype, shape: torch.Size | None = None) -> Tensor:
+    r"""Return moved weights in a data type; in half precision their movement outlives the rounding.
+
+    The source lies on the grid of half precision, so that steps of less than half a unit of it
+    would all be rounded away, where weights in float32 under autocast move in their share. So each
+    weight is rounded at a threshold of its own, spread evenly over the weights:
+    :math:`\lfloor w / u + t_i \rfloor u`, with :math:`t_i` in (0, 1) a multiple of the golden
+    ratio. On the mean the movement is what it was; nothing is drawn, and what lies on the grid
+    stays there.
+
+    Args:
+        values: in full precision, ``shape`` or ``(B, *shape)``.
+        dtype: of the weights.
+        shape: of one sample's weights; default: that of the values.
+
+    >>> moved = torch.full((1000,), 1 + 2**-7 / 4)  # a quarter of the way to the next bfloat16
+    >>> moved.bfloat16().mean().item()
+    1.0
+    >>> round((rounded(moved, torch.bfloat16).float().mean().item() - 1) * 2**7, 2)
+    0.25
+    """
+    if dtype not in HALF or values.dtype in HALF:
+        return values.to(dtype)
+    count = (values.shape if shape is None else shape).numel()
+    out = values.new_empty(values.shape, dtype=dtype)
+    if not count:
+        return out
+    rows, into = values.reshape(-1, count), out.view(-1, count)
+    at_once = CHUNK // 8 if values.device.type == "cpu" else 2**24
+    piece = max(1, at_once // max(1, len(rows)))
+    for start in range(0, count, piece):
+        part = slice(start, min(start + piece, count))
+        into[:, part] = _rounded(rows[:, part], dtype, start + 1)
+    return out
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, first: int) -> Tensor:
+    """Round values ``(B, N)`` of weights with these numbers on."""
+    bits, least = _BITS[dtype]
+    number = torch.arange(first, first + values.shape[1], device=values.device, dtype=torch.int32)
+    share = number.mul_(_GOLDEN).to(values.dtype).mul_((1 - 2**-20) / 2**32)  # within half a unit
+    exponent = (torch.frexp(values).exponent - bits).clamp_min_(least)
+    offset = torch.ldexp(torch.ones_like(values), exponent).mul_(share)
+    nearest = values.to(dtype)
+    on_grid = nearest.to(values.dtype) == values
+    return torch.where(on_grid, nearest, offset.add_(values).to(dtype))
 
 
 class Updater:
@@ -344,11 +402,18 @@ class Updater:
         parameters: to move.
         factory: makes the optimizer.
         clip: largest total gradient norm, or ``None``.
+        stacked: whether these are weights ``(B, *shape)`` of many samples.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], factory: OptimizerFactory, clip: float | None
+        self,
+        parameters: Sequence[nn.Parameter],
+        factory: OptimizerFactory,
+        clip: float | None,
+        *,
+        stacked: bool = False,
     ) -> None:
+        self._shapes = [p.shape[1:] if stacked else p.shape for p in parameters]
         self._parameters = parameters
         self._masters = [_master(p) for p in parameters]
         self.optimizer = factory(self._masters)
@@ -374,10 +439,11 @@ class Updater:
             self.optimizer.step(loss.detach)  # type: ignore[arg-type]
         else:
             self.optimizer.step()
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
+        pairs = zip(self._parameters, self._masters, self._shapes, strict=True)
+        for parameter, master, shape in pairs:
             master.grad = None
             if master is not parameter:
-                parameter.data.copy_(master.data)
+                parameter.data.copy_(rounded(master.data, parameter.dtype, shape))
 
     def state(self) -> tuple[dict[str, Any], list[Tensor]]:
         """Return a copy of the optimizer's state and of the masters, for :meth:`load`."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import cmath
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from it3_lightning.engine import fast
 from it3_lightning.engine.restore import generators_drawn_by
+from it3_lightning.engine.trees import Along, Shared, opened
 from it3_lightning.engine.types import (
     Answer,
     Enters,
@@ -85,6 +87,7 @@ class Network:
 
     def first(self, inputs: Any, version: int) -> Tensor:
         """Return ``f(x, 0)``, by the weights in place, which are of this version."""
+        self.features = {}
         with ExitStack() as stack:
             for name, layer in self._layers:
                 keep = self._keep(name)
@@ -102,6 +105,11 @@ class Network:
             return outputs
 
         return self.to_label(run() if weights is None else self._sites.run_with(weights, run))
+
+    @property
+    def watches(self) -> bool:
+        """Whether a method asks for features of layers, which ordinary first passes alone give."""
+        return bool(self._layers)
 
     @torch.no_grad()
     def answer(self, inputs: Any, answer: Answer, version: int) -> tuple[Tensor, Any]:
@@ -170,11 +178,20 @@ class NetworkPasses(Passes):
         self._network = network
         self._weights = weights
         self._given = inputs
-        self.inputs = inputs if network.inputs_in is None else network.inputs_in(inputs)
-        self.outputs = network.first(inputs, weights.version) if outputs is None else outputs
+        if outputs is None or network.watches:
+            outputs = network.first(inputs, weights.version)
+        self.outputs = outputs
+        if not len(self.outputs):
+            raise Skip  # no sample: nothing to adapt to, and nothing amiss
         if not all_finite(self.outputs):
             raise Skip("non-finite output")
         self.y0 = network.to_label(self.outputs)
+
+    @property
+    def inputs(self) -> Any:
+        """A copy of the network's inputs."""
+        find = self._network.inputs_in
+        return copied(self._given if find is None else find(self._given))
 
     def second(self, prior: Tensor) -> Tensor:
         """Run the anchor: the loss moves what feeds it, ``y0``, and none of its weights."""
@@ -186,7 +203,17 @@ class NetworkPasses(Passes):
         return self._network.to_label(self._network.run(inputs, None))
 
     def features(self, layer: str) -> Any:
-        """Return what a layer put out in the first pass."""
+        """Return what a layer put out in the first pass.
+
+        Raises:
+            RuntimeError: it did not run by itself.
+        """
+        if layer not in self._network.features:
+            raise RuntimeError(
+                f"Expected the layer {layer!r} to run in the forward pass, and it did not, or in a "
+                "part that torch.compile has made, which runs no hooks that come after it. Name a "
+                "layer that runs by itself, or compile the network after that has been adapted."
+            )
         return self._network.features[layer]
 
     def again(self) -> NetworkPasses:
@@ -272,18 +299,27 @@ class Sites:
 
 
 def copied(inputs: Any) -> Any:
-    """Return a copy, so that a network that writes into its inputs spoils no other pass.
+    """Return a copy as the network takes it, which it may write into without spoiling other passes.
 
     >>> x = torch.zeros(1)
     >>> copied([x])[0].add_(1), x
     (tensor([1.]), tensor([0.]))
     """
+    if isinstance(inputs, Tensor):
+        return inputs.clone()
+    return tree_map(_copy, inputs, is_leaf=lambda value: isinstance(value, Along))
 
-    def copy(leaf: Any) -> Any:
-        clone = getattr(leaf, "clone", None)
-        return clone() if callable(clone) and not isinstance(leaf, type) else leaf
 
-    return tree_map(copy, inputs)
+def _copy(leaf: Any) -> Any:
+    if isinstance(leaf, Along):
+        return leaf.given().clone()
+    if isinstance(leaf, Shared):
+        return leaf.tensor.clone()
+    clone = getattr(leaf, "clone", None)
+    if callable(clone) and not isinstance(leaf, type):
+        return clone()
+    opens = isinstance(leaf, MutableMapping) or is_dataclass(leaf)
+    return opened(leaf, copied) if opens else leaf
 
 
 def all_finite(values: Tensor) -> bool:
@@ -293,5 +329,5 @@ def all_finite(values: Tensor) -> bool:
     >>> all_finite(torch.full((2,), 3e38)), all_finite(torch.tensor([0.0, torch.nan]))
     (True, False)
     """
-    total = values.detach().sum() if values.numel() > 1 else values
+    total = values.detach().sum() if values.numel() != 1 else values
     return cmath.isfinite(total.item()) or bool(values.isfinite().all())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -22,10 +22,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from it3_lightning.engine import fast
 from it3_lightning.engine.adapter import BatchAdapter
+from it3_lightning.engine.passes import copied
 from it3_lightning.engine.restore import Snapshot, Undo, without_side_effects
 from it3_lightning.engine.result import Adaptation, merged, replaced
 from it3_lightning.engine.settings import Settings
-from it3_lightning.engine.trees import batch_size, cast_like, taken
+from it3_lightning.engine.trees import (
+    Shared,
+    batch_size,
+    candidates,
+    cast_like,
+    laid_out,
+    leaves_of,
+    sealed,
+    sequence_first,
+    taken,
+)
 from it3_lightning.engine.types import (
     Answer,
     Enters,
@@ -33,8 +44,10 @@ from it3_lightning.engine.types import (
     InputsIn,
     Isolation,
     Plain,
+    SampleDims,
     ToLabel,
 )
+from it3_lightning.utils.graphs import graph_count
 
 _LOOPED = 2  # samples that the loop is timed and compared on: its cost is always the same
 _MOST = 64  # samples that tell how fast many at once are
@@ -108,7 +121,9 @@ class SampleAdapter:
         enters: Enters = MappingProxyType({}),
         isolation: Isolation = nullcontext,
         inputs_in: InputsIn | None = None,
+        sample_dims: SampleDims | None = None,
     ) -> None:
+        self._sample_dims = sample_dims
         self._module = module
         self._settings = settings
         self._forward = forward
@@ -121,7 +136,7 @@ class SampleAdapter:
         self.undo = Undo()
         self.drawn = False  # whether the passes of the last batch drew random numbers
         self._fast = fast.path("vmap")
-        self._vectorised: Callable[[Any, Answer], Adaptation] | None = None
+        self._vectorised: Callable[[Any, Answer, Any], Adaptation] | None = None
         if self._fast is not None and settings.method.vmappable:
             network = self._alone.network
             self._vectorised = self._fast.Vectorised(
@@ -129,7 +144,9 @@ class SampleAdapter:
             )
         self._known: dict[Any, BackendSelection] = {}  # by the conditions they were made under
         self.backend_selection: BackendSelection | None = None
-        self._like: Any = None  # outputs and answers of the loop, in their data types
+        self._told = False  # which tensors hold the samples of the batch at hand
+        self._under: Any = None  # the conditions of the batch at hand
+        self._like: dict[Any, Any] = {}  # outputs and answers of the loop, in their data types
 
     def restart(self) -> None:
         """Do nothing: no sample leaves anything to the next."""
@@ -150,6 +167,9 @@ class SampleAdapter:
         yield adaptation
 
     def _adapt(self, inputs: Any, answer: Answer) -> Adaptation:
+        dims = None if self._sample_dims is None else self._sample_dims(inputs)
+        inputs = sealed(inputs) if dims is None else laid_out(inputs, dims)
+        self._told = dims is not None
         if self._settings.steps == 0:
             return self._source(inputs, answer)
         if self._settings.gate is None:
@@ -201,7 +221,12 @@ class SampleAdapter:
     def _each(self, inputs: Any, answer: Answer) -> Adaptation:
         """Adapt to each sample by the backend that serves these conditions."""
         size, conditions = batch_size(inputs), self._conditions(inputs)
+        self._under = conditions
         known = self._known.get(conditions)
+        if known is None and size and not self._told:
+            self._check_samples(inputs, answer, size)
+        if not size:
+            return self._source(inputs, answer)
         if known is None or not known.serves(size):
             adaptation, known = self._selecting(inputs, answer, size)
         elif known.backend == "loop":
@@ -221,7 +246,13 @@ class SampleAdapter:
         with self._alone.adapted(taken(inputs, range(index, index + 1)), answer) as adaptation:
             pass
         self.drawn |= self._alone.drawn
-        self._like = tree_map(_empty, (adaptation.outputs, adaptation.answers))
+        if len(adaptation.skipped) != 1 and not any(map(graph_count, _objects(inputs))):
+            raise ValueError(
+                f"Expected outputs (1, ...) of one sample, got {len(adaptation.skipped)} rows. "
+                f"{_WHICH.format(_named(inputs, batch_size(inputs)))}"
+            )
+        like = tree_map(_empty, (adaptation.outputs, adaptation.answers))
+        self._like[self._under] = like
         return replace(adaptation, weights={})
 
     def _at_once(
@@ -266,10 +297,11 @@ class SampleAdapter:
         without = without_side_effects(snapshot, self._isolation, draws)
         with torch.inference_mode(False), torch.enable_grad(), without:
             snapshot.detach_parameters()
-            adaptation = self._vectorised(inputs, answer)
+            adaptation = self._vectorised(inputs, answer, self._under)
         self.drawn |= snapshot.drawn
         assert adaptation.outputs is not None
-        outputs, answers = cast_like((adaptation.outputs, adaptation.answers), self._like)
+        both = adaptation.outputs, adaptation.answers
+        outputs, answers = cast_like(both, self._like[self._under])
         source = cast_like(adaptation.source_outputs, outputs)
         adaptation = replace(adaptation, outputs=outputs, answers=answers, source_outputs=source)
         bad = ~outputs.isfinite().flatten(1).all(1).cpu() & ~adaptation.skipped
@@ -287,14 +319,50 @@ class SampleAdapter:
         )
         return replaced(adaptation, kept, rows)
 
+    # Which tensors hold the samples
+
+    def _check_samples(self, inputs: Any, answer: Answer, size: int) -> None:
+        """Refuse inputs whose samples, taken by the rule, are not those that the network sees.
+
+        Where several tensors may hold them, or layers expect them along another dimension, outputs
+        of single samples are held against their rows in the outputs of the batch.
+
+        Raises:
+            ValueError: they differ, or there are more outputs than samples, or fewer.
+        """
+        if any(map(graph_count, _objects(inputs))):
+            return
+        if len(candidates(inputs, size)) < 2 and not sequence_first(self._module):
+            return
+        with without_side_effects(Snapshot(self._module), self._isolation), torch.no_grad():
+            whole = answer(copied(inputs))[0]
+            if len(whole) != size:
+                raise ValueError(
+                    f"Expected outputs of {size} samples, got {len(whole)} rows. "
+                    f"{_WHICH.format(_named(inputs, size))}"
+                )
+            for row in sorted({0, size - 1}):
+                alone = answer(copied(taken(inputs, range(row, row + 1))))[0]
+                same = alone.shape[0] == 1 and alone.shape[1:] == whole.shape[1:]
+                if not same or not _rounded(alone[0], whole[row], whole):
+                    break
+            else:
+                return
+            if same and not torch.equal(whole, answer(copied(inputs))[0]):
+                return  # random: nothing can be told by it
+        raise ValueError(
+            "Expected of a sample alone the outputs that it has in its batch, got others. "
+            f"{_WHICH.format(_named(inputs, size))}"
+        )
+
     # Backend selection
 
     def _conditions(self, inputs: Any) -> Any:
         """Return what a selection was made under; where it changes, another one is made."""
         device = next(iter(self.selected.values())).device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        modes = tuple(layer.training for layer in self._module.modules())
-        return tuple(map(_kind, tree_leaves(inputs))), modes, autocast
+        layers = tuple(map(_state, list(self._module.modules())[1:]))  # calls of itself are ours
+        return tuple(map(_kind, tree_leaves(inputs))), self._module.training, layers, autocast
 
     def _selecting(
         self, inputs: Any, answer: Answer, size: int
@@ -436,11 +504,59 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+_WHICH = (
+    "Taken as samples, by their number of rows, are the tensors of shape {}. Say what holds them: "
+    "let it3_sample_dims(inputs) of the module, sample_dims of the engine, return for each tensor "
+    "the dimension of its samples, None where all samples share it; or use scope='batch'."
+)
+
+
+def _objects(inputs: Any) -> list[Any]:
+    """Return what is no tensor, and might be a batch of graphs."""
+    leaves = leaves_of(inputs)
+    return [leaf for leaf in leaves if not isinstance(leaf, Tensor | tuple) and leaf is not None]
+
+
+def _named(inputs: Any, size: int) -> str:
+    """Return the shapes of the tensors that are taken for samples."""
+    return ", ".join(str(tuple(tensor.shape)) for tensor in candidates(inputs, size))
+
+
+def _rounded(mine: Tensor, theirs: Tensor, whole: Tensor) -> bool:
+    """Whether two rows of outputs differ by rounding alone."""
+    finite = mine.isfinite() & theirs.isfinite()
+    if not finite.any():
+        return True
+    mine, theirs, every = (t.double() for t in (mine[finite], theirs[finite], whole))
+    every = every[every.isfinite()]
+    spread = every.std(correction=0) + 1e-3 * every.abs().mean() + 1e-12
+    return bool((mine - theirs).abs().max() <= min(_ROUNDING * _unit(whole), 0.05) * spread)
+
+
 def _kind(leaf: Any) -> Any:
     """Return what inputs of a kind have in common, whatever their number."""
     if isinstance(leaf, Tensor):
         return leaf.shape[1:], leaf.dtype, leaf.device
+    if isinstance(leaf, Shared):
+        return leaf.tensor.shape, leaf.tensor.dtype
+    if isinstance(leaf, Mapping):
+        return tuple(leaf), tuple(map(_kind, tree_leaves(list(leaf.values()))))
     return type(leaf)
+
+
+def _state(layer: nn.Module) -> tuple[Any, ...]:
+    """Return what a layer's code runs by: what is found of other code does not hold for it."""
+    own = vars(layer)
+    compiled = own.get("_compiled_call_impl") is not None
+    hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks)
+    return (
+        id(layer),
+        layer.training,
+        getattr(type(layer), "forward", None),
+        id(own.get("forward")),
+        compiled,
+        hooks,
+    )
 
 
 def _empty(leaf: Any) -> Any:

@@ -78,10 +78,12 @@ class Undo:
         """Put everything back where the body was cut short."""
         if kind is not None:
             self.run()
-        self.clear()
+        self.end()
 
-    def clear(self) -> None:
-        """Forget what has been put back otherwise."""
+    def end(self, *actions: Callable[[], object]) -> None:
+        """Put back by these actions instead, and forget the others."""
+        for action in actions:
+            action()
         self._actions.clear()
 
     def add(self, action: Callable[[], object]) -> None:
@@ -132,7 +134,8 @@ class Snapshot:
         """Put everything back, outside inference mode, so that no inference tensor stays."""
         self.restore_attributes()
         for owner, parameters, hooks in self._registered:
-            _refill(owner._parameters, parameters)
+            if isinstance(owner._parameters, dict):
+                _refill(owner._parameters, parameters)
             for name in _HOOKS:
                 now = vars(owner).get(name)
                 if isinstance(now, dict):
@@ -208,9 +211,10 @@ class Snapshot:
             if not norms and isinstance(owner, _NormBase):
                 continue
             now = owner._buffers
-            for name in [name for name in now if name not in tensors]:
-                del now[name]
-            now.update(tensors)
+            if isinstance(now, dict):  # those of scripted modules are not: their tensors stay
+                for name in [name for name in now if name not in tensors]:
+                    del now[name]
+                now.update(tensors)
             into += [tensor for n, tensor in tensors.items() if n in copies and tensor is not None]
             values += copies.values()
         for each, copy in self._contents:
@@ -334,7 +338,7 @@ def _same(now: Any, before: Any) -> bool:
 
 def _computed(owner: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """Yield the weights that hooks compute of parameters, as ``weight_norm`` and pruning do."""
-    for name in owner._parameters:
+    for name in owner._parameters.keys():  # noqa: SIM118  # those of scripted modules need it
         computed, _, kind = name.rpartition("_")
         if kind in ("orig", "g") and computed in vars(owner):
             yield owner, computed, vars(owner)[computed]
@@ -563,15 +567,14 @@ class NormStatistics:
     Args:
         module: whose BatchNorm layers.
         norm_stats: ``"source"`` leaves them as they are; ``"batch"`` uses the current batch.
+        undo: is given :meth:`restore` before anything is changed.
     """
 
-    def __init__(self, module: nn.Module, norm_stats: NormStats) -> None:
+    def __init__(self, module: nn.Module, norm_stats: NormStats, undo: Undo) -> None:
         layers = batch_norms(module) if norm_stats == "batch" else []
         self._before = [(layer, layer.training, layer.track_running_stats) for layer in layers]
-
-    def enter(self) -> None:
-        """Begin."""
-        for layer, *_ in self._before:
+        undo.add(self.restore)
+        for layer in layers:
             layer.training, layer.track_running_stats = True, False
 
     def restore(self) -> None:

@@ -124,7 +124,7 @@ class Adaptation:
             distance_adapted=None,
             reliable=None,
             skipped=torch.ones(size, dtype=torch.bool),
-            reason=reason,
+            reason=reason or None,
             weights={},
             forwards=forwards,
             backwards=0,

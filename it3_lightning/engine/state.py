@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from it3_lightning.engine.optimizers import OnlyStep, Updater, full_precision, optimizer_factory
+from it3_lightning.engine.optimizers import (
+    HALF,
+    OnlyStep,
+    Updater,
+    full_precision,
+    optimizer_factory,
+    rounded,
+)
 from it3_lightning.engine.passes import AnchoredWeights, all_finite
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.types import SOURCE, Skip, Weights
@@ -60,6 +68,7 @@ class State(AnchoredWeights):
         self._method = method
         self._source = {name: p.detach() for name, p in parameters.items()}
         self.weights: Weights = dict(self._source)
+        self._half = [w.dtype for w in self._source.values() if w.dtype in HALF]
         self.version = self._latest = SOURCE
         self.moved = False
         self.backwards = 0
@@ -102,6 +111,17 @@ class State(AnchoredWeights):
         ):  # no mere overflow
             raise Skip("non-finite gradient or weights")
 
+    def _warn_of_rounding(self, loss: Tensor) -> None:
+        """Say so where the only step has changed no weight, though there was a loss to lower."""
+        if float(loss.detach()) != 0 and all(
+            torch.equal(w, self._source[n]) for n, w in self.weights.items()
+        ):
+            warnings.warn(
+                f"The step changed no weight: it is lost in the rounding of {self._half[0]}. Use a "
+                "larger lr, more parameters, or precision='bf16-mixed' or '32-true'.",
+                stacklevel=2,
+            )
+
     def _step_once(self, only_step: OnlyStep, loss: Tensor) -> Tensor:
         """Take the only step there is, from the source to new weights; return a sum of them."""
         moved, total = only_step.backward(loss, self._parameters)
@@ -110,6 +130,8 @@ class State(AnchoredWeights):
         self.weights = {**self._source, **moved}
         for name, values in moved.items():
             self._parameters[name].data = values
+        if self._half:
+            self._warn_of_rounding(loss)
         return total
 
     def _step_on(self, loss: Tensor) -> Tensor:
@@ -127,7 +149,7 @@ class State(AnchoredWeights):
     def _follow(self) -> None:
         """Let the anchor be the average, in the weights' own precision; of no version of them."""
         source = self._source
-        self.anchor = {name: a.to(source[name].dtype) for name, a in self._average.items()}
+        self.anchor = {n: rounded(a, source[n].dtype) for n, a in self._average.items()}
         self.anchor_version = None
 
     def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:

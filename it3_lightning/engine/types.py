@@ -38,6 +38,10 @@ Isolation = Callable[[], AbstractContextManager[None]]
 InputsIn = Callable[[Any], Any]
 """Finds a network's inputs in what is given to a pass."""
 
+SampleDims = Callable[[Any], Any]
+"""For each tensor of a network's inputs the dimension of its samples, ``None`` where all samples
+share it; ``None`` in place of it all: by the rule of :mod:`it3_lightning.engine.trees`."""
+
 SOURCE = 0
 """The version of the weights that training left."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from it3_lightning.engine.trees import opened
 from it3_lightning.utils.graphs import is_graph, label_of, relabelled, unlabelled
 
 INPUT_NAMES = ("input", "inputs", "image", "images", "x", "features", "data", "pixel_values")
@@ -134,7 +135,8 @@ def normal(inputs: Any) -> Any:
     """Return copies of inputs that can take part in a backward pass, as inference tensors cannot.
 
     Always copies, so that a network that writes into its inputs spoils no batch. What else can
-    clone itself, as batches of graphs can, is cloned too.
+    clone itself, as batches of graphs can, is cloned too, and so is what mappings of any type and
+    dataclasses hold.
     """
     with torch.inference_mode(False), torch.no_grad():
         return tree_map(_clone, inputs)
@@ -143,4 +145,7 @@ def normal(inputs: Any) -> Any:
 def _clone(leaf: Any) -> Any:
     """Return a copy of a tensor, or of another object that has a ``clone`` method."""
     clone = getattr(leaf, "clone", None)
-    return clone() if callable(clone) and not isinstance(leaf, type) else leaf
+    if callable(clone) and not isinstance(leaf, type):
+        return clone()
+    opens = isinstance(leaf, MutableMapping) or dataclasses.is_dataclass(leaf)
+    return opened(leaf, normal) if opens else leaf

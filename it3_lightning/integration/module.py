@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from it3_lightning.calibration import Calibration, fingerprint
 from it3_lightning.conditioning import Conditioning, Shown
@@ -108,9 +109,25 @@ class Conditioned(LightningModule):
         """Return a copy of the batch with other inputs; override for a batch of another shape."""
         return batches.with_inputs(batch, inputs)
 
+    def it3_sample_dims(self, inputs: Any) -> Any:
+        """Return for each tensor in the inputs the dimension of its samples.
+
+        ``None`` where all samples share a tensor; in the structure of the inputs, of which a
+        mapping may leave out what has the samples in front. By default ``None`` in place of it all:
+        the samples are the rows of the first tensor, and of every other one with as many rows.
+        Override where that is not so::
+
+            def it3_sample_dims(self, inputs):  # words (T, B), and positions (T,)
+                return {"words": 1, "positions": None}
+        """
+        return None
+
     def it3_forward(self, inputs: Any) -> Tensor:
-        """Return the network's outputs ``(B, ...)``; override where ``self(inputs)`` does not."""
-        outputs: Tensor = self(*inputs) if isinstance(inputs, tuple | list) else self(inputs)
+        """Return the network's outputs ``(B, ...)``; override where ``self(inputs)`` does not.
+
+        A tuple or a list is spread over the arguments; a packed sequence is not.
+        """
+        outputs: Tensor = self(*inputs) if _spread(inputs) else self(inputs)
         return outputs
 
     def predict_with(self, inputs: Any, prior: Tensor | None) -> Tensor:
@@ -205,6 +222,11 @@ class Conditioned(LightningModule):
         return any(name in vars(c) for c in own for name in ("configure_model", "setup"))
 
 
+def _spread(inputs: Any) -> bool:
+    """Whether inputs are several arguments."""
+    return isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+
+
 _NEEDS_MIXIN = """Test-time adaptation needs a module that predicts with a prior; {name} does not.
     wrong:  model = {name}(...)
     right:  class IT3Net(IT3Mixin, {name}): pass
@@ -268,7 +290,7 @@ class PlainModule:
                 outputs: Tensor = own(inputs)
                 return outputs
             module = self._module
-            return module(*inputs) if isinstance(inputs, tuple | list) else module(inputs)  # type: ignore[no-any-return]
+            return module(*inputs) if _spread(inputs) else module(inputs)  # type: ignore[no-any-return]
 
     def it3_given(self, prior: Tensor | None) -> AbstractContextManager[None]:
         """Do nothing; there is no prior to give.

@@ -25,10 +25,10 @@ from it3_lightning.engine import (
 )
 from it3_lightning.engine.passes import copied
 from it3_lightning.engine.restore import Snapshot, undisturbed_rng, without_side_effects
-from it3_lightning.engine.types import Forward, InputsIn, Isolation
+from it3_lightning.engine.types import Forward, InputsIn, Isolation, SampleDims
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import hooked_by, muted, patched, without_logs
-from it3_lightning.integration.module import IT3Module
+from it3_lightning.integration.module import Conditioned, IT3Module
 from it3_lightning.priors import Prior
 
 WhichPrediction = Literal["first", "second", "mean"]
@@ -42,6 +42,7 @@ def adapter_of(
     *,
     forward: Forward | None = None,
     inputs_in: InputsIn | None = None,
+    sample_dims: SampleDims | None = None,
     silent: bool = False,
 ) -> Adapter:
     """Return the engine for a module, and say which weights it adapts.
@@ -52,6 +53,7 @@ def adapter_of(
         settings: how to adapt.
         forward: of the engine; default: ``host.predict_with``.
         inputs_in: finds the module's inputs in what the engine is given.
+        sample_dims: says which dimensions of that hold samples; default: as the module does.
         silent: say nothing.
 
     Raises:
@@ -71,6 +73,7 @@ def adapter_of(
                 enters=_enters(host),
                 isolation=partial(without_logs, module),
                 inputs_in=inputs_in,
+                sample_dims=sample_dims or sample_dims_of(module),
             )
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
@@ -101,6 +104,12 @@ def in_precision(
     with torch.inference_mode(False), without, torch.no_grad():
         types = [tensor.dtype for tensor in ordinary()]
     return [tensor.to(dtype) for tensor, dtype in zip(tensors, types, strict=True)]
+
+
+def sample_dims_of(module: LightningModule) -> SampleDims | None:
+    """Return what says which dimensions of a module's inputs hold samples; ``None``: the rule."""
+    own = getattr(type(module), "it3_sample_dims", None)
+    return None if own in (None, Conditioned.it3_sample_dims) else module.it3_sample_dims  # type: ignore[return-value]
 
 
 def _announced(made: Adapter) -> str:
@@ -194,7 +203,7 @@ class BatchStep:
         self._prediction = prediction
 
     def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
-        """Adapt to the inputs and run the step."""
+        """Adapt to the inputs and run the step, to the end of what it yields."""
         own = normal(inputs)
         with ExitStack() as stack:
             adaptation = stack.enter_context(self.adapter.adapted(own))
@@ -202,13 +211,24 @@ class BatchStep:
                 stack.enter_context(self._host.it3_given(self._first(own)))
             elif self._prediction == "mean":
                 stack.enter_context(averaged(self._module, self._host, self._first(own)))
-            return step(), adaptation
+            output = step()
+            return run_through(output) if isinstance(output, Iterator) else output, adaptation
 
     def _first(self, inputs: Any) -> Tensor:
         """Return the first prediction, in label space."""
         with torch.no_grad(), undisturbed_rng(), muted(self._module):
             outputs = self._host.predict_with(inputs, None)
             return self._host.it3_prior.from_output(outputs)
+
+
+def run_through(output: Iterator[Any]) -> Iterator[Any]:
+    """Run a step that yields to its end, while weights are in place, and return what it yields.
+
+    >>> list(run_through(letter for letter in "ab"))
+    ['a', 'b']
+    """
+    values = list(output)
+    return (value for value in values)
 
 
 @dataclass

@@ -20,12 +20,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from it3_lightning.engine import Adaptation, Settings, batch_size
 from it3_lightning.engine.passes import copied
 from it3_lightning.engine.restore import Snapshot, Undo, undisturbed_rng
-from it3_lightning.engine.trees import taken
+from it3_lightning.engine.trees import dims_by, laid_out, taken, told_dims
 from it3_lightning.engine.types import Answer, Plain
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import hooked_by, muted, patched
@@ -36,6 +37,8 @@ from it3_lightning.integration.module_adapter import (
     in_precision,
     mean_prediction,
     owned,
+    run_through,
+    sample_dims_of,
 )
 from it3_lightning.integration.output_tree import OutputTree
 from it3_lightning.utils.graphs import graph_count, is_graph
@@ -99,12 +102,14 @@ class PerSampleStep:
         self._names = {"step": step, "name": type(module).__name__}
         if module.forward == LightningModule.forward.__get__(module):
             raise MisconfigurationException(_NEVER_ASKED.format(**self._names))
+        self._dims_of_inputs = sample_dims_of(module)
         self.adapter = adapter_of(
             module,
             host,
             settings,
             forward=lambda call, prior: host.predict_with(_inputs_in(call), prior),
             inputs_in=_inputs_in,
+            sample_dims=self._dims if self._dims_of_inputs is not None else None,
         )
         self.undo = Undo()
         self._module = module
@@ -114,7 +119,8 @@ class PerSampleStep:
         self._adapting = {
             name: owner
             for name, owner in list(module.named_modules())[1:]
-            if any(id(parameter) in ids for parameter in owner.parameters(recurse=False))
+            if not isinstance(owner, torch.jit.ScriptModule)  # which takes no hooks
+            and any(id(parameter) in ids for parameter in owner.parameters(recurse=False))
         }
 
     def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
@@ -131,8 +137,10 @@ class PerSampleStep:
             try:
                 with interception.listening(self._adapting):
                     output = step()
+                    if isinstance(output, Iterator):
+                        output = run_through(output)
             except Exception:  # what the step itself has written stays, unless it is interrupted
-                undo.clear()
+                undo.end()
                 raise
         if not interception.answered:
             raise MisconfigurationException(_NEVER_ASKED.format(**self._names))
@@ -157,10 +165,15 @@ class PerSampleStep:
         Raises:
             ValueError: the call has another number of samples, or returns no samples.
         """
-        self._check(call)
+        dims = self._dims(call)
+        laid = call if dims is None else laid_out(call, dims)
+        if self._check(laid) == 0:
+            return *self._empty(call, "first" if given else self._prediction), False
         prediction = "first" if given else self._prediction
         plain = prediction == "first" and call.prior is None
         usual = plain and interception.reaches(call, lambda: self._neutral(call))
+
+        graphs = _graphs_in(call)
 
         def answer(asked: Call) -> tuple[Tensor, OutputTree]:
             interception.returned = None
@@ -168,19 +181,50 @@ class PerSampleStep:
             value = interception.returned
             if not usual:
                 value = self._predicted(asked, outputs, prediction)
-            return outputs, OutputTree.of(value, _samples(asked))
+            return outputs, OutputTree.of(value, None if graphs else len(outputs))
 
         with self.adapter.adapted(call, _Neutral(self._neutral, answer) if usual else answer) as a:
             tree: OutputTree = a.answers
 
         def ordinary() -> list[Tensor]:
-            tensors: list[Tensor] = answer(taken(call, range(1)))[1].tensors
+            tensors: list[Tensor] = answer(copied(taken(laid, range(1))))[1].tensors
             return tensors
 
         tensors = in_precision(tree.tensors, ordinary, self.adapter, self._module)
         return tree.filled(tensors), a, self.adapter.drawn
 
-    def _check(self, call: Call) -> None:
+    def _dims(self, call: Any) -> Any:
+        """Return the dimensions of the samples in a call, as the module says, if it does.
+
+        Arguments are told by the inputs that are equal to them, or have their shape; others go by
+        the rule.
+        """
+        own = self._dims_of_inputs
+        dims = None if own is None else own(_inputs_in(call))
+        if dims is None or not isinstance(call, Call):
+            return dims
+        told = told_dims(call.inputs, dims)
+        size = batch_size(laid_out(call.inputs, dims))
+
+        def dim(leaf: Any) -> int | None:
+            if not isinstance(leaf, Tensor):
+                return None
+            same = [d for tensor, d in told if _equal(tensor, leaf)]
+            same += [d for tensor, d in told if tensor.shape == leaf.shape]
+            return same[0] if same else 0 if leaf.ndim and len(leaf) == size else None
+
+        args, kwargs = dims_by(dim, call.args), dims_by(dim, call.kwargs)
+        return Call(dims, args, kwargs, 0)  # type: ignore[arg-type]
+
+    def _empty(self, call: Call, prediction: WhichPrediction) -> tuple[Any, Adaptation]:
+        """Return what ``forward`` returns of no samples, and that nothing came of them."""
+        with self.adapter.adapted(call, Plain(self._neutral)) as adaptation:
+            pass
+        with torch.no_grad(), undisturbed_rng(), muted(self._module):
+            outputs = self._neutral(call)
+            return self._predicted(call, outputs, prediction), adaptation
+
+    def _check(self, call: Call) -> int:
         size = batch_size(call.inputs)
         try:
             asked = batch_size((call.args, call.kwargs))
@@ -192,6 +236,7 @@ class PerSampleStep:
                 f"{size}. With scope='sample' each sample has weights of its own: call it on all "
                 "of them, once for each view, or use scope='batch'."
             )
+        return size
 
     def _predicted(self, asked: Call, outputs: Tensor, prediction: WhichPrediction) -> Any:
         """Return what ``forward`` returns; ``outputs`` are those of the neutral pass."""
@@ -353,10 +398,10 @@ def _inputs_in(given: Any) -> Any:
     return given.inputs if isinstance(given, Call) else given
 
 
-def _samples(asked: Call) -> int | None:
-    """Return how many samples there are, or ``None``: outputs of graphs may be those of nodes."""
-    leaves = [leaf for leaf in tree_leaves(asked.inputs) if not isinstance(leaf, Tensor)]
-    return None if any(map(graph_count, leaves)) else batch_size(asked.inputs)
+def _graphs_in(call: Call) -> bool:
+    """Whether there are graphs, whose outputs may be those of nodes."""
+    leaves = tree_leaves(call.inputs, is_leaf=lambda value: isinstance(value, PackedSequence))
+    return any(graph_count(leaf) for leaf in leaves if not isinstance(leaf, Tensor | tuple))
 
 
 def _by_name(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
@@ -377,6 +422,8 @@ def _same(a: Any, b: Any) -> bool:
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        if a.layout != torch.strided or b.layout != torch.strided:
+            return alike and a.layout == b.layout and torch.equal(a.to_dense(), b.to_dense())
         return alike and torch.equal(a, b)
     if is_graph(a) and is_graph(b):
         return _same([dict(store) for store in a.stores], [dict(store) for store in b.stores])

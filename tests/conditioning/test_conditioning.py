@@ -114,3 +114,15 @@ def test_init_args_make_an_equal_conditioning(conditioning: Conditioning) -> Non
     again = type(conditioning)(**conditioning.init_args())
     assert again.init_args() == conditioning.init_args()
     assert again.layers == conditioning.layers
+
+
+@pytest.mark.parametrize("kind", ["injection", "concat"])
+def test_a_layer_that_is_compiled_later_keeps_its_conditioning(kind: str) -> None:
+    model, x, prior = Model(CONDITIONINGS[kind]()), torch.randn(3, 4), priors(3)
+    expected = model.conditioned(x, prior)
+    model.layer = torch.compile(model.layer, backend="eager")  # type: ignore[assignment]
+    model.it3_conditioning.attach(model, model.it3_prior)  # as a Trainer's run does again
+    torch.testing.assert_close(model.conditioned(x, prior), expected)
+    model.layer = nn.Linear(4, 8)
+    with pytest.raises(ValueError, match="its layer was replaced since"):
+        model.it3_conditioning.attach(model, model.it3_prior)

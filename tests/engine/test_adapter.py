@@ -33,7 +33,8 @@ from helpers.reference import (
 from torch import Tensor, nn
 
 from it3_lightning.engine import Adaptation, BatchAdapter, Forward, Settings, adapt, batch_size
-from it3_lightning.methods import Entropy, Idempotence
+from it3_lightning.engine.types import Plain
+from it3_lightning.methods import Entropy, Idempotence, Objective, Passes, TestTimeMethod
 
 BATCHES = stream(4)
 
@@ -561,3 +562,35 @@ def test_a_learning_rate_that_explodes_gets_the_source() -> None:
             assert same([(forward_predict(net, x, None), adaptation.source_outputs)])
         assert adaptation.reason == reason
         assert adaptation.weights == {}
+
+
+class Asks(TestTimeMethod):
+    """Lowers the mean square of what a layer puts out."""
+
+    def __init__(self, layer: str) -> None:
+        self.layers = (layer,)
+        self.seen: list[Tensor] = []
+
+    def loss(self, passes: Passes) -> Objective:
+        features = passes.features(self.layers[0])
+        self.seen.append(features.detach().clone())
+        measure = features.square().flatten(1).mean(1)
+        return Objective(measure, torch.ones_like(measure, dtype=torch.bool))
+
+
+def test_features_are_those_of_the_weights_that_are_measured() -> None:
+    net, x, method = toy(), images(4), Asks("dense")
+    adapter = batch_adapter(net, objective=method, lr=0.1, optimizer="sgd")
+    with adapter.adapted(x, Plain(lambda inputs, _: net(inputs))) as adaptation:
+        measured = net.dense(net.bn(net.conv(x)).relu().flatten(1))
+    assert adaptation.distance_adapted is not None
+    assert len(method.seen) == 2
+    assert not torch.equal(method.seen[0], method.seen[1])
+    assert measured.shape == method.seen[1].shape
+
+
+def test_features_of_a_layer_that_never_ran_are_told() -> None:
+    net = toy()
+    net.add_module("idle", nn.Linear(1, 1))
+    with pytest.raises(RuntimeError, match=r"Expected the layer 'idle' to run.*torch.compile"):
+        outputs_of(batch_adapter(net, objective=Asks("idle"), lr=0.1), [images(4)])

@@ -8,7 +8,15 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from helpers import reference
-from helpers.adapters import PUBLISHED, WAYS, any_adapter, assert_is_reference, backend_of, results
+from helpers.adapters import (
+    PUBLISHED,
+    WAYS,
+    adapted,
+    any_adapter,
+    assert_is_reference,
+    backend_of,
+    results,
+)
 from helpers.modules import (
     Conditioned,
     Scale,
@@ -189,15 +197,27 @@ class Half(nn.Module):
 def half_loop(source: Tensor, batches: list[Tensor], steps: int, lr: float) -> Tensor:
     """Descend on ``mean (w x / 2)^2`` with a float32 master behind rounded weights."""
     master = source.float()
+    unit = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[source.dtype]
+
+    def on_grid() -> Tensor:
+        """Round at thresholds that lie as multiples of the golden ratio do."""
+        units = unit * 2.0 ** master.detach().double().log2().floor()
+        golden = (5**0.5 - 1) / 2
+        spread = torch.tensor([golden - 1, 2 * golden - 1], dtype=torch.float64)
+        exact = (master.detach() / units) % 1 == 0
+        return torch.where(
+            exact, master.detach().double(), (master.detach() / units + spread).round() * units
+        ).to(source.dtype)
+
     optimizer = torch.optim.Adam([master], lr=lr)
     for x in batches:
         for _ in range(steps):
-            w = master.detach().to(source.dtype).requires_grad_()
+            w = on_grid().requires_grad_()
             y0 = w * x
             loss = (y0 - y0 / 2).square().sum(1).mean()
             master.grad = torch.autograd.grad(loss, w)[0].float()
             optimizer.step()
-    return master.detach().to(source.dtype)
+    return on_grid()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -237,12 +257,50 @@ def test_ema_anchor_of_half_precision_moves_in_float32() -> None:
         return forward_predict(net, x, prior)
 
     settings = Settings(
-        objective=PUBLISHED, steps=300, lr=1e-3, anchor="ema", ema_decay=0.999, measure=False
+        objective=PUBLISHED, steps=500, lr=1e-3, anchor="ema", ema_decay=0.999, measure=False
     )
     x = torch.ones(2, 1, dtype=torch.bfloat16)
     results(BatchAdapter(net, forward, lambda y: y, settings), [x])
     assert anchors[0] == 2.0
     assert anchors[-1] > 2.01
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_shorter_than_the_rounding_move_the_outputs_as_far(
+    way: str, steps: int, dtype: torch.dtype
+) -> None:
+    """Adam's steps of 1e-4 are a twentieth of a unit of bfloat16: all were rounded away."""
+    wide = drawn(Conditioned(nn.Sequential(nn.Linear(16, 512), nn.Tanh(), nn.Linear(512, 8))))
+    half = copy.deepcopy(wide).to(dtype)
+    source = copy.deepcopy(half).double()  # the same weights, of which no step is lost
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    settings: dict[str, Any] = {"optimizer": "adam", "lr": 1e-4, "steps": steps}
+    exact = adapted(any_adapter(source, way, **settings), x.double())
+    found = adapted(any_adapter(half, way, **settings), x)
+    assert exact.outputs is not None
+    assert exact.source_outputs is not None
+    assert found.outputs is not None
+    before = half(x)
+    assert found.outputs.dtype == dtype
+    whole = (exact.outputs - exact.source_outputs).flatten()
+    moved = (found.outputs.double() - before.double()).flatten().detach()
+    assert 0.5 < float(moved @ whole / (whole @ whole)) < 1.5
+
+
+def test_a_step_that_is_lost_in_rounding_is_told() -> None:
+    net = Half(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"changed no weight.*torch.bfloat16.*lr.*bf16-mixed"):
+        adapted(
+            BatchAdapter(
+                net,
+                takes_prior(net),
+                lambda y: y,
+                Settings(objective=PUBLISHED, optimizer="sgd", lr=1e-6),
+            ),
+            torch.ones(2, 2, dtype=torch.bfloat16),
+        )
 
 
 # Rules that are added from outside

@@ -4,14 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import PUBLISHED, adapted, sample_adapter
+from helpers.adapters import PUBLISHED, adapted, assert_close, sample_adapter
 from helpers.fast import needs_fast_paths
-from helpers.modules import images, toy
+from helpers.modules import drawn, images, toy
 from helpers.reference import softmax_label
 from helpers.times import Times
 from torch import Tensor, nn
 
 from it3_lightning.engine import Adaptation, SampleAdapter, Settings, per_sample
+from it3_lightning.engine.fast import vmap
 
 
 def adapter_of(net: nn.Module, **given: Any) -> SampleAdapter:
@@ -96,11 +97,11 @@ def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) 
     assert vectorised is not None
 
     class Limited:
-        def __call__(self, inputs: Tensor, answer: Any) -> Adaptation:
+        def __call__(self, inputs: Tensor, answer: Any, conditions: Any) -> Adaptation:
             sizes.append(len(inputs))
             if len(inputs) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            found: Adaptation = vectorised(inputs, answer)
+            found: Adaptation = vectorised(inputs, answer, conditions)
             return found
 
         def release(self) -> None:
@@ -130,3 +131,133 @@ def test_what_is_asked_for_is_taken_whatever_time_it_takes(monkeypatch: pytest.M
         adapted(adapter, images(3))
         assert adapter.backend_selection is not None
         assert str(adapter.backend_selection) == f"backend {backend!r}: as asked for"
+
+
+class Odd(nn.Module):
+    """Uses a layer's weight by other ways than its call, for wide inputs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.embed, self.head = nn.Linear(4, 4), nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        features = self.body(x[:, :4])
+        if x.shape[1] > 4:
+            features = features + nn.functional.linear(x[:, -4:], self.body.weight)
+        if prior is not None:
+            features = features + self.embed(prior)
+        logits: Tensor = self.head(features.tanh())
+        return logits
+
+
+def rows(width: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(5, width, generator=generator, dtype=torch.float64)
+
+
+def assert_is_looped(adapter: SampleAdapter, net: nn.Module, x: Any, **given: Any) -> None:
+    expected = adapted(adapter_of(net, backend="loop", **given), x).outputs
+    assert expected is not None
+    assert_close(adapted(adapter, x).outputs, expected, 1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", lambda p: torch.optim.SGD(p, lr=0.1)])
+def test_gradients_found_right_for_some_shapes_are_not_trusted_for_others(optimizer: Any) -> None:
+    net = drawn(Odd())
+    adapter = adapter_of(net, optimizer=optimizer)
+    for width in (4, 4, 8, 8, 4, 8):
+        assert_is_looped(adapter, net, rows(width), optimizer=optimizer)
+
+
+@needs_fast_paths
+def test_a_layer_with_other_code_is_found_out_about_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = toy()
+    adapter, selected = adapter_of(net), []
+    own = adapter._selecting
+
+    def selecting(*given: Any) -> Any:
+        selected.append(1)
+        return own(*given)
+
+    monkeypatch.setattr(adapter, "_selecting", selecting)
+    for _ in range(2):
+        adapted(adapter, images(6))
+        assert len(selected) == 1
+    monkeypatch.setattr(type(net.bn), "forward", lambda _, x: 2 * x)
+    assert_is_looped(adapter, net, images(6))
+    assert len(selected) == 2
+
+
+def test_outputs_keep_the_data_type_of_each_precision() -> None:
+    net = toy().float()
+    adapter = adapter_of(net)
+    x = images(6).float()
+    for low in (True, False, True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            found = adapted(adapter, x).outputs
+        assert found is not None
+        assert found.dtype == (torch.bfloat16 if low else torch.float32)
+
+
+class CompiledBody(nn.Module):
+    """A body that is compiled, and a head that is not."""
+
+    def __init__(self, *, compiled: bool) -> None:
+        super().__init__()
+        body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.body: Any = torch.compile(body, backend="eager") if compiled else body
+        self.embed, self.head = nn.Linear(3, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        features = self.body(x)
+        if prior is not None:
+            features = features + self.embed(prior)
+        logits: Tensor = self.head(features)
+        return logits
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_compiler_did_before_does_not_matter(whole: bool) -> None:
+    """Graphs that were made for other modes and shapes are no part of what samples adapt by."""
+    torch._dynamo.reset()
+    plain = drawn(CompiledBody(compiled=False))
+    net: Any = drawn(CompiledBody(compiled=not whole))
+    if whole:
+        net.body.compile(backend="eager")
+    net.body.requires_grad_(False)  # as while a conditioning is trained
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            net(rows(4))
+            net(rows(4), rows(3))
+    net.body.requires_grad_(True)
+    adapter = adapter_of(net, lr=0.1, optimizer="sgd")
+    for seed in range(3):
+        assert_is_looped(adapter, plain, rows(4, seed), lr=0.1, optimizer="sgd")
+
+
+def test_a_network_that_is_compiled_later_is_adapted_to_as_before() -> None:
+    torch._dynamo.reset()
+    net: Any = drawn(CompiledBody(compiled=False))
+    adapter = adapter_of(net)
+    expected = [adapted(adapter, rows(4, seed)).outputs for seed in range(3)]
+    net.body.compile(backend="eager")
+    for seed in range(3):
+        assert expected[seed] is not None
+        assert_close(adapted(adapter, rows(4, seed)).outputs, expected[seed], 1e-9)  # type: ignore[arg-type]
+
+
+@needs_fast_paths
+def test_flags_of_the_process_come_back_whichever_thread_ends_last() -> None:
+    def flags() -> list[Any]:
+        attention = torch.backends.mha.get_fastpath_enabled()
+        return [attention, torch._C._get_mkldnn_enabled(), torch._C._get_math_sdp_enabled()]
+
+    before, net = flags(), nn.Sequential(nn.LSTM(2, 2), nn.TransformerEncoderLayer(2, 1))
+    held = [vmap.vmappable(net, holder) for holder in ("one thread", "another")]
+    for each in held:
+        each.__enter__()
+    assert flags() != before
+    for each in held:  # the first to come is the first to go
+        assert flags() != before
+        each.__exit__(None, None, None)
+    assert flags() == before

@@ -1,5 +1,6 @@
 """Scope ``"sample"``: what a step asks by ``self(...)`` is answered with each sample's weights."""
 
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -33,7 +34,11 @@ from it3_lightning import (
     ClassPrior,
     FeatureInjection,
     ForwardArgument,
+    Idempotence,
+    IT3Mixin,
+    IT3Predictor,
     IT3TestTimeCallback,
+    Settings,
     ValuePrior,
 )
 from it3_lightning.integration.batches import inputs_of
@@ -502,7 +507,108 @@ def test_forward_hooks_of_the_module_see_each_answer_once(backend: str) -> None:
     seen.clear()
     close(torch.cat(together(hooked(), each(backend))), expected)
     if backend == "loop":  # its passes see single samples, those that samples share see all four
-        assert seen.count(4) == 3
+        assert seen.count(4) == 3 + 1  # and one tells whether what the hook gives holds samples
+
+
+# Inputs whose samples are not the rows of the first tensor
+
+
+class Reads(LightningModule):
+    """Sequences ``(T, B, 3)`` in a mapping, with weights ``(T,)`` of their times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, inputs: Any) -> Tensor:
+        features = (self.dense(inputs["x"]) * inputs["t"][:, None, None]).sum(0)
+        logits: Tensor = self.head(features.tanh())
+        return logits
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(batch)
+
+
+class IT3Reads(IT3Mixin, Reads):
+    def it3_inputs(self, batch: Any) -> Any:
+        return batch
+
+
+class Told(IT3Reads):
+    def it3_sample_dims(self, inputs: Any) -> Any:
+        return {"x": 1, "t": None}
+
+
+def reads(kind: type[IT3Reads]) -> Any:
+    return seeded(kind(prior=ClassPrior(3), conditioning=FeatureInjection("dense", hidden=4)))
+
+
+def sequences(time: int, size: int, kind: Any = dict) -> Any:
+    generator = torch.Generator().manual_seed(time)
+    x = torch.randn(time, size, 3, generator=generator)
+    return kind(x=x, t=torch.linspace(0.1, 2, time))
+
+
+def read(model: Any, batch: Any, **settings: Any) -> Tensor:
+    callback = adapting(**settings)
+    data: Any = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    predicted: Any = quiet(callbacks=[callback]).predict(model, data)
+    return torch.cat(list(predicted))
+
+
+@pytest.mark.filterwarnings("ignore:The network cannot be vectorised")  # of a UserDict
+@pytest.mark.parametrize("kind", [dict, UserDict])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("time", "size"), [(5, 3), (4, 4), (3, 1), (3, 0)])
+def test_module_says_which_dimensions_hold_samples(
+    kind: Any, backend: str, time: int, size: int
+) -> None:
+    model, batch = reads(Told), sequences(time, size, kind)
+    parts = [kind(x=batch["x"][:, i : i + 1], t=batch["t"]) for i in range(size)]
+    expected = [read(model, part) for part in parts]
+    found = read(model, batch, scope="sample", backend=backend)
+    close(found, torch.cat([torch.empty(0, 3), *expected]))
+    if size:
+        settings = Settings(
+            scope="sample",
+            objective=Idempotence(reliability=None),
+            optimizer="sgd",
+            lr=0.05,
+        )
+        close(IT3Predictor(model, settings)(batch).outputs, found)
+
+
+@pytest.mark.parametrize(("time", "size"), [(5, 3), (4, 4)])
+def test_inputs_that_the_rule_does_not_fit_are_refused(time: int, size: int) -> None:
+    with pytest.raises(ValueError, match=r"it3_sample_dims\(inputs\)"):
+        read(reads(IT3Reads), sequences(time, size), scope="sample", backend="loop")
+
+
+@pytest.mark.parametrize("settings", [{}, {"scope": "sample", "backend": "loop"}, {"steps": 0}])
+def test_mapping_of_any_type_is_adapted_to_as_a_dict(settings: Any) -> None:
+    model = reads(Told)
+    expected = read(model, sequences(5, 3), **settings)
+    assert torch.equal(read(model, sequences(5, 3, UserDict), **settings), expected)
+
+
+class Yields(IT3Net):
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        yield self(batch[0])
+
+
+class Maps(IT3Net):
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return map(self, [batch[0]])
+
+
+@pytest.mark.parametrize("kind", [Yields, Maps])
+@pytest.mark.parametrize(
+    "settings", [{}, {"scope": "sample", "backend": "loop"}, {"prediction": "mean"}]
+)
+def test_step_that_yields_sees_the_adapted_weights(kind: type[IT3Net], settings: Any) -> None:
+    expected = together(net(), adapting(**settings))
+    found = [next(output) for output in together(net(kind), adapting(**settings))]
+    assert all(map(torch.equal, found, expected))
 
 
 # What a step may not do

@@ -27,6 +27,7 @@ from it3_lightning.engine.types import Enters
 
 _DEPTH = 3  # of containers and objects inside attributes
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
+_OURS = tuple(f"{__package__}.{name}" for name in ("vmap", "grad_sample", "activation_cache"))
 _PLAIN = (Tensor, int, float, str, type(None))
 
 
@@ -38,8 +39,7 @@ def cache_for(module: nn.Module, enters: Enters) -> ActivationCache | None:
     """Return a cache, or ``None`` where nothing tells where the prior enters."""
     named = dict(module.named_modules(remove_duplicate=False))
     entries = {named[name]: where == "input" for name, where in enters.items() if name in named}
-    reusable = list(_reusable(module))
-    return ActivationCache(module, entries, reusable) if entries and reusable else None
+    return ActivationCache(module, entries) if entries and any(_reusable(module)) else None
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,12 @@ class ActivationCache:
     Args:
         module: whose layers.
         entries: the layers where the prior enters, and whether at their input.
-        reusable: modules whose ``forward`` may be answered.
     """
 
-    def __init__(
-        self, module: nn.Module, entries: dict[nn.Module, bool], reusable: list[nn.Module]
-    ) -> None:
+    def __init__(self, module: nn.Module, entries: dict[nn.Module, bool]) -> None:
         self._module = module
         self._entries = entries
-        self._reusable = reusable
-        self._plans: dict[Any, tuple[nn.Module, ...]] = {}  # modules reused, by kind of inputs
+        self._plans: dict[Any, tuple[nn.Module, ...]] = {}  # reused, by inputs and code
         self.hits = 0
         self.clear()
 
@@ -122,7 +118,7 @@ class ActivationCache:
         if inputs is self._inputs or not (_ordinary(leaves) and _in_evaluation(self._module)):
             return run()
         self.clear()
-        key = tuple(map(_kind, leaves))
+        key = tuple(map(_kind, leaves)), tuple(map(_state, list(self._module.modules())[1:]))
         wrapped = any(map(_is_wrapped, leaves))
         plan = self._plans.get(key)
         if plan == () or (plan is None and wrapped):  # in torch.func nothing can be found out
@@ -169,13 +165,14 @@ class ActivationCache:
         """Find out, thoroughly and once, which modules can be reused for inputs of a kind."""
         run = _Run(self._entries, partial(noted, self._module))
         before, values = run.state(), _values(self._module)
-        watched = [*self._reusable, *(e for e in self._entries if e not in self._reusable)]
+        reusable = list(_reusable(self._module))
+        watched = [*reusable, *(e for e in self._entries if e not in reusable)]
         result = _run_patched(watched, partial(_watch, run), run_pass)
         kept: dict[nn.Module, _Output] = {}
         same = all(map(torch.equal, values, _values(self._module)))
         if run.entered == set(self._entries) and same and not differ(before, run.state()):
             once = [(m, output) for m, output in run.finished if run.calls[m] == 1]
-            kept = {m: out for m, out in once if out is not None and m in self._reusable}
+            kept = {m: out for m, out in once if out is not None and m in reusable}
         self._plans[key] = () if run.disturbed else tuple(kept)
         self._outputs = {} if run.disturbed else kept
         return result
@@ -320,6 +317,22 @@ def _kind(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.shape[1:], leaf.dtype, leaf.device
     return type(leaf)
+
+
+def _state(layer: nn.Module) -> tuple[Any, ...]:
+    """Return what a layer's code runs by: what is found of other code does not hold for it."""
+    patch = vars(layer).get("forward")
+    own = None if isinstance(patch, partial) else patch  # ours are partial functions
+    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+    theirs = sum(getattr(hook, "__module__", None) not in _OURS for hook in hooks)
+    return (
+        id(layer),
+        layer.training,
+        getattr(type(layer), "forward", None),
+        id(own),
+        _compiled(layer),
+        theirs,
+    )
 
 
 def _is_wrapped(leaf: Any) -> bool:

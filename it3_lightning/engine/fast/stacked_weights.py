@@ -20,6 +20,7 @@ from it3_lightning.engine.optimizers import (
     Updater,
     full_precision,
     optimizer_factory,
+    rounded,
     write_first_step,
 )
 from it3_lightning.engine.passes import all_finite
@@ -184,7 +185,11 @@ class Stacked:
             return None
         if not self._average:
             return self._source
-        return {name: a.to(self._source[name].dtype) for name, a in self._average.items()}
+        source = self._source
+        return {
+            name: rounded(a, source[name].dtype, source[name].shape)
+            for name, a in self._average.items()
+        }
 
     @property
     def anchor_dim(self) -> int | None:
@@ -197,10 +202,12 @@ class Stacked:
         weights = self._source[name]
         if not self._once or weights.numel() < _LARGE or weights.device.type != "cpu":
             return False
+        if weights.dtype in HALF:  # rounded as a whole
+            return False
         if self._length is not None:  # known only after all gradients
-            if product.single and weights.dtype not in HALF:
+            if product.single:
                 self._products[name] = product
-            return name in self._products
+            return product.single
         moved = self._early[name] = self._room(name)
         rows, source = moved.flatten(2), weights.flatten(1)
         for sample, part, gradient in product.pieces():
@@ -270,7 +277,8 @@ class Stacked:
                     self._write(source, rows, out=out)
             elif source.dtype in HALF:
                 full = full_precision(gradient)
-                moved[name].copy_(full_precision(source) + full * _like(scale, full))
+                full = full_precision(source) + full * _like(scale, full)
+                moved[name].copy_(rounded(full, source.dtype, source.shape))
             else:
                 torch.addcmul(source, gradient, _like(scale, gradient), out=moved[name])
             sums.append(_by_sample(moved[name]))
@@ -294,7 +302,10 @@ class Stacked:
                 name: nn.Parameter(_repeated(w, self.size)) for name, w in self._source.items()
             }
             self._updater = Updater(
-                list(stacked.values()), partial(optimizer_of_all, self._settings), None
+                list(stacked.values()),
+                partial(optimizer_of_all, self._settings),
+                None,
+                stacked=True,
             )
             self.weights, self.dim = dict(stacked), 0
             if self._settings.anchor == "ema":
@@ -426,7 +437,8 @@ def bytes_kept(run: Callable[[], Any], module: nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(kept.append, _never):
         result = run()
     del result
-    storages = [tensor.untyped_storage() for tensor in kept]
+    dense = [t for t in kept if t.layout == torch.strided]  # others have no storage of their own
+    storages = [tensor.untyped_storage() for tensor in dense]
     return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
 
 

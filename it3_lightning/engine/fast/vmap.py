@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from it3_lightning.engine.fast.grad_sample import Gradient, Layerwise, Product
@@ -19,7 +22,7 @@ from it3_lightning.engine.fast.stacked_weights import Compiled, Stacked, bytes_k
 from it3_lightning.engine.passes import FunctionalPasses, Network, Sites, copied
 from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.settings import Settings
-from it3_lightning.engine.trees import batch_size, joined, taken
+from it3_lightning.engine.trees import batch_size, joined, leaves_of, taken
 from it3_lightning.engine.types import REASONS, SOURCE, Answer, SampleEvaluations, Weights
 from it3_lightning.methods.base import Objective
 from it3_lightning.utils.graphs import graph_count
@@ -58,7 +61,8 @@ def mapped(one: Callable[..., Any], size: int, dims: tuple[int | None, ...], *gi
         alone = tree_map(lambda leaf, dim: leaf if dim is None else leaf[None], sample, along)
         return one(*rest, alone)
 
-    return vmap(with_batch, in_dims=(*dims, along))(*others, inputs)
+    with uncompiled():
+        return vmap(with_batch, in_dims=(*dims, along))(*others, inputs)
 
 
 def without_batch(leaf: Tensor) -> Tensor:
@@ -113,6 +117,36 @@ _FUSED_RECURRENT = (
     Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
     Switch(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
 )
+_STANCES: list[Any] = []
+
+
+def _let_compiled_run(on: bool) -> None:
+    """Let what is compiled run as such again, or as it was written."""
+    while on and _STANCES:
+        _STANCES.pop().__exit__(None, None, None)
+    if not on:
+        _STANCES.append(torch.compiler.set_stance("force_eager"))  # from here on
+
+
+_COMPILED = Switch(lambda: True, _let_compiled_run)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Let what ``torch.compile`` has made run as it was written, within.
+
+    A compiled graph knows neither hooks that were registered since nor the weights of each sample,
+    and which graph is taken depends on what has run before: it cannot be found right once for all.
+    """
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    holder = object()
+    try:
+        _COMPILED.off(holder)
+        yield
+    finally:
+        _COMPILED.release(holder)
 
 
 def release_switches(holder: object) -> None:
@@ -230,23 +264,32 @@ class Gradients:
         self._layerwise = Layerwise(module, selected, network, settings.method)
         on_cpu = next(iter(selected.values())).device.type == "cpu"  # faster there, as measured
         self._may_share = shared and on_cpu and not settings.compile and settings.anchor != "live"
-        self._agreed = 0  # samples on which that is known to agree with torch.func
+        self._agreed: dict[Any, int | None] = {}  # see `_ask`
+        self._conditions: Any = None
         self._compiled: dict[bool, Compiled] = {}
         if settings.compile:
             self._compiled = {r: Compiled(partial(self._step, r)) for r in (False, True)}
+        self._optimizer = settings.optimizer
         self._unused: frozenset[str] | None = None if callable(settings.optimizer) else frozenset()
         self._passes: dict[bool, int] = {}
 
+    def under(self, conditions: Any) -> None:
+        """Go by what is known of networks and inputs under these conditions."""
+        if conditions != self._conditions and callable(self._optimizer):
+            self._unused = None
+        self._conditions = conditions
+
     def first(self, stacked: Stacked, inputs: Any) -> tuple[Weights, SampleEvaluations]:
         """Return the gradients at the source, layer by layer where that is known to agree."""
-        if self._agreed > 1 or stacked.size <= self._agreed:  # one tells nothing of several
+        agreed = self._agreed.get(self._conditions, 0)
+        if agreed is not None and (agreed > 1 or stacked.size <= agreed):
             try:
                 return self._layer_by_layer(stacked, inputs)
             except Exception:  # torch.func is asked, and raises what is no fault of the rules
-                self._agreed, self._may_share = 0, False
+                self._agreed[self._conditions] = agreed = None
                 stacked.forget()
         gradients, seen = self._by_func(stacked, inputs, at_source=True)
-        if self._may_share:
+        if self._may_share and agreed in (0, 1):  # one tells nothing of several
             self._ask(inputs, gradients, seen)
         return gradients, seen
 
@@ -264,11 +307,16 @@ class Gradients:
                 gradient = gradient.whole(self._selected[name].shape)
             gradients[name] = gradient
 
-        seen = self._layerwise(inputs, take)
+        with uncompiled():
+            seen = self._layerwise(inputs, take)
         return self._used(gradients), seen
 
     def _ask(self, inputs: Any, gradients: Weights, seen: SampleEvaluations) -> None:
-        """Find out whether the gradients can be found layer by layer, from some that are known."""
+        """Find out whether the gradients can be found layer by layer, from some that are known.
+
+        The answer holds under the conditions of now: the number of samples on which they agree, or
+        ``None`` where they do not.
+        """
         few = range(min(_FEW, len(seen.loss)))
         if bool(trouble_of(seen).any()) or not bool(seen.moves[: len(few)].any()):
             return  # another batch will tell
@@ -276,9 +324,9 @@ class Gradients:
         counts = network.forwards, network.cache.hits
         network.cache.clear()
         known = {name: gradient[: len(few)] for name, gradient in gradients.items()}
-        agrees = self._layerwise.agrees(taken(inputs, few), known)
-        self._agreed = len(few) if agrees else 0
-        self._may_share = self._agreed == 1  # and several, when they come
+        with uncompiled():
+            agrees = self._layerwise.agrees(taken(inputs, few), known)
+        self._agreed[self._conditions] = len(few) if agrees else None
         network.forwards, network.cache.hits = counts
 
     def _used(self, gradients: Weights) -> Weights:
@@ -396,18 +444,33 @@ class Vectorised:
         """Give back the memory that is kept for the next batch."""
         self._memory.clear()
 
-    def __call__(self, inputs: Any, answer: Answer) -> Adaptation:
+    def __call__(self, inputs: Any, answer: Answer, conditions: Any = None) -> Adaptation:
         """Adapt to every sample of the inputs, and answer with its weights.
+
+        Args:
+            inputs: of the network.
+            answer: inputs to outputs, and what is answered with them.
+            conditions: of the network and the inputs: what was found out under others does not
+                count.
 
         Raises:
             Exception: whatever ``torch.func`` says of a network that cannot be vectorised.
         """
-        objects = [leaf for leaf in tree_leaves(inputs) if not isinstance(leaf, Tensor)]
+        leaves = tree_leaves(inputs, is_leaf=lambda value: isinstance(value, PackedSequence))
+        objects = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         if any(graph_count(leaf) for leaf in objects if leaf is not None):
             raise NotImplementedError("torch.func takes tensors, not batches of graphs.")
+        for leaf in objects:
+            opens = isinstance(leaf, PackedSequence | Mapping) or is_dataclass(leaf)
+            if opens and any(isinstance(held, Tensor | PackedSequence) for held in leaves_of(leaf)):
+                raise NotImplementedError(
+                    "torch.func takes tensors in tuples, lists and dicts, not in a "
+                    f"{type(leaf).__name__}."
+                )
         if not self._method.vmappable:
             raise NotImplementedError(f"{type(self._method).__name__} asks for further passes")
         self._network.restart()
+        self._gradients.under(conditions)
         try:
             with (
                 torch.autocast(self._device, enabled=False),
@@ -482,7 +545,8 @@ class Vectorised:
             self._network.forwards += 1
             own = {name: w[row] for name, w in weights.items()}
             alone = copied(taken(inputs, range(row, row + 1)))
-            parts.append(self._sites.run_with(own, partial(answer, alone)))
+            with uncompiled():
+                parts.append(self._sites.run_with(own, partial(answer, alone)))
         outputs, answers = joined(parts)
         return outputs, answers
 
