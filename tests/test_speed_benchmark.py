@@ -14,7 +14,7 @@ from costs.clock import Piece, Plan, Times, side_by_side
 from costs.curves import ENGINES
 from costs.engines import Ours
 from costs.extent import Extent
-from costs.floor import LOOP, PARTS, UPDATE, Floor
+from costs.floor import BY_OPTIMIZER, LOOP, PARTS, UPDATE, Floor
 from costs.items import Required, Row
 from costs.memory import kept_bytes, peak_bytes
 from costs.networks import Architecture, Entry, Subject, resnet18, small_cnn
@@ -304,7 +304,7 @@ def test_the_floor_does_what_the_engine_does(architecture: Architecture, entry: 
 def test_the_floor_is_timed_part_by_part() -> None:
     subject = Subject.of(small_cnn(4, 8), "late", CPU)
     times = side_by_side(Floor(subject, subject.images(2)).pieces(), ONCE)
-    assert list(times.by_name) == [*PARTS, UPDATE, LOOP]
+    assert list(times.by_name) == [*PARTS, UPDATE, LOOP, BY_OPTIMIZER]
 
 
 def test_engine_and_peer_start_from_the_same_network() -> None:

@@ -287,6 +287,7 @@ class _Interception:
         self._adapting: dict[str, nn.Module] = {}
         self._priors: list[Tensor | None] = []  # given by the step, innermost last
         self.answered: list[tuple[Any, Any, Adaptation]] = []
+        self._drawn = 0  # calls that drew random numbers
         self.ran: list[str] = []  # adapting layers that the step ran by itself
         self.returned: Any = None  # what the network's own forward returned first in a pass
 
@@ -317,10 +318,10 @@ class _Interception:
         for former, answer, _ in self.answered:
             if former is not None and _same(former, (call[1:], given)):
                 return copy.deepcopy(answer)  # the step may write into it
-        with self._mode_of("run"):
+        with self._mode_of("run"), undisturbed_rng() if self._drawn else nullcontext():
+            torch.rand(self._drawn)  # each call, even the same, draws other numbers
             answer, adaptation, drawn = self._answer(call, given, self)
-        if drawn:  # the next call, even the same, is to draw other numbers
-            torch.rand(1)
+        self._drawn += drawn
         self.answered.append((None if drawn else (call[1:], given), answer, adaptation))
         return copy.deepcopy(answer)
 
