@@ -283,10 +283,16 @@ def _look_into(value: Any, keeper: Any, key: Any, depth: int, found: Kept, seen:
     elif isinstance(value, tuple | frozenset):
         for inner in value if len(value) <= _FEW else ():
             _look_into(inner, value, None, depth - 1, found, seen)
-    elif isinstance(value, torch.Generator | np.random.Generator | random.Random):
+    elif _is_generator(value):
         written.append(value)
     elif depth and _is_own_object(value):
         _look_into(vars(value), None, None, depth - 1, found, seen)
+
+
+def _is_generator(value: Any) -> bool:
+    """Whether it draws random numbers; of Python's told by name, so that dynamo can follow."""
+    python = hasattr(value, "getstate") and hasattr(value, "setstate")
+    return python or isinstance(value, torch.Generator | np.random.Generator)
 
 
 def _is_own_object(value: Any) -> bool:
@@ -304,9 +310,7 @@ def _copied(each: Any) -> Any:
         return each.get_state()
     if isinstance(each, np.random.Generator):
         return each.bit_generator.state
-    if isinstance(each, random.Random):
-        return each.getstate()
-    return each.copy()
+    return each.copy() if hasattr(each, "copy") else each.getstate()
 
 
 def _refill(each: Any, copy: Any) -> None:
@@ -315,7 +319,7 @@ def _refill(each: Any, copy: Any) -> None:
         each.set_state(copy)
     elif isinstance(each, np.random.Generator):
         each.bit_generator.state = copy
-    elif isinstance(each, random.Random):
+    elif hasattr(each, "setstate"):
         each.setstate(copy)
     elif isinstance(each, np.ndarray):
         each[...] = copy

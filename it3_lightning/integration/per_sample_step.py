@@ -132,8 +132,8 @@ class PerSampleStep:
         """
         interception = _Interception(self._module, self._host, self._answer, normal(inputs))
         with self.undo as undo:
-            undo.add(self.adapter.undo.run)
             undo.add(Snapshot(self._module).restore)
+            undo.add(self.adapter.undo.run)  # which knows less, and so is run first
             try:
                 with interception.listening(self._adapting):
                     output = step()
