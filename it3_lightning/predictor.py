@@ -37,8 +37,14 @@ def loaded(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no Trainer wrote it, or not to its end.
+        ValueError: no Trainer wrote it, or not to its end; or it is at an address, and not said
+            to be read as weights only.
     """
+    if "://" in str(path) and not kwargs.get("weights_only"):
+        raise ValueError(
+            f"Expected a file, got an address: {path}. What is read from there could run code of "
+            "its own. Fetch the file from where you trust it, or give weights_only=True."
+        )
     if Path(path).is_file() and not zipfile.is_zipfile(path):  # which Trainers write
         raise ValueError(
             f"Expected a checkpoint that a Trainer wrote, got another or a truncated file: {path}."

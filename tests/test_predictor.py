@@ -572,3 +572,9 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
         IT3Predictor.from_checkpoint(tmp_path / "weights.pt", IT3Net, **parts())
     with pytest.raises(FileNotFoundError, match=r"missing\.ckpt"):
         IT3Predictor.from_checkpoint(tmp_path / "missing.ckpt", IT3Net, **parts())
+
+
+@pytest.mark.parametrize("path", ["http://somewhere/model.ckpt", "s3://bucket/model.ckpt"])
+def test_an_address_is_refused_where_it_could_run_code(path: str) -> None:
+    with pytest.raises(ValueError, match=r"Expected a file, got an address: .* weights_only=True"):
+        IT3Predictor.from_checkpoint(path, IT3Net, **parts())

@@ -32,9 +32,9 @@ pre { background: var(--soft); overflow-x: auto; padding: .8rem; }
 
 def fitting(*tables: Table) -> Console:
     """Return a console as wide as the tables need: one that wraps cannot be read."""
-    console = Console()
-    needed = max(Console(width=400).measure(each).maximum for each in tables)
-    return Console(width=needed) if needed > console.width else console
+    console = Console(markup=False)  # names may have square brackets
+    needed = max(Console(width=400, markup=False).measure(each).maximum for each in tables)
+    return Console(width=needed, markup=False) if needed > console.width else console
 
 
 def document(title: str, body: str, *, style: str = "") -> str:

@@ -50,7 +50,8 @@ def page(results: Results) -> str:
         body += f"<tr{' class=first' if row.training != before else ''}>{cells}</tr>\n"
         before = row.training
     plots = "".join(
-        f"<h2>Gain by shift, {stream} classes</h2><div class=plot>{_plot(results, stream)}</div>"
+        f"<h2>Gain by shift, {html.escape(stream)} classes</h2>"
+        f"<div class=plot>{_plot(results, stream)}</div>"
         for stream in results.streams
     )
     if told := separation(results):
@@ -61,7 +62,7 @@ def page(results: Results) -> str:
         "IT3 benchmark",
         f"<h1>IT3 benchmark: {html.escape(results.title)}</h1>"
         f"<p>Mean ± standard deviation over seeds {results.seeds}. <em>shifts</em>: mean over "
-        f"{', '.join(s for s in results.shifts if s != 'clean')}. <em>gain</em>: the "
+        f"{html.escape(', '.join(s for s in results.shifts if s != 'clean'))}. <em>gain</em>: the "
         "improvement over the same model with batch statistics (its source where it has no "
         "BatchNorm or each sample is by itself), on the mean of the shifts; <em>worst shift</em>: "
         "the smallest such gain.</p>"

@@ -1,6 +1,7 @@
 """Reports of a benchmark: lines, gains by shift, the page, and several benchmarks side by side."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from it3_lightning.benchmark.report import (
     overview,
     page,
     separation,
+    show,
     table,
 )
 from it3_lightning.cli import main
@@ -140,3 +142,17 @@ def test_the_command_prints_the_tables(
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"Expected results.json in .*Run it3 benchmark"):
         overview([tmp_path])
+
+
+def test_names_are_text_whatever_is_in_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "<script>alert(1)</script>[/red]"
+    results = toy_results()
+    results.records = [replace(r, shift=name) if r.shift == "noise" else r for r in results.records]
+    (tmp_path / "out").mkdir()
+    show(results, tmp_path / "out")
+    assert "[/red]" in capsys.readouterr().out
+    shown = (tmp_path / "out" / "page.html").read_text()
+    assert "<script>" not in shown
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;[/red]" in shown
