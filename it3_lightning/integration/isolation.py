@@ -83,10 +83,12 @@ class muted:  # noqa: N801  # read as a context
     """
 
     def __init__(self, module: LightningModule) -> None:
-        self._counted, self._silent = counted_once(module), without_logs(module)
+        self._silent = without_logs(module)
+        self._module = module
 
     def __enter__(self) -> None:
         """Begin."""
+        self._counted = counted_once(self._module)
         self._counted.__enter__()
         self._silent.__enter__()
 

@@ -141,7 +141,8 @@ class IT3Mixin(Conditioned):
         if self.it3_train != "off":
             self.it3_parts()
         super().configure_model()
-        load_due(self, early=True)
+        if self.it3_source_due:
+            load_due(self, early=True)
         if not self._it3_fitting:
             return
         if type(self).training_step is IT3Mixin.training_step:
@@ -193,7 +194,8 @@ class IT3Mixin(Conditioned):
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if self._it3_fitting and self.it3_train == "conditioning":
             check_callbacks([*present, *own])
-        if not (self._builds_later() or self.it3_prior is None or self.it3_conditioning is None):
+        parts = self.it3_prior is not None and self.it3_conditioning is not None
+        if self.it3_source_due and parts and not self._builds_later():
             load_due(self, early=True)  # callbacks copy the network in their setup
         if not (self._it3_fitting or self.it3_source_due):
             return own
@@ -239,9 +241,8 @@ class IT3Mixin(Conditioned):
 
     def _it3_passes(self, batch: Any, step: Callable[[Any], Any]) -> tuple[Any, Tensor | None]:
         """Run a step on all passes of the training; return its output and the loss of all."""
-        load_due(
-            self
-        )  # where a search runs batches before Fitting is asked, or there is no Trainer
+        if self.it3_source_due:  # a search runs batches before Fitting is asked
+            load_due(self)
         prior = self.it3_parts()[0]
         if prior.measuring and torch.is_grad_enabled():  # not in a validation
             prior.measure(self.it3_target(batch), self._it3_gather)
