@@ -578,3 +578,19 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
 def test_an_address_is_refused_where_it_could_run_code(path: str) -> None:
     with pytest.raises(ValueError, match=r"Expected a file, got an address: .* weights_only=True"):
         IT3Predictor.from_checkpoint(path, IT3Net, **parts())
+
+
+def test_random_numbers_of_other_threads_do_not_come_again() -> None:
+    predictor, stop = IT3Predictor(net(), Settings()), threading.Event()
+    images = samples(4)[0]
+
+    def serve() -> None:
+        while not stop.is_set():
+            predictor(images)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    drawn = [torch.rand(1, dtype=torch.float64).item() for _ in range(2000)]
+    stop.set()
+    thread.join()
+    assert len(set(drawn)) == len(drawn)

@@ -144,7 +144,8 @@ class TestTimeCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second callback; before fitting, what its validation could not adapt to."""
-        self._check_alone(trainer, "validate" if stage == "fit" else stage)
+        name = str(getattr(stage, "value", stage))
+        self._check_alone(trainer, "validate" if name == "fit" else name)
         if stage == "fit" and ("validate" in self.stages or self.gate is not None):
             host_of(pl_module, self.settings.method, outputs=self.outputs, fitted=False)
         if self._gate is not None:
@@ -259,7 +260,7 @@ class TestTimeCallback(Callback):
         if len(adapting) > 1 and stage in self.stages:
             names = " and ".join(type(c).__name__ for c in adapting)
             raise MisconfigurationException(
-                f"Expected one callback that adapts in stage '{stage!s}', got {len(adapting)}: "
+                f"Expected one callback that adapts in stage {stage!r}, got {len(adapting)}: "
                 f"{names}. Keep one of them, give them different stages=[...], or run one Trainer "
                 "after the other."
             )

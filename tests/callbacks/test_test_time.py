@@ -387,3 +387,87 @@ def test_a_compiled_network_adapts_like_the_plain_one() -> None:
     model.net.conv = torch.compile(model.net.conv, backend="eager")
     compiled = predicted(model, adapting(steps=2))
     torch.testing.assert_close(compiled, expected_, rtol=0, atol=1e-9)
+
+
+# Whose the step is
+
+
+class FailsIn(Callback):
+    """Fails in a hook, and in ``on_exception`` too."""
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        raise ValueError("hook")
+
+    def on_exception(self, *_: Any) -> None:
+        raise RuntimeError("cannot save")
+
+
+def test_a_step_is_the_modules_own_where_its_run_never_ended() -> None:
+    model = net()
+    plain, alone = predicted(model), predicted(model, adapting())
+    with pytest.raises(RuntimeError, match="cannot save"):
+        predicted(model, FailsIn(), adapting())
+    assert "predict_step" in vars(model)  # no hook of ours was called
+    assert torch.equal(predicted(model), plain)
+    assert torch.equal(predicted(model, adapting()), alone)
+    assert "predict_step" not in vars(model)
+
+
+def test_a_validation_that_a_hook_ends_leaves_nothing_on_the_module() -> None:
+    class Stops(Callback):
+        def on_validation_epoch_end(self, *_: Any) -> None:
+            if not self.stopped:
+                self.stopped = True
+                raise StopIteration
+
+        stopped = False
+
+    model = net(Validated)
+    quiet(callbacks=[Stops(), adapting(stages=["validate"])], max_epochs=3).fit(
+        model, loader(), loader()
+    )
+    assert "validation_step" not in vars(model)
+
+
+def test_two_callbacks_for_one_stage_are_refused() -> None:
+    model, twice = net(), adapting()
+    plain = predicted(model)
+    for callbacks in ([adapting(), adapting()], [twice, twice]):
+        with pytest.raises(MisconfigurationException, match=r"one callback .* in stage 'predict'"):
+            predicted(model, *callbacks)
+        assert torch.equal(predicted(model), plain)
+    both = adapting(stages=["test"]), adapting(stages=["predict"])
+    assert torch.equal(predicted(model, *both), predicted(model, adapting()))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_trainer_inside_a_hook_leaves_the_outer_run_alone(shared: bool) -> None:
+    class Inner(Callback):
+        def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+            inner = outer if shared else adapting(stages=["test"])
+            quiet(callbacks=[inner]).test(module, loader(), verbose=False)
+            module.trainer = trainer
+
+    model = net(Validated)
+    outer = adapting(stages=["validate", "test"])
+    quiet(callbacks=[outer, Inner()]).validate(model, loader(), verbose=False)
+    assert not {"validation_step", "test_step"} & set(vars(model))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_the_module_has_its_own_step(way: Any) -> None:
+    class Copies(Callback):
+        made: Any = None
+
+        def on_predict_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+            module._trainer = None
+            self.made = way(module)
+            module._trainer = trainer
+
+    model, copies = net(), Copies()
+    predicted(model, adapting(), copies)
+    plain = predicted(copies.made)
+    assert torch.equal(plain, predicted(model))
+    with torch.inference_mode():  # where it was made
+        copies.made.net.head.weight.zero_()
+    assert not torch.equal(predicted(copies.made), plain)  # its own weights

@@ -286,3 +286,23 @@ def test_network_that_cannot_be_vectorised_is_looped_over_with_one_warning(backe
     assert len([w for w in caught if "cannot be vectorised" in str(w.message)]) == 1
     assert callback.summary.backend.startswith("backend 'loop': cannot be vectorised")
     close(outputs, predicted(net(Asks), adapting(), data=loader(batch=1)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:.*cannot be vectorised")
+def test_each_call_of_a_network_that_draws_draws_its_own(backend: str) -> None:
+    class Drops(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(x), 0.5, training=True)
+
+        def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:  # type: ignore[override]
+            return torch.stack([self(batch[0]) for _ in range(6)], 1)
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    found = predicted(net(Drops), each(backend), data=loader(shuffle=False))
+    assert (found.std(1) > 0).any()
+    torch.set_rng_state(before)
+    assert torch.equal(predicted(net(Drops), each(backend), data=loader(shuffle=False)), found)
+    torch.set_rng_state(before)
+    close(predicted(net(Drops), each(backend), data=loader(batch=1, shuffle=False)), found)
