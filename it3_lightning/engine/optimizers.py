@@ -50,7 +50,7 @@ class Rule:
         elementwise: whether each element moves by its own gradients alone, so that the weights of
             many samples can be stacked; optimizers of torch are known.
         write: ``(weights, gradients, lr, out)``, the closed form of one tensor, written into
-            ``out``, which may be the gradients; only fast paths ask for it.
+            ``out``, which may be the gradients; asked for where tensors are large.
     """
 
     factory: Callable[[list[Tensor], float], Optimizer]
