@@ -132,7 +132,7 @@ class BatchAdapter:
         self.network.forwards = self.network.cache.hits = 0
         if self._sample_dims is not None:
             inputs = laid_out(inputs, self._sample_dims(inputs))
-        draws = partial(self.network.draws, inputs)
+        draws = partial(self.network.draws, inputs, self._method.needs_prior)
         with self.undo as undo:
             statistics = NormStatistics(self._module, self._settings.norm_stats, undo)
             undo.add((source := Snapshot(self._module)).restore)

@@ -122,21 +122,32 @@ class Network:
         )
         return outputs.detach(), answers
 
-    def draws(self, inputs: Any) -> frozenset[str] | None:
-        """Return the random generators that its passes draw from; ``None``: it cannot be told."""
+    def draws(self, inputs: Any, needs_prior: bool) -> frozenset[str] | None:
+        """Return the random generators that its passes draw from; ``None``: it cannot be told.
+
+        Args:
+            inputs: to find out with.
+            needs_prior: whether there are passes with a prior.
+        """
         layers = list(self._module.modules())
         modes = tuple(layer.training for layer in layers)
         if modes not in self._draws:
             compiled = any(hasattr(layer, "_orig_mod") for layer in layers)
-            found = None if compiled else generators_drawn_by(partial(self._both, inputs))
-            self._draws[modes] = found
+            run = partial(self._all_passes, inputs, needs_prior)
+            try:
+                self._draws[modes] = None if compiled else generators_drawn_by(run)
+            except (
+                Exception
+            ):  # these inputs cannot be told by; the pass itself raises what is wrong
+                return None
         return self._draws[modes]
 
     @torch.no_grad()
-    def _both(self, inputs: Any) -> None:
-        """Run the first pass, and another with its prediction as the prior."""
+    def _all_passes(self, inputs: Any, needs_prior: bool) -> None:
+        """Run the first pass, and one with its prediction as the prior."""
         outputs = self._forward(copied(inputs), None)
-        self._forward(copied(inputs), self.to_label(outputs))
+        if needs_prior:
+            self._forward(copied(inputs), self.to_label(outputs))
 
     def _keep(self, name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:

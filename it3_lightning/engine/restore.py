@@ -154,6 +154,11 @@ class Snapshot:
         self.restore_flags()
         torch.clear_autocast_cache()
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether anybody has drawn random numbers since."""
+        return bool(self._random.drawn())
+
     def restore_random(self) -> bool:
         """Put the generators back that passes have drawn from, and say whether any has."""
         drawn = self._random.restore(self.draws)
@@ -507,8 +512,8 @@ class without_side_effects:  # noqa: N801  # read as a context, beside torch's
     Args:
         snapshot: of the module that runs within.
         isolation: undoes what else its passes do, as logging.
-        draws: finds out which generators passes draw from; asked where other threads may draw too,
-            whose numbers would otherwise come again.
+        draws: finds out which generators passes draw from; asked where numbers were drawn and other
+            threads may have drawn them: put back, theirs would come again.
     """
 
     def __init__(
@@ -523,18 +528,17 @@ class without_side_effects:  # noqa: N801  # read as a context, beside torch's
         self._isolated.__enter__()
         try:
             self._snapshot.replace_inference_tensors()
-            if self._draws is not None and threading.active_count() > 1:
-                self._snapshot.draws = self._draws()
-                self._snapshot.undo_passes()
-                self._snapshot.replace_inference_tensors()
         except BaseException:
             self.__exit__(None)
             raise
 
     def __exit__(self, *_: object) -> None:
         """Put back what was written and drawn."""
+        snapshot = self._snapshot
         try:
-            self._snapshot.undo_passes()
+            if self._draws is not None and threading.active_count() > 1 and snapshot.disturbed:
+                snapshot.draws = self._draws()
+            snapshot.undo_passes()
         finally:
             self._isolated.__exit__(None, None, None)
 

@@ -111,8 +111,12 @@ def test_signals_at_random_moments_leave_nothing(way: str) -> None:
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(0.2 + draws.random())
-        child.send_signal(signal.SIGINT)
-        assert child.communicate(timeout=120)[0] == "interrupted\n[]\n"
+        with child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            time.sleep(0.2 + draws.random())
+            child.send_signal(signal.SIGINT)
+            try:
+                assert child.communicate(timeout=120)[0] == "interrupted\n[]\n"
+            finally:
+                child.kill()

@@ -21,6 +21,7 @@ def say(line: str) -> None:
 
 def main(given: dict[str, Any]) -> None:
     """Predict, for ever."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("ignore")
