@@ -525,6 +525,7 @@ class without_side_effects:  # noqa: N801  # read as a context, beside torch's
 
     def __enter__(self) -> None:
         """Begin."""
+        self._among_others = threading.active_count() > 1
         self._isolated.__enter__()
         try:
             self._snapshot.replace_inference_tensors()
@@ -536,7 +537,8 @@ class without_side_effects:  # noqa: N801  # read as a context, beside torch's
         """Put back what was written and drawn."""
         snapshot = self._snapshot
         try:
-            if self._draws is not None and threading.active_count() > 1 and snapshot.disturbed:
+            others = self._among_others or threading.active_count() > 1
+            if self._draws is not None and others and snapshot.disturbed:
                 snapshot.draws = self._draws()
             snapshot.undo_passes()
         finally:

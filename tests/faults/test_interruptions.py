@@ -77,6 +77,7 @@ def lines(way: str, part: int) -> list[tuple[Line, int]]:
     return [(line, times) for line in share for times in {found[line], max(1, found[line] // 2)}]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as generators end
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("way", WAYS)
 def test_an_interruption_at_a_line_leaves_nothing(way: str, part: int) -> None:
