@@ -136,9 +136,7 @@ class Network:
             run = partial(self._all_passes, inputs, needs_prior)
             try:
                 self._draws[modes] = None if compiled else generators_drawn_by(run)
-            except (
-                Exception
-            ):  # these inputs cannot be told by; the pass itself raises what is wrong
+            except Exception:  # the pass itself raises what is wrong
                 return None
         return self._draws[modes]
 

@@ -161,8 +161,8 @@ class SampleAdapter:
                 and what becomes :attr:`Adaptation.answers`. Default: the neutral forward pass.
         """
         with self.undo as undo, torch.inference_mode(False), torch.no_grad():
-            self.drawn = False
-            undo.add(self._alone.undo.run)  # samples taken out must be ordinary tensors
+            self.drawn = False  # samples taken out, in these modes, are ordinary tensors
+            undo.add(self._alone.undo.run)
             adaptation = self._adapt(inputs, answer or Plain(self._forward))
         yield adaptation
 
@@ -471,12 +471,17 @@ def _apart(expected: Adaptation, found: Adaptation) -> tuple[float, float] | Non
     if not finite.any():
         return None
     mine, theirs, source = (t[finite].double() for t in (mine, theirs, source))
-    spread = theirs.std(correction=0) + 1e-3 * theirs.abs().mean() + 1e-12
     moved = (theirs - source).abs().max()
     unit = _unit(expected.outputs, found.outputs)
     share = _MOVEMENT if unit < _LOW else _ROUGHLY
-    allowed = torch.maximum(min(_ROUNDING * unit, 0.05) * spread, share * moved)
+    allowed = torch.maximum(_rounding(theirs, unit), share * moved)
     return float((mine - theirs).abs().max()), float(allowed)
+
+
+def _rounding(outputs: Tensor, unit: float) -> Tensor:
+    """Return by how much outputs may differ that only rounding sets apart."""
+    spread = outputs.std(correction=0) + 1e-3 * outputs.abs().mean() + 1e-12
+    return min(_ROUNDING * unit, 0.05) * spread
 
 
 def _unit(*outputs: Tensor | None) -> float:
@@ -528,9 +533,7 @@ def _rounded(mine: Tensor, theirs: Tensor, whole: Tensor) -> bool:
     if not finite.any():
         return True
     mine, theirs, every = (t.double() for t in (mine[finite], theirs[finite], whole))
-    every = every[every.isfinite()]
-    spread = every.std(correction=0) + 1e-3 * every.abs().mean() + 1e-12
-    return bool((mine - theirs).abs().max() <= min(_ROUNDING * _unit(whole), 0.05) * spread)
+    return bool((mine - theirs).abs().max() <= _rounding(every[every.isfinite()], _unit(whole)))
 
 
 def _kind(leaf: Any) -> Any:

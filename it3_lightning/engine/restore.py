@@ -159,11 +159,9 @@ class Snapshot:
         """Whether anybody has drawn random numbers since."""
         return bool(self._random.drawn())
 
-    def restore_random(self) -> bool:
-        """Put the generators back that passes have drawn from, and say whether any has."""
-        drawn = self._random.restore(self.draws)
-        self.drawn |= drawn
-        return drawn
+    def restore_random(self) -> None:
+        """Put the generators back that passes have drawn from, and note whether any has."""
+        self.drawn |= self._random.restore(self.draws)
 
     def detach_parameters(self) -> None:
         """Let no parameter need a gradient or have one, until it is put back."""
@@ -526,11 +524,11 @@ class without_side_effects:  # noqa: N801  # read as a context, beside torch's
     def __enter__(self) -> None:
         """Begin."""
         self._among_others = threading.active_count() > 1
-        self._isolated.__enter__()
         try:
             self._snapshot.replace_inference_tensors()
+            self._isolated.__enter__()
         except BaseException:
-            self.__exit__(None)
+            self._snapshot.undo_passes()
             raise
 
     def __exit__(self, *_: object) -> None:

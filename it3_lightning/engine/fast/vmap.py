@@ -22,7 +22,7 @@ from it3_lightning.engine.fast.stacked_weights import Compiled, Stacked, bytes_k
 from it3_lightning.engine.passes import FunctionalPasses, Network, Sites, copied
 from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.settings import Settings
-from it3_lightning.engine.trees import batch_size, joined, leaves_of, taken
+from it3_lightning.engine.trees import batch_size, joined, leaves_of, taken, whole
 from it3_lightning.engine.types import REASONS, SOURCE, Answer, SampleEvaluations, Weights
 from it3_lightning.methods.base import Objective
 from it3_lightning.utils.graphs import graph_count
@@ -456,7 +456,7 @@ class Vectorised:
         Raises:
             Exception: whatever ``torch.func`` says of a network that cannot be vectorised.
         """
-        leaves = tree_leaves(inputs, is_leaf=lambda value: isinstance(value, PackedSequence))
+        leaves = tree_leaves(inputs, is_leaf=whole)
         objects = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         if any(graph_count(leaf) for leaf in objects if leaf is not None):
             raise NotImplementedError("torch.func takes tensors, not batches of graphs.")
