@@ -133,7 +133,7 @@ class BatchAdapter:
         if self._sample_dims is not None:
             inputs = laid_out(inputs, self._sample_dims(inputs))
         draws = partial(self.network.draws, inputs, self._method.needs_prior)
-        with self.undo as undo:
+        with self.undo.begin() as undo:
             statistics = NormStatistics(self._module, self._settings.norm_stats, undo)
             undo.add((source := Snapshot(self._module)).restore)
             with torch.inference_mode(False), torch.enable_grad():

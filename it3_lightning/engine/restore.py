@@ -31,7 +31,8 @@ from it3_lightning.engine.types import Isolation, NormStats
 
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}  # parameters, buffers, submodules, hooks
 _HOOKS = frozenset(name for name in _OF_TORCH if "hook" in name)
-_RUNS_IT = ("_trainer", "_fabric")  # references from a module to what runs it
+_RUNS_IT = {"_trainer", "_fabric"}  # references from a module to what runs it
+_NOT_LOOKED_INTO = _OF_TORCH | _RUNS_IT
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.device, torch.dtype})
 _DEPTH = 4  # of containers and objects inside attributes
 _FEW = 64  # items of a container that are looked into: longer ones collect results
@@ -68,6 +69,16 @@ class Undo:
 
     def __init__(self) -> None:
         self._actions: list[Callable[[], object]] = []
+
+    def begin(self) -> Undo:
+        """Put back what was left over, and return what a generator registers in, apart from it.
+
+        One that is closed late, because a traceback kept it alive, finds that empty.
+        """
+        self.run()
+        begun = Undo()
+        self.add(begun.run)
+        return begun
 
     def __enter__(self) -> Self:
         """Put back what was left over."""
@@ -252,8 +263,9 @@ def _kept_by(module: nn.Module) -> Kept:
     owners, seen = found[0], set(map(id, module.modules()))
     for owner in owners:  # which grows meanwhile
         attributes = vars(owner)
-        for name, value in attributes.items():
-            if type(value) not in _PLAIN and name not in _OF_TORCH and name not in _RUNS_IT:
+        for name in [name for name in attributes if name not in _NOT_LOOKED_INTO]:
+            value = attributes[name]
+            if type(value) not in _PLAIN:
                 _look_into(value, attributes, name, _DEPTH, found, seen)
     return found
 
@@ -284,7 +296,8 @@ def _look_into(value: Any, keeper: Any, key: Any, depth: int, found: Kept, seen:
             for inner_key, inner in list(pairs):
                 _look_into(inner, value, inner_key, depth - 1, found, seen)
     elif isinstance(value, tuple | frozenset):
-        for inner in value if len(value) <= _FEW else ():
+        nothing = len(value) > _FEW or _PLAIN.issuperset(map(type, value))
+        for inner in () if nothing else value:
             _look_into(inner, value, None, depth - 1, found, seen)
     elif _is_generator(value):
         written.append(value)
@@ -353,10 +366,9 @@ def _computed(owner: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 def _registered(owner: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the parameters by name, and the hooks of each kind that there are."""
-    hooks = {}
-    for name, value in vars(owner).items():
-        if name in _HOOKS and value and isinstance(value, dict):
-            hooks[name] = dict(value)
+    own = vars(owner)
+    found = {name: own[name] for name in _HOOKS if own.get(name)}
+    hooks = {name: dict(value) for name, value in found.items() if isinstance(value, dict)}
     return dict(owner._parameters), hooks
 
 
@@ -370,7 +382,7 @@ def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
 
 def _writable(tensor: Tensor) -> bool:
     """Whether it can be written in place: not where elements share memory, as after ``expand``."""
-    if tensor.layout != torch.strided:
+    if tensor.layout != torch.strided or tensor.is_contiguous():
         return True
     shape = zip(tensor.shape, tensor.stride(), strict=True)
     return all(stride > 0 or size <= 1 for size, stride in shape)

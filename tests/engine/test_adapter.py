@@ -342,6 +342,22 @@ def test_weights_of_an_episode_last_until_the_next_batch() -> None:
     assert not torch.equal(inside["head.weight"], source["head.weight"])
 
 
+@pytest.mark.parametrize("settings", [{}, {"norm_stats": "batch"}])
+def test_a_context_that_is_closed_late_touches_no_later_batch(settings: dict[str, Any]) -> None:
+    net = toy()
+    source = {name: p.detach().clone() for name, p in net.named_parameters()}
+    adapter = two_steps(net, **settings)
+    left = adapter.adapted(BATCHES[0])
+    left.__enter__()  # and cut short as it yields, by what keeps its frame alive
+    with adapter.adapted(BATCHES[1]) as later:
+        del left
+        gc.collect()
+        inside = dict(net.named_parameters())
+        assert same((later.weights[name], inside[name]) for name in inside)
+        assert not torch.equal(inside["head.weight"], source["head.weight"])
+    assert same((source[name], p) for name, p in net.named_parameters())
+
+
 class Graphs:
     """Inputs that are no tensors, as graph libraries batch them: 3 graphs, each of 2 nodes."""
 

@@ -231,7 +231,7 @@ def _reusable(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def _in_evaluation(module: nn.Module) -> bool:
