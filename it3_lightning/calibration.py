@@ -39,6 +39,8 @@ class Calibration:
         """What the distances were measured by; empty where none were."""
         self.weights = ""
         """Fingerprint of the weights that they were measured with."""
+        self.source: dict[str, Any] = {}
+        """What a method took from source data, which method it was, and with which weights."""
 
     def take(self, distances: Tensor, *, by: str, weights: str = "") -> None:
         """Keep the quantiles of distances ``(N,)``, linear between the samples.
@@ -78,13 +80,15 @@ class Calibration:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain data, for a checkpoint."""
-        return {"quantiles": self.quantiles, "by": self.by, "weights": self.weights}
+        own = {"quantiles": self.quantiles, "by": self.by, "weights": self.weights}
+        return {**own, "source": self.source}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what :meth:`state_dict` returned; nothing where that was not kept."""
         if state:
             self.quantiles = state["quantiles"].cpu()
             self.by, self.weights = state["by"], state["weights"]
+            self.source = state.get("source", {})
 
     def take_former(self, quantiles: Tensor, name: Tensor) -> None:
         """Take what version 0.1.0 kept among the weights: quantiles, and a name as bytes.
@@ -117,7 +121,7 @@ def measured_by(objective: TestTimeMethod | TestTimeObjective, norm_stats: NormS
     if not kind.__module__.startswith("it3_lightning.methods."):
         return f"{_label(objective)}, norm_stats {norm_stats!r}"
     for field in fields(objective):  # type: ignore[arg-type]
-        if field.name not in _NOT_IN_THE_MEASURE:
+        if field.init and field.name not in _NOT_IN_THE_MEASURE:
             value = getattr(objective, field.name)
             plain = value is None or isinstance(value, str | int | float)
             settings += f", {field.name} {value if plain else _label(value)!r}"

@@ -19,7 +19,7 @@ from it3_lightning.calibration import check_level, gate_of
 from it3_lightning.engine import Adaptation, Settings, batch_size
 from it3_lightning.engine.trees import taken
 from it3_lightning.integration.batches import normal
-from it3_lightning.integration.module import checked_module
+from it3_lightning.integration.module import host_of
 from it3_lightning.integration.module_adapter import WhichPrediction as Which
 from it3_lightning.integration.module_adapter import adapter_of, answer_of, in_precision
 from it3_lightning.utils.messages import unknown
@@ -217,7 +217,7 @@ class IT3Predictor:
         self.settings = settings or Settings()
         if not self.settings.measure:
             raise ValueError("Expected settings with measure=True, for the distances, got False.")
-        self._host = checked_module(module)
+        self._host = host_of(module, self.settings.method)
         check_weights(module)
         if gate is not None:
             self.settings = _gated(self.settings, gate, module)
@@ -291,6 +291,10 @@ class IT3Predictor:
             with self._lock, autocast, self._adapter.adapted(inputs, self._answer) as adaptation:
                 if self._answer is not None:
                     adaptation = replace(adaptation, outputs=adaptation.answers)
+                elif adaptation.prediction is not None and adaptation.outputs is not None:
+                    answer = self._host.it3_prior.to_output
+                    outputs = answer(adaptation.prediction, adaptation.outputs)
+                    adaptation = replace(adaptation, outputs=outputs)
                 adaptation = self._in_precision(adaptation, inputs)
             return Prediction.of(adaptation, home or self.device)
 

@@ -32,11 +32,12 @@ class Gate:
         settings: of the adaptation.
 
     Raises:
-        ValueError: the level is no share.
+        ValueError: the level is no share, or the method goes with no gate.
     """
 
     def __init__(self, level: float, settings: Settings) -> None:
         check_level(level)
+        replace(settings, gate=0.0)  # refuses what goes with no gate
         self.level = level
         self._settings = settings
         self._measuring: _Measurement | None = None

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from it3_lightning.callbacks.checks import check_trainer
 from it3_lightning.callbacks.gate import Gate
+from it3_lightning.callbacks.source import SourceData
 from it3_lightning.callbacks.summary import Recorder, Summary
 from it3_lightning.engine import Settings
 from it3_lightning.engine.optimizers import OptimizerName
@@ -117,12 +118,22 @@ class TestTimeCallback(Callback):
         settings = {**getattr(objective, "defaults", {}), **settings}
         self.settings = Settings(objective=objective, **settings)
         self._gate = None if gate is None else Gate(gate, self.settings)
+        needs = self.settings.method.needs_source
+        self._source = SourceData(self.settings) if needs else None
         if prediction not in get_args(WhichPrediction):
             raise ValueError(
                 f"Expected prediction 'first', 'second' or 'mean', got {prediction!r}."
             )
         if unknown := [stage for stage in stages if stage not in STEPS]:
             raise ValueError(f"Expected stages among {', '.join(STEPS)}, got {unknown}.")
+        if prediction != "first" and self.settings.predicts:
+            name = type(self.settings.method).__name__
+            raise ValueError(f"{name} predicts by itself: leave out prediction={prediction!r}.")
+        if self._source is not None and "validate" in stages:
+            raise ValueError(
+                f"{type(self.settings.method).__name__} sees source data in stage 'validate', so "
+                "it cannot adapt there. Leave out the stage."
+            )
         if gate is not None and "validate" in stages:
             raise ValueError(
                 "The gate is calibrated on validation data, so it cannot gate stage 'validate'. "
@@ -157,6 +168,9 @@ class TestTimeCallback(Callback):
             self._take_over(trainer, pl_module, "validate")
         if self._gate is not None:
             self._gate.start(trainer, pl_module)
+        if self._source is not None:
+            host = host_of(pl_module, self.settings.method, outputs=self.outputs)
+            self._source.start(trainer, pl_module, host)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over ``test_step``."""
@@ -177,11 +191,15 @@ class TestTimeCallback(Callback):
         """Measure the distances of a validation batch, for the gate."""
         if self._gate is not None:
             self._gate.measure(trainer, batch)
+        if self._source is not None:
+            self._source.add(trainer, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the quantiles of these distances in the module, before a checkpoint is written."""
         if self._gate is not None:
             self._gate.finish(trainer)
+        if self._source is not None:
+            self._source.finish()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give ``validation_step`` back."""
@@ -202,6 +220,17 @@ class TestTimeCallback(Callback):
         self._return_steps(trainer)
         if self._gate is not None:
             self._gate.cancel()
+        if self._source is not None:
+            self._source.cancel()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the method took from source data, for checkpoints."""
+        return {} if self._source is None else {"source": self._source.kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
+        if self._source is not None:
+            self._source.kept = state_dict.get("source", {})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the step back, whatever happened."""
@@ -221,6 +250,8 @@ class TestTimeCallback(Callback):
         host = host_of(module, self.settings.method, outputs=self.outputs)
         check_trainer(trainer, module, self.settings, self.independent_ranks)
         settings = self.settings
+        if self._source is not None:
+            self._source.load(module)
         if self._gate is not None:
             settings = self._gate.settings_for(module)
         runner: BatchStep | PerSampleStep

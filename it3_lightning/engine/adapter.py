@@ -19,7 +19,6 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -31,7 +30,7 @@ from it3_lightning.engine.optimizers import OnlyStep
 from it3_lightning.engine.passes import AnchoredWeights, Network, NetworkPasses, all_finite
 from it3_lightning.engine.restore import NormStatistics, Snapshot, Undo, without_side_effects
 from it3_lightning.engine.result import Adaptation
-from it3_lightning.engine.selection import select
+from it3_lightning.engine.selection import Movers, select
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.state import State
 from it3_lightning.engine.trees import batch_size, divisible, laid_out, taken
@@ -48,7 +47,7 @@ from it3_lightning.engine.types import (
     Skip,
     ToLabel,
 )
-from it3_lightning.methods.base import Objective, Passes, TestTimeMethod
+from it3_lightning.methods.base import TestTimeMethod
 
 
 class BatchAdapter:
@@ -98,9 +97,8 @@ class BatchAdapter:
         self._settings = settings
         self._method = settings.method
         self._isolation = isolation
-        self._at_first: dict[str, Any] = {}
-        if type(self._method).state_dict is not TestTimeMethod.state_dict:
-            self._at_first = copy.deepcopy(self._method.state_dict())
+        self._stateful = type(self._method).state_dict is not TestTimeMethod.state_dict
+        self._at_first = copy.deepcopy(self._method.state_dict()) if self._stateful else {}
         self.network = Network(
             module, self.selected, forward, to_label, enters, self._method.layers, inputs_in
         )
@@ -134,7 +132,8 @@ class BatchAdapter:
             inputs = laid_out(inputs, self._sample_dims(inputs))
         draws = partial(self.network.draws, inputs, self._method.needs_prior)
         with self.undo.begin() as undo:
-            statistics = NormStatistics(self._module, self._settings.norm_stats, undo)
+            kind, count = self._settings.norm_stats, self._settings.norm_prior
+            statistics = NormStatistics(self._module, kind, undo, count)
             undo.add((source := Snapshot(self._module)).restore)
             with torch.inference_mode(False), torch.enable_grad():
                 try:
@@ -171,6 +170,9 @@ class BatchAdapter:
             first = self._steps(inputs, state, gate)
             seconds = time.perf_counter() - started
             last, outputs, answers = self._predict(inputs, state, gate, answer)
+            prediction = (
+                self._prediction(inputs, state, outputs) if self._settings.predicts else None
+            )
         if not settings.episodic:
             self._carried = state
             self._batches += 1
@@ -189,9 +191,10 @@ class BatchAdapter:
             seconds=seconds,
             answers=answers,
             gated=None if gate is None else gate.within.cpu(),
+            prediction=prediction,
         )
 
-    def _steps(self, inputs: Any, state: State, gate: _Gate | None) -> Evaluation | None:
+    def _steps(self, inputs: Any, state: State, gate: Movers | None) -> Evaluation | None:
         """Take the steps; return the evaluation before the first, of the whole batch."""
         first: Evaluation | None = None
         method, movers = self._method, inputs
@@ -205,7 +208,7 @@ class BatchAdapter:
         return first if gate is None else gate.whole(first)
 
     def _predict(
-        self, inputs: Any, state: State, gate: _Gate | None, answer: Answer | None
+        self, inputs: Any, state: State, gate: Movers | None, answer: Answer | None
     ) -> tuple[Evaluation | None, Tensor | None, Any]:
         """Predict with the weights after the last step; measure, where asked to."""
         if gate is not None and gate.closed and (answer is None or isinstance(answer, Plain)):
@@ -219,6 +222,26 @@ class BatchAdapter:
             return None, outputs, answers
         last = self._measure(inputs, state, outputs)
         return last, last.outputs, answers
+
+    @torch.no_grad()
+    def _prediction(self, inputs: Any, state: State, outputs: Tensor | None) -> Tensor | None:
+        """Return what the method predicts by itself."""
+        prediction = self._method.predict(self._passes(inputs, state, outputs))
+        if prediction is not None and not all_finite(prediction):
+            raise Skip("non-finite prediction")
+        return prediction
+
+    def fit_source(self, inputs: Any) -> None:
+        """Show the method a batch of source data, inputs ``(B, ...)``; nothing else is changed."""
+        with self.undo.begin() as undo:
+            undo.add((source := Snapshot(self._module)).restore)
+            isolated = without_side_effects(source, self._isolation)
+            with torch.inference_mode(False), torch.enable_grad(), isolated:
+                source.detach_parameters()
+                self._state()[0].enter()
+                self._method.fit_source(self._passes(inputs, _InPlace()))
+                self.network.restart()
+            undo.end(source.restore_weights)
 
     def _keep_source(self, inputs: Any, answer: Answer | None, reason: str) -> Adaptation:
         """Return what a skipped batch gets: the source prediction, and why."""
@@ -245,7 +268,7 @@ class BatchAdapter:
         passes = self._passes(inputs, weights, outputs)
         return Evaluation(passes.outputs, self._method.loss(passes))
 
-    def _gate(self, inputs: Any, state: State, limit: float) -> _Gate | None:
+    def _gate(self, inputs: Any, state: State, limit: float) -> Movers | None:
         """Measure the batch and say which samples move the weights; nothing to say: no steps."""
         if not self._settings.steps:
             return None
@@ -255,7 +278,7 @@ class BatchAdapter:
         alone = self._settings.norm_stats == "source" and known
         rows = (~within).nonzero()[:, 0].tolist()
         alone = alone and bool(rows)
-        return _Gate(before, within, taken(inputs, rows) if alone else inputs, alone)
+        return Movers(before, within, taken(inputs, rows) if alone else inputs, alone)
 
     def _state(self) -> tuple[State, bool]:
         """Return the state this batch starts from, and whether earlier batches have moved it."""
@@ -264,10 +287,10 @@ class BatchAdapter:
         if self._carried is not None and not due:
             self._carried.backwards = 0
             return self._carried, True
-        if self._at_first:
+        if self._stateful:
             self._method.load_state_dict(copy.deepcopy(self._at_first))
-        start = self._at_first
-        return State(self.selected, self._settings, self._method, self._only_step, start), False
+        given = self.selected, self._settings, self._method, self._only_step
+        return State(*given, stateful=self._stateful), False
 
     def bytes_of_step(self, inputs: Any, count: Any) -> int:
         """Return ``count(run)`` of the passes of a step, as the bytes that they keep."""
@@ -296,52 +319,6 @@ class _InPlace(AnchoredWeights):
 
     version = anchor_version = SOURCE
     anchor = None
-
-
-@dataclass(frozen=True)
-class _Gate:
-    """Which samples of a batch move the weights: those whose distance is unusual.
-
-    Args:
-        before: the evaluation it says so by.
-        within: ``(B,)`` booleans, samples that do not move the weights.
-        movers: inputs to step on: the samples beyond the gate, or all where BatchNorm needs them.
-        alone: whether these are only the samples beyond.
-    """
-
-    before: Evaluation
-    within: Tensor
-    movers: Any
-    alone: bool
-
-    @property
-    def closed(self) -> bool:
-        """Whether no sample moves the weights."""
-        return bool(self.within.all())
-
-    def method(self, method: TestTimeMethod) -> TestTimeMethod:
-        """Return a method in which no sample within the gate counts."""
-        return method if self.alone else _Masked(method, ~self.within)
-
-    def whole(self, first: Evaluation | None) -> Evaluation:
-        """Return the evaluation before the first step, of the whole batch."""
-        reliable = torch.zeros_like(self.within)
-        if first is not None:
-            theirs = first.objective.reliable
-            reliable[~self.within] = theirs if self.alone else theirs[~self.within]
-        return replace(self.before, objective=replace(self.before.objective, reliable=reliable))
-
-
-@dataclass(frozen=True)
-class _Masked(TestTimeMethod):
-    """A method on some of the samples; the others only share the batch with them."""
-
-    whole: TestTimeMethod
-    counts: Tensor
-
-    def loss(self, passes: Passes) -> Objective:
-        objective = self.whole.loss(passes)
-        return replace(objective, reliable=objective.reliable & self.counts)
 
 
 def _only_step(settings: Settings) -> OnlyStep | None:

@@ -439,6 +439,23 @@ class Updater:
             self.optimizer.step(loss.detach)  # type: ignore[arg-type]
         else:
             self.optimizer.step()
+        self._write()
+
+    def assign(self, values: Sequence[Tensor | None]) -> None:
+        """Give the parameters other values; ``None``: they stay."""
+        for master, value in zip(self._masters, values, strict=True):
+            if value is not None:
+                master.data.copy_(value)
+        self._write()
+
+    def pull(self, towards: Sequence[Tensor], share: float) -> None:
+        """Move the parameters by a share of their way towards other values."""
+        values = [full_precision(value) for value in towards]
+        torch._foreach_lerp_([master.data for master in self._masters], values, share)
+        self._write()
+
+    def _write(self) -> None:
+        """Write masters into their parameters, rounded."""
         pairs = zip(self._parameters, self._masters, self._shapes, strict=True)
         for parameter, master, shape in pairs:
             master.grad = None

@@ -55,6 +55,7 @@ class Network:
         inputs_in: InputsIn | None = None,
     ) -> None:
         self._module = module
+        self.selected = selected
         self._sites = Sites(module, selected)
         self._forward = forward
         self.inputs_in = inputs_in
@@ -104,6 +105,11 @@ class Network:
             outputs: Tensor = self.cache.second(inputs, version, lambda: self.run(inputs, prior))
             return outputs
 
+        return self.to_label(run() if weights is None else self._sites.run_with(weights, run))
+
+    def other(self, inputs: Any, weights: Weights | None = None) -> Tensor:
+        """Return a neutral pass over other inputs in label space, by those in place or these."""
+        run = partial(self.run, inputs, None)
         return self.to_label(run() if weights is None else self._sites.run_with(weights, run))
 
     @property
@@ -161,11 +167,13 @@ class AnchoredWeights:
         version: of the weights in place.
         anchor: weights of the second pass; ``None``: those in place.
         anchor_version: of these; ``None``: of no version that passes could share.
+        source: weights that training left; ``None``: those in place.
     """
 
     version: int
     anchor: Weights | None
     anchor_version: int | None
+    source: Weights | None = None
 
 
 class NetworkPasses(Passes):
@@ -209,7 +217,23 @@ class NetworkPasses(Passes):
 
     def other(self, inputs: Any) -> Tensor:
         """Run the neutral pass on other inputs, as augmented views."""
-        return self._network.to_label(self._network.run(inputs, None))
+        return self._network.other(inputs)
+
+    @torch.no_grad()
+    def anchor(self, inputs: Any) -> Tensor:
+        """Run the neutral pass of the anchor on any inputs."""
+        return self._network.other(inputs, self._weights.anchor)
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:  # type: ignore[override]
+        """The adapting parameters."""
+        return self._network.selected
+
+    @property
+    def source(self) -> Mapping[str, Tensor]:  # type: ignore[override]
+        """Their values as training left them."""
+        known = self._weights.source
+        return {n: p.detach() for n, p in self.weights.items()} if known is None else known
 
     def features(self, layer: str) -> Any:
         """Return what a layer put out in the first pass.
@@ -246,17 +270,26 @@ class FunctionalPasses(Passes):
         """Run the anchor."""
         return self._second(prior)
 
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError(
+            f"a method whose vmappable is True asks for y0 and second(prior) alone, not for {name}"
+        )
+
     def other(self, inputs: Any) -> Tensor:
         """Refuse: other passes go one sample after the other."""
-        raise NotImplementedError("a method whose vmappable is False asks for other passes")
+        return self.__getattr__("other")  # type: ignore[no-any-return]
+
+    def anchor(self, inputs: Any) -> Tensor:
+        """Refuse, as above."""
+        return self.__getattr__("anchor")  # type: ignore[no-any-return]
 
     def features(self, layer: str) -> Any:
         """Refuse: features are those of ordinary passes."""
-        raise NotImplementedError("a method whose vmappable is False asks for features")
+        return self.__getattr__("features")
 
     def again(self) -> Passes:
         """Refuse: there is one pass for each step."""
-        raise NotImplementedError("a method whose vmappable is False asks for further passes")
+        return self.__getattr__("again")  # type: ignore[no-any-return]
 
 
 Site = tuple[nn.Module, str, str]

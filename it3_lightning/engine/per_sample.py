@@ -137,7 +137,8 @@ class SampleAdapter:
         self.drawn = False  # whether the passes of the last batch drew random numbers
         self._fast = fast.path("vmap")
         self._vectorised: Callable[[Any, Answer, Any], Adaptation] | None = None
-        if self._fast is not None and settings.method.vmappable:
+        source = settings.norm_stats == "source"
+        if self._fast is not None and settings.method.vmappable and source:
             network = self._alone.network
             self._vectorised = self._fast.Vectorised(
                 module, self.selected, network, settings, fast.enabled("grad_sample")

@@ -18,6 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any, Self
 
@@ -582,25 +583,52 @@ class counted_once:  # noqa: N801  # read as a context
 
 
 class NormStatistics:
-    """Lets BatchNorm layers normalise by the batch at hand; running statistics are never written.
+    r"""Lets BatchNorm layers normalise by the batch at hand; running statistics are never written.
 
     Args:
         module: whose BatchNorm layers.
-        norm_stats: ``"source"`` leaves them as they are; ``"batch"`` uses the current batch.
+        norm_stats: ``"source"`` leaves them as they are; ``"batch"`` uses the current batch;
+            ``"mixed"`` both, :math:`\bar\mu = \frac{N}{N + n} \mu_s + \frac{n}{N + n} \mu_t` and
+            likewise the variances, of :math:`n` samples (Schneider et al., NeurIPS 2020, eq. 3).
         undo: is given :meth:`restore` before anything is changed.
+        prior: the number of samples ``N`` that the source's statistics count as.
     """
 
-    def __init__(self, module: nn.Module, norm_stats: NormStats, undo: Undo) -> None:
-        layers = batch_norms(module) if norm_stats == "batch" else []
+    def __init__(
+        self, module: nn.Module, norm_stats: NormStats, undo: Undo, prior: int = 16
+    ) -> None:
+        layers = batch_norms(module) if norm_stats != "source" else []
         self._before = [(layer, layer.training, layer.track_running_stats) for layer in layers]
+        self._mixed = layers if norm_stats == "mixed" else []
         undo.add(self.restore)
-        for layer in layers:
+        for layer in self._mixed:
+            layer.forward = partial(_mixed_norm, layer, prior)  # type: ignore[method-assign]
+        for layer in layers if norm_stats == "batch" else ():
             layer.training, layer.track_running_stats = True, False
 
     def restore(self) -> None:
         """Put the layers' modes back."""
         for layer, training, tracking in self._before:
             layer.training, layer.track_running_stats = training, tracking
+        for layer in self._mixed:
+            vars(layer).pop("forward", None)
+
+
+def _mixed_norm(layer: _BatchNorm, prior: int, values: Tensor) -> Tensor:
+    """Normalise by the statistics of the source, which count as ``prior`` samples, and a batch."""
+    if layer.running_mean is None or layer.running_var is None:  # it has none: those of the batch
+        return type(layer).forward(layer, values)
+    over = [dim for dim in range(values.ndim) if dim != 1]
+    var, mean = torch.var_mean(values, over, correction=0)
+    share = len(values) / (prior + len(values))
+    mean = torch.lerp(layer.running_mean, mean.to(layer.running_mean), share)
+    var = torch.lerp(layer.running_var, var.to(layer.running_var), share)
+    scale = (var + layer.eps).rsqrt()  # functional.batch_norm takes statistics without a graph
+    if layer.weight is not None:
+        scale = scale * layer.weight
+    shift = -mean * scale if layer.bias is None else layer.bias - mean * scale
+    shape = [1, -1, *(1 for _ in over[1:])]
+    return torch.addcmul(shift.view(shape).to(values), values, scale.view(shape).to(values))
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:

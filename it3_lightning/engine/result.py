@@ -37,6 +37,7 @@ class Adaptation:
         seconds: time the steps took, measuring not included.
         answers: in scope ``"sample"``, what was asked for with each sample's adapted weights.
         gated: ``(B,)`` booleans, samples whose distance lies within the gate: not adapted to.
+        prediction: ``(B, C, ...)`` in label space, of a method that predicts by itself.
     """
 
     outputs: Tensor | None
@@ -53,6 +54,7 @@ class Adaptation:
     seconds: float
     answers: Any = None
     gated: Tensor | None = None
+    prediction: Tensor | None = None
 
     @classmethod
     def of(
@@ -70,6 +72,7 @@ class Adaptation:
         seconds: float,
         answers: Any,
         gated: Tensor | None,
+        prediction: Tensor | None = None,
     ) -> Adaptation:
         """Return the result of a batch that was adapted to.
 
@@ -86,6 +89,7 @@ class Adaptation:
             seconds: that the steps took.
             answers: what was asked for with the adapted weights.
             gated: samples within the gate.
+            prediction: of the method's own.
         """
         size = batch_size(inputs) if moved is None else moved.outputs.shape[0]
         return cls(
@@ -103,6 +107,7 @@ class Adaptation:
             seconds=seconds,
             answers=answers,
             gated=gated,
+            prediction=prediction,
         )
 
     @classmethod

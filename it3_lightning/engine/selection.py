@@ -1,13 +1,17 @@
-"""Which parameters adapt: all, those of the norm layers, the biases, by name, or by a function."""
+"""Selection: which parameters adapt, by kind, by name or by a function; which samples move them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from it3_lightning.engine.types import Evaluation
+from it3_lightning.methods.base import Masked, TestTimeMethod
 from it3_lightning.utils.messages import closest
 
 Predicate = Callable[[str, nn.Parameter], bool]
@@ -95,3 +99,37 @@ def _nothing(candidates: dict[str, nn.Parameter], selection: object) -> str:
         f"{len(candidates)} parameters, {trainable} of them trainable: {some}{more}. "
         "Choose 'all', 'norm', 'bias', patterns such as 'layer1.*', or a function."
     )
+
+
+@dataclass(frozen=True)
+class Movers:
+    """Which samples of a batch move the weights: those whose distance is unusual.
+
+    Args:
+        before: the evaluation it says so by.
+        within: ``(B,)`` booleans, samples that do not move the weights.
+        movers: inputs to step on: the samples beyond the gate, or all where BatchNorm needs them.
+        alone: whether these are only the samples beyond.
+    """
+
+    before: Evaluation
+    within: Tensor
+    movers: Any
+    alone: bool
+
+    @property
+    def closed(self) -> bool:
+        """Whether no sample moves the weights."""
+        return bool(self.within.all())
+
+    def method(self, method: TestTimeMethod) -> TestTimeMethod:
+        """Return a method in which no sample within the gate counts."""
+        return method if self.alone else Masked(method, ~self.within)
+
+    def whole(self, first: Evaluation | None) -> Evaluation:
+        """Return the evaluation before the first step, of the whole batch."""
+        reliable = torch.zeros_like(self.within)
+        if first is not None:
+            theirs = first.objective.reliable
+            reliable[~self.within] = theirs if self.alone else theirs[~self.within]
+        return replace(self.before, objective=replace(self.before.objective, reliable=reliable))

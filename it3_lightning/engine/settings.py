@@ -46,7 +46,11 @@ class Settings:
             which train in both passes: widens what the anchor accepts, seldom wanted).
         ema_decay: share of the old average kept at each step.
         norm_stats: statistics of BatchNorm layers, in both passes and in the prediction:
-            ``"source"`` or ``"batch"``.
+            ``"source"``; ``"batch"`` (Nado et al., 2020); ``"mixed"``: the source's, as if of
+            ``norm_prior`` samples, and those of the batch (Schneider et al., NeurIPS 2020).
+        norm_prior: samples ``N`` that the source's statistics count as.
+        weight_ensembling: share of the way back to the source that weights go after each step: 0.01
+            in ROID (Marsden et al., WACV 2024), where it is ``1 - momentum_src``.
         grad_clip: largest total gradient norm, or ``None``.
         measure: also measure the distance of the source and of the adapted weights: two more
             forward passes a batch, four where weights are carried along.
@@ -81,6 +85,8 @@ class Settings:
     anchor: Anchor = "frozen"
     ema_decay: float = 0.99
     norm_stats: NormStats = "source"
+    norm_prior: int = 16
+    weight_ensembling: float = 0.0
     grad_clip: float | None = None
     measure: bool = True
     gate: float | None = None
@@ -109,18 +115,27 @@ class Settings:
                 raise ValueError(f"Expected {name} in {', '.join(choices)}, got {value!r}.")
         if not 0 <= self.ema_decay <= 1:
             raise ValueError(f"Expected ema_decay in [0, 1], got {self.ema_decay}.")
+        if not _positive(self.norm_prior):
+            raise ValueError(f"Expected norm_prior N >= 1 samples, got {self.norm_prior!r}.")
+        if not 0 <= self.weight_ensembling < 1:
+            raise ValueError(f"Expected weight_ensembling in [0, 1), got {self.weight_ensembling}.")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"Expected grad_clip > 0 or None, got {self.grad_clip}.")
         if self.optimizer == "polyak":
             self._check_polyak()
         if self.gate is not None and math.isnan(self.gate):
             raise ValueError("Expected gate to be a distance or None, got NaN.")
+        if self.gate is not None and type(self.method).step is not TestTimeMethod.step:
+            raise ValueError(
+                f"{type(self.method).__name__} takes steps of its own, which a gate cannot keep "
+                "samples out of. Leave out the gate, or use a method that has a loss alone."
+            )
         if self.chunk_size != "auto" and not _positive(self.chunk_size):
             raise ValueError(f"Expected chunk_size 'auto' or N >= 1, got {self.chunk_size!r}.")
         if self.memory <= 0:
             raise ValueError(f"Expected memory > 0 bytes, got {self.memory}.")
         self._check_scope()
-        for name in ("method", "needs_batch", "single_step"):
+        for name in ("method", "needs_batch", "single_step", "predicts"):
             getattr(self, name)  # so that no batch waits for it
 
     # What follows from the settings, found once
@@ -141,6 +156,11 @@ class Settings:
     def rule(self) -> Rule | None:
         """The rule of a named optimizer; ``None`` of a callable."""
         return rule_of(self.moves[0])
+
+    @cached_property
+    def predicts(self) -> bool:
+        """Whether the method may predict by itself."""
+        return type(self.method).predict is not TestTimeMethod.predict
 
     @cached_property
     def episodic(self) -> bool:
@@ -172,6 +192,7 @@ class Settings:
             self.episodic
             and self.steps == 1
             and self.anchor != "ema"
+            and self.weight_ensembling == 0
             and self.grad_clip is None
             and rule is not None
             and (rule.first_step is not None or rule.length is not None)
@@ -216,6 +237,12 @@ class Settings:
             raise ValueError(
                 "scope='sample' adapts to each sample alone, but norm_stats='batch' and balance "
                 "terms need several. Use norm_stats='source' and balance=0, or scope='batch'."
+            )
+        if self.weight_ensembling or self.predicts:
+            raise ValueError(
+                "scope='sample' forgets each sample's weights, and predicts by them: it goes with "
+                "neither weight_ensembling nor a method that predicts by itself, as "
+                f"{type(self.method).__name__} may. Use scope='batch'."
             )
         if not self.episodic:
             raise ValueError(

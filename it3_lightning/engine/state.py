@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,9 +32,8 @@ class _Backup:
 
     weights: Weights
     average: Weights
-    updater: tuple[dict[str, Any], list[Tensor]] | None
+    updater: tuple[dict[str, Any], list[Tensor]]
     versions: tuple[int, int]
-    method: dict[str, Any]
 
 
 class State(AnchoredWeights):
@@ -46,7 +44,7 @@ class State(AnchoredWeights):
         settings: how to adapt.
         method: whose state is carried along.
         only_step: takes the only step there is; without it, any number of steps can be taken.
-        start: the state of the method to go back to.
+        stateful: whether that has one.
 
     Attributes:
         weights: by name, as they are now.
@@ -60,23 +58,24 @@ class State(AnchoredWeights):
         settings: Settings,
         method: TestTimeMethod,
         only_step: OnlyStep | None = None,
-        start: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        stateful: bool = False,
     ) -> None:
         self._parameters = parameters
         self._only_step = only_step
         self._settings = settings
         self._method = method
-        self._source = {name: p.detach() for name, p in parameters.items()}
-        self.weights: Weights = dict(self._source)
-        self._half = [w.dtype for w in self._source.values() if w.dtype in HALF]
+        self.source: Weights = {name: p.detach() for name, p in parameters.items()}
+        self.weights: Weights = dict(self.source)
+        self._half = [w.dtype for w in self.source.values() if w.dtype in HALF]
         self.version = self._latest = SOURCE
         self.moved = False
         self.backwards = 0
         self._average: Weights = {}  # of the EMA anchor, in full precision
         self._updater: Updater | None = None
-        self._start = start
+        self._stateful = stateful
         live = settings.anchor == "live"  # the adapted weights serve themselves
-        self.anchor = None if live else self._source
+        self.anchor = None if live else self.source
         self.anchor_version = None if live else SOURCE
 
     def enter(self) -> None:
@@ -95,26 +94,95 @@ class State(AnchoredWeights):
             Skip: the loss, a gradient or a weight is not finite.
             ValueError: it does not depend on the weights.
         """
+        if self._only_step is None:
+            self.step_by(self.gradients(loss), loss)
+            return
+        self._check(loss)
+        self.backwards += 1
+        self._new_version()
+        total = self._step_once(self._only_step, loss)
+        torch.clear_autocast_cache()
+        if not total.isfinite():
+            self._check_weights()
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return the gradients of a loss by name, of the weights that it depends on.
+
+        Raises:
+            Skip: the loss is not finite.
+            ValueError: it depends on none.
+        """
+        self._check(loss)
+        self.backwards += 1
+        found = torch.autograd.grad(loss, [*self._parameters.values()], allow_unused=True)
+        gradients = {n: g for n, g in zip(self._parameters, found, strict=True) if g is not None}
+        if not gradients:
+            raise self._uninfluenced()
+        return gradients
+
+    def step_by(self, gradients: Mapping[str, Tensor], loss: Tensor) -> None:
+        """Move the weights by gradients, and let the anchor follow.
+
+        Raises:
+            Skip: a gradient or a weight is not finite.
+        """
+        self._new_version()
+        total = self._step_on(gradients, loss)
+        torch.clear_autocast_cache()
+        if not total.isfinite():
+            self._check_weights()
+
+    @contextmanager
+    def moved_by(self, changes: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let passes within run on the weights and these changes."""
+        before = self.version
+        self._latest += 1
+        self.version = self._latest
+        try:
+            for name, change in changes.items():
+                self._parameters[name].data = self.weights[name] + change.to(self.weights[name])
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            for name in changes:
+                self._parameters[name].data = self.weights[name]
+            self.version = before
+            torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def assign(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from these weights; the optimizer keeps its state, the anchor stays."""
+        self._leave_source()
+        assert self._updater is not None
+        self._updater.assign([weights.get(name) for name in self.weights])
+        self._new_version()
+        torch.clear_autocast_cache()
+
+    def reset(self) -> None:
+        """Go back to the source, and to an optimizer without a state."""
+        self._to_source()
+        self.enter()
+
+    def _check(self, loss: Tensor) -> None:
         if not loss.isfinite():
             raise Skip("non-finite loss")
         if not loss.requires_grad:
             raise self._uninfluenced()
-        self.backwards += 1
-        once = self._only_step
-        total = self._step_on(loss) if once is None else self._step_once(once, loss)
+
+    def _check_weights(self) -> None:
+        """Skip the batch where a weight is not finite: their sum may be so by mere overflow."""
+        if not all(map(all_finite, self.weights.values())):
+            raise Skip("non-finite gradient or weights")
+
+    def _new_version(self) -> None:
         self.moved = True
         self._latest += 1
         self.version = self._latest
-        torch.clear_autocast_cache()
-        if not total.isfinite() and not all(
-            all_finite(w) for w in self.weights.values()
-        ):  # no mere overflow
-            raise Skip("non-finite gradient or weights")
 
     def _warn_of_rounding(self, loss: Tensor) -> None:
         """Say so where the only step has changed no weight, though there was a loss to lower."""
         if float(loss.detach()) != 0 and all(
-            torch.equal(w, self._source[n]) for n, w in self.weights.items()
+            torch.equal(w, self.source[n]) for n, w in self.weights.items()
         ):
             warnings.warn(
                 f"The step changed no weight: it is lost in the rounding of {self._half[0]}. Use a "
@@ -127,19 +195,20 @@ class State(AnchoredWeights):
         moved, total = only_step.backward(loss, self._parameters)
         if not moved:
             raise self._uninfluenced()
-        self.weights = {**self._source, **moved}
+        self.weights = {**self.source, **moved}
         for name, values in moved.items():
             self._parameters[name].data = values
         if self._half:
             self._warn_of_rounding(loss)
         return total
 
-    def _step_on(self, loss: Tensor) -> Tensor:
+    def _step_on(self, gradients: Mapping[str, Tensor], loss: Tensor) -> Tensor:
         """Take a step of the optimizer, from wherever the weights are; return their norm."""
-        gradients = self._gradients(loss)
         self._leave_source()
         assert self._updater is not None
-        self._updater.step(gradients, loss)
+        self._updater.step([gradients.get(name) for name in self.weights], loss)
+        if self._settings.weight_ensembling:
+            self._updater.pull([*self.source.values()], self._settings.weight_ensembling)
         if self._average:
             share = 1 - self._settings.ema_decay
             torch._foreach_lerp_([*self._average.values()], self._updater.values, share)
@@ -148,16 +217,9 @@ class State(AnchoredWeights):
 
     def _follow(self) -> None:
         """Let the anchor be the average, in the weights' own precision; of no version of them."""
-        source = self._source
+        source = self.source
         self.anchor = {n: rounded(a, source[n].dtype) for n, a in self._average.items()}
         self.anchor_version = None
-
-    def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        parameters = list(self._parameters.values())
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        if all(gradient is None for gradient in gradients):
-            raise self._uninfluenced()
-        return gradients
 
     def _leave_source(self) -> None:
         """Before the first step, copy what moves: source weights and anchor stay as they are."""
@@ -167,7 +229,7 @@ class State(AnchoredWeights):
         for name, parameter in self._parameters.items():
             parameter.data = self.weights[name]
         if self._settings.anchor == "ema":
-            self._average = {n: full_precision(w).clone() for n, w in self._source.items()}
+            self._average = {n: full_precision(w).clone() for n, w in self.source.items()}
         factory = optimizer_factory(*self._settings.moves)
         parameters = list(self._parameters.values())
         self._updater = Updater(parameters, factory, self._settings.grad_clip)
@@ -175,29 +237,36 @@ class State(AnchoredWeights):
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """Go back to what all was, where the body fails."""
+        method = copy.deepcopy(self._method.state_dict()) if self._stateful else {}
         backup = self._copied() if self.moved else None
         try:
             yield
         except BaseException:
-            self._roll_back(backup)
+            if self._stateful:
+                self._method.load_state_dict(method)
+            self._to_source() if backup is None else self._roll_back(backup)
             raise
 
     def _copied(self) -> _Backup:
-        updater = None if self._updater is None else self._updater.state()
+        assert self._updater is not None
         versions = self.version, self._latest
-        method = copy.deepcopy(self._method.state_dict())
-        return _Backup(_cloned(self.weights), _cloned(self._average), updater, versions, method)
+        return _Backup(
+            _cloned(self.weights), _cloned(self._average), self._updater.state(), versions
+        )
 
-    def _roll_back(self, backup: _Backup | None) -> None:
-        """Go back to a backup, or to the source."""
-        self._method.load_state_dict(self._start if backup is None else backup.method)
-        if self._updater is None or backup is None or backup.updater is None:
-            self.weights, self._average = dict(self._source), {}
-            self._updater, self.moved, self.version = None, False, SOURCE
-            if self.anchor is not None:
-                self.anchor, self.anchor_version = self._source, SOURCE
-            return
-        self.version = backup.versions[0]
+    def _to_source(self) -> None:
+        self.weights, self._average = dict(self.source), {}
+        for name, parameter in self._parameters.items():
+            parameter.data = self.source[name]
+        self._updater, self.moved, self.version = None, False, SOURCE
+        if self.anchor is not None:
+            self.anchor, self.anchor_version = self.source, SOURCE
+
+    def _roll_back(self, backup: _Backup) -> None:
+        """Go back to a backup."""
+        self._leave_source()  # a method may have gone back to it
+        assert self._updater is not None
+        self.moved, self.version = True, backup.versions[0]
         with torch.no_grad():
             for into, values in ((self.weights, backup.weights), (self._average, backup.average)):
                 for name, tensor in into.items():
@@ -209,7 +278,7 @@ class State(AnchoredWeights):
     def _uninfluenced(self) -> ValueError:
         return ValueError(
             "None of the selected parameters influences the neutral prediction: "
-            f"{', '.join(list(self._source)[:5])}. Select parameters of the network itself, "
+            f"{', '.join(list(self.source)[:5])}. Select parameters of the network itself, "
             "and let the forward pass keep its graph (no detach, no torch.no_grad)."
         )
 

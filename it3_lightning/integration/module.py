@@ -17,7 +17,12 @@ from it3_lightning.engine.selection import OWN
 from it3_lightning.integration import batches
 from it3_lightning.methods import TestTimeMethod
 from it3_lightning.priors import Prior
-from it3_lightning.priors.classes import OutputKind, probabilities
+from it3_lightning.priors.classes import (
+    OutputKind,
+    is_single,
+    outputs_of,
+    probabilities,
+)
 from it3_lightning.utils.specs import built, spec
 
 KEPT = "it3"  # what this library keeps in a checkpoint beside weights and hyperparameters
@@ -312,6 +317,9 @@ class _Classes:
     def from_output(self, output: Tensor) -> Tensor:
         channels = output.shape[1] if output.ndim > 1 else 1
         return probabilities(output, max(2, channels), self._outputs)
+
+    def to_output(self, prediction: Tensor, like: Tensor) -> Tensor:
+        return outputs_of(prediction, self._outputs, like, single=is_single(like))
 
 
 def host_of(

@@ -178,6 +178,12 @@ _NEVER_ASKED = """A step of {name} never called self(...), so there was nothing 
 prediction='mean' averages what self(...) returns; 'first' and 'second' serve any step."""
 
 
+_NEVER_ANSWERED = """A step of {name} never called self(...), so the method could not predict.
+    wrong:  logits = self.net(x)
+    right:  logits = self(x)  # with def forward(self, x): return self.net(x)
+A method that predicts by itself answers calls of self(...)."""
+
+
 class BatchStep:
     """Runs a step of scope ``"batch"``, or of no steps: its weights are in place meanwhile.
 
@@ -211,6 +217,9 @@ class BatchStep:
                 stack.enter_context(self._host.it3_given(self._first(own)))
             elif self._prediction == "mean":
                 stack.enter_context(averaged(self._module, self._host, self._first(own)))
+            elif adaptation.prediction is not None:
+                answer = adaptation.prediction
+                stack.enter_context(answering(self._module, self._host, answer))
             output = step()
             return run_through(output) if isinstance(output, Iterator) else output, adaptation
 
@@ -219,6 +228,31 @@ class BatchStep:
         with torch.no_grad(), undisturbed_rng(), muted(self._module):
             outputs = self._host.predict_with(inputs, None)
             return self._host.it3_prior.from_output(outputs)
+
+
+@contextmanager
+def answering(module: LightningModule, host: IT3Module, prediction: Tensor) -> Iterator[None]:
+    """Let calls of a module return what a method has predicted within.
+
+    Args:
+        module: whose calls; hooks of its own see the prediction.
+        host: the same, as what knows what outputs mean.
+        prediction: of the batch, in label space.
+
+    Raises:
+        MisconfigurationException: the module was never called.
+    """
+    asked: list[bool] = []
+
+    def after(_: Any, __: Any, output: Tensor) -> Tensor:
+        asked.append(True)
+        return host.it3_prior.to_output(prediction, output)
+
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_hook(after, prepend=True).remove)
+        yield
+    if not asked:
+        raise MisconfigurationException(_NEVER_ANSWERED.format(name=type(module).__name__))
 
 
 def run_through(output: Iterator[Any]) -> Iterator[Any]:

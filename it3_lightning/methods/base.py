@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -61,11 +62,15 @@ class Passes(ABC):
         inputs: of the network, tensors ``(B, ...)``, possibly nested.
         outputs: ``f(x, 0)``, ``(B, ...)``, with its graph.
         y0: the same in label space, ``(B, C, ...)``.
+        weights: the adapting weights by name, as the passes use them: part of their graph.
+        source: the same as training left them.
     """
 
     inputs: Any
     outputs: Tensor
     y0: Tensor
+    weights: Mapping[str, Tensor]
+    source: Mapping[str, Tensor]
 
     @abstractmethod
     def second(self, prior: Tensor) -> Tensor:
@@ -74,6 +79,13 @@ class Passes(ABC):
     @abstractmethod
     def other(self, inputs: Any) -> Tensor:
         """Return ``f(inputs, 0)`` in label space, of augmented views, say."""
+
+    @abstractmethod
+    def anchor(self, inputs: Any) -> Tensor:
+        """Return ``F(inputs, 0)`` of the anchor, in label space, without a graph.
+
+        With ``anchor="frozen"`` it is the source, with ``"ema"`` the mean teacher.
+        """
 
     @abstractmethod
     def features(self, layer: str) -> Any:
@@ -85,10 +97,38 @@ class Passes(ABC):
 
 
 class Steps(Protocol):
-    """The weights, as a method sees them."""
+    """The weights, as a method sees them: all of these leave no graph.
+
+    Attributes:
+        source: by name, as training left them.
+        weights: as they are now.
+    """
+
+    @property
+    def source(self) -> Mapping[str, Tensor]:
+        """The weights as training left them, by name."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The weights as they are now, by name."""
 
     def step(self, loss: Tensor) -> None:
         """Move the weights down the gradient of a loss, by the optimizer of the settings."""
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return the gradients of a loss by the names of the weights that it depends on."""
+
+    def step_by(self, gradients: Mapping[str, Tensor], loss: Tensor) -> None:
+        """Move the weights by these gradients, by the optimizer of the settings."""
+
+    def moved_by(self, changes: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Let passes within run on the weights and these changes."""
+
+    def assign(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from these weights; the optimizer keeps its state."""
+
+    def reset(self) -> None:
+        """Go back to the source, and to an optimizer without a state."""
 
 
 class TestTimeMethod(ABC):
@@ -105,6 +145,8 @@ class TestTimeMethod(ABC):
     """Whether :meth:`loss` asks for ``y0`` and ``second`` only: many samples can go at once."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings that the paper uses, by the names of :class:`~it3_lightning.engine.Settings`."""
+    needs_source: ClassVar[bool] = False
+    """Whether it must have seen source data, in :meth:`fit_source`."""
     layers: Sequence[str] = ()
     """Names of the layers whose features it asks for."""
 
@@ -123,6 +165,26 @@ class TestTimeMethod(ABC):
         if not objective.empty:
             state.step(objective.loss())
         return objective
+
+    def predict(self, passes: Passes) -> Tensor | None:
+        """Return the prediction in label space, ``(B, C, ...)``, after the last step.
+
+        ``None``, the default: it is the network's own. Asked once for a batch, without a graph; a
+        method may take note of the batch here.
+        """
+        return None
+
+    def fit_source(self, passes: Passes) -> None:  # noqa: B027  # most leave it as it is
+        """Take from a batch of source data what the method must know of them; most need nothing."""
+
+    def source_dict(self) -> dict[str, Any]:
+        """Return what :meth:`fit_source` took, as plain data; empty where it has seen nothing."""
+        return {}
+
+    def load_source_dict(self, source: Mapping[str, Any]) -> None:
+        """Take what :meth:`source_dict` returned; from an empty one, begin anew."""
+        if source:
+            raise NotImplementedError(f"{type(self).__name__} learns nothing of source data.")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the method carries from batch to batch, as plain data."""
@@ -168,6 +230,24 @@ class CallableMethod(TestTimeMethod):
     def loss(self, passes: Passes) -> Objective:
         """Call it."""
         return self.objective(passes.y0, passes.second)
+
+
+@dataclass(frozen=True)
+class Masked(TestTimeMethod):
+    """A method on some of the samples; the others only share the batch with them.
+
+    Args:
+        whole: the method.
+        counts: ``(B,)`` booleans, the samples that count.
+    """
+
+    whole: TestTimeMethod
+    counts: Tensor
+
+    def loss(self, passes: Passes) -> Objective:
+        """Evaluate it; nothing is minimised of the others."""
+        objective = self.whole.loss(passes)
+        return replace(objective, reliable=objective.reliable & self.counts)
 
 
 def as_method(objective: TestTimeMethod | TestTimeObjective) -> TestTimeMethod:

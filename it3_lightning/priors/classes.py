@@ -83,6 +83,10 @@ class ClassPrior(Prior):
         """
         return mean_outputs(first, second, self.outputs, single=is_single(first))
 
+    def to_output(self, prediction: Tensor, like: Tensor) -> Tensor:
+        """Return logits or probabilities, shaped like an output of the network."""
+        return outputs_of(prediction, self.outputs, like, single=is_single(like))
+
     def perturb(self, prior: Tensor) -> Tensor:
         """Mix each sample with a random class, by a random share."""
         other = torch.randint(self.channels, prior.shape[:1], device=prior.device)
@@ -211,6 +215,34 @@ def mean_outputs(first: Tensor, second: Tensor, kind: OutputKind, *, single: boo
     one = torch.logaddexp(F.logsigmoid(first), F.logsigmoid(second))
     other = torch.logaddexp(F.logsigmoid(-first), F.logsigmoid(-second))
     return one - other
+
+
+def outputs_of(prediction: Tensor, kind: OutputKind, like: Tensor, *, single: bool) -> Tensor:
+    r"""Return outputs of given probabilities; as logits :math:`\log p`, finite ones.
+
+    Args:
+        prediction: probabilities ``(B, C, ...)``, or ``(B, 1, ...)`` of class 1 alone.
+        kind: what outputs are.
+        like: an output of the network, for shape and data type.
+        single: whether an output is that of class 1 of two classes alone.
+
+    Raises:
+        ValueError: there are not as many samples as in ``like``.
+
+    >>> outputs_of(torch.tensor([[0.25, 0.75]]), "logits", torch.zeros(1), single=True).exp()
+    tensor([3.])
+    """
+    if len(prediction) != len(like):
+        raise ValueError(
+            f"Expected a forward pass on the {len(prediction)} samples that were predicted, got "
+            f"one on {len(like)}. Call self(...) once, on the whole batch."
+        )
+    tiny = torch.finfo(prediction.dtype).tiny
+    one = prediction[:, -1:] if single else prediction
+    if kind == "logits":
+        rest = (1 - one).clamp_min(tiny).log() if single else 0.0
+        one = one.clamp_min(tiny).log() - rest
+    return one.reshape(like.shape).to(like.dtype)
 
 
 def floating(target: Tensor) -> Tensor:

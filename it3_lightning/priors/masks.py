@@ -14,6 +14,7 @@ from it3_lightning.priors.classes import (
     distributions,
     mean_outputs,
     one_hot,
+    outputs_of,
     probabilities,
     shares,
 )
@@ -100,6 +101,11 @@ class MaskPrior(Prior):
         """Return outputs, logits or probabilities, of the mean of both maps of probabilities."""
         single = first.ndim == 3 or first.shape[1] == 1
         return mean_outputs(first, second, self.outputs, single=single)
+
+    def to_output(self, prediction: Tensor, like: Tensor) -> Tensor:
+        """Return maps of logits or probabilities, shaped like an output of the network."""
+        single = like.ndim == 3 or like.shape[1] == 1
+        return outputs_of(prediction, self.outputs, like, single=single)
 
     def perturb(self, prior: Tensor) -> Tensor:
         """Mix each map with that of a random image, or with its own mirrored one."""

@@ -74,6 +74,14 @@ class Prior(nn.Module, ABC):
             "values or probabilities."
         )
 
+    def to_output(self, prediction: Tensor, like: Tensor) -> Tensor:
+        """Return the output whose :meth:`from_output` is a prediction; shaped like an output."""
+        raise NotImplementedError(
+            f"Expected {type(self).__name__} to define to_output(self, prediction, like) -> "
+            "Tensor, which methods that predict by themselves ask for. Return the prediction where "
+            "outputs are what they become in label space."
+        )
+
     @abstractmethod
     def perturb(self, prior: Tensor) -> Tensor:
         """Return the prior blurred by a random amount per sample, from the global generator.

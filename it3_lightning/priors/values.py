@@ -130,6 +130,11 @@ class ValuePrior(Prior):
         """Return the mean of the values."""
         return (first + second) / 2
 
+    def to_output(self, prediction: Tensor, like: Tensor) -> Tensor:
+        """Return the values in their own units, shaped like an output of the network."""
+        mean, std = self.mean.to(prediction), self.std.to(prediction)
+        return (prediction * std + mean).reshape(like.shape).to(like.dtype)
+
     def perturb(self, prior: Tensor) -> Tensor:
         """Add Gaussian noise of a random size per sample."""
         size = self.noise * torch.rand(prior.shape[0], 1, device=prior.device, dtype=prior.dtype)
