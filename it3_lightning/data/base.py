@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gzip
 import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -325,29 +326,46 @@ def check_equal(stream: Stream, why: str) -> None:
 
 def damaged(path: Path, what: str, error: Exception, remedy: str = _AGAIN) -> ValueError:
     """Build the error for a file that is empty, cut off, damaged or of another kind."""
+    got = "a folder" if path.is_dir() else f"{path.stat().st_size} bytes that are none"
     return ValueError(
-        f"Expected {path} to be {what}, got {path.stat().st_size} bytes that are none "
-        f"({type(error).__name__}: {str(error).strip()}). {remedy}"
+        f"Expected {path} to be {what}, got {got} ({type(error).__name__}: {str(error).strip()}). "
+        f"{remedy}"
     )
+
+
+@contextmanager
+def reading(path: Path, what: str, remedy: str = _AGAIN) -> Iterator[None]:
+    """Name the file in whatever its reader raises: damaged bytes make readers raise anything."""
+    try:
+        yield
+    except FileNotFoundError:  # it names the file
+        raise
+    except Exception as error:
+        raise damaged(path, what, error, remedy) from error
 
 
 def read_bytes(path: Path) -> bytes:
     """Return what a file holds, unpacked where its name ends in ``.gz``."""
-    data = path.read_bytes()
-    try:
-        return gzip.decompress(data) if path.suffix == ".gz" else data
-    except (EOFError, OSError, zlib.error) as error:
-        raise damaged(path, "a whole gzip file", error) from error
+    with reading(path, "a whole gzip file"):
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
 
 
 def read_npz(path: Path, names: Sequence[str], remedy: str) -> tuple[list[Tensor], str]:
     """Return some arrays of an ``.npz`` file, and the text ``settings`` in it, if there is one.
 
-    Nothing is unpickled: a file from elsewhere cannot run code.
+    Nothing is unpickled: a file from elsewhere cannot run code. Arrays that are longer than their
+    headers say are refused, as are those that are shorter.
     """
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            settings = str(arrays["settings"]) if "settings" in arrays else ""
-            return [torch.from_numpy(arrays[name]) for name in names], settings
-    except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise damaged(path, f"a whole .npz file of {', '.join(names)}", error, remedy) from error
+    what = f"a whole .npz file of {', '.join(names)}"
+    with reading(path, what, remedy), zipfile.ZipFile(path) as archive:
+        settings = "settings.npy" in archive.namelist() and _member(archive, "settings")
+        return [torch.from_numpy(_member(archive, name)) for name in names], str(settings or "")
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """Return one array; what follows it is noticed, and at its end its checksum is compared."""
+    with archive.open(f"{name}.npy") as file:
+        array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        if file.read(1):
+            raise ValueError(f"{name} holds more than its header says")
+    return array

@@ -6,6 +6,7 @@ are refused by name.
 
 from __future__ import annotations
 
+import gzip
 import math
 import pickle
 import struct
@@ -22,14 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 
-from it3_lightning.data.base import damaged, read_bytes
-from it3_lightning.data.images import (
-    Augmented,
-    Images,
-    ImageSet,
-    ShiftedImages,
-    crop_and_flip,
-)
+from it3_lightning.data.base import reading
+from it3_lightning.data.images import Augmented, Images, ImageSet, ShiftedImages, crop_and_flip
 from it3_lightning.data.sampling import Batch, held_out
 from it3_lightning.data.shifts import SEVERITIES
 from it3_lightning.utils.messages import not_installed
@@ -37,6 +32,7 @@ from it3_lightning.utils.messages import not_installed
 _TEST_DIGITS = 597
 _CLASSES = 10
 _MAGIC = {3: 2051, 1: 2049}  # number of axes -> first four bytes, for unsigned bytes
+_RATIO = 1032  # of gzip, at most
 _PIXELS = 3 * 32 * 32
 _SAFE = {
     ("numpy", "ndarray"),
@@ -61,7 +57,7 @@ class Published:
     """
 
     dataset: Callable[..., Any]
-    folder: Path
+    folder: str
     names: tuple[str, ...]
     called: str
     place: str
@@ -69,7 +65,7 @@ class Published:
 
     def find(self, root: str | Path) -> list[Path] | None:
         """Return the files from the first folder that has all of them; None where none has."""
-        for folder in (Path(root), root / self.folder):
+        for folder in (Path(root), Path(root, self.folder)):
             found = [file for name in self.names if (file := self._first(folder, name))]
             if len(found) == len(self.names):
                 return found
@@ -77,14 +73,13 @@ class Published:
 
     def fetch(self, root: str | Path, *, download: bool) -> None:
         """Look for the files, and have them downloaded if that is allowed."""
-        if self.find(root) is not None:
-            return
-        if not download:
-            raise self.missing(root, "download=False")
-        try:
-            self.dataset(Path(root), train=True, download=True)
-        except (OSError, RuntimeError) as error:
-            raise self.missing(root, f"the download failed: {error}") from error
+        if self.find(root) is None:
+            if not download:
+                raise self.missing(root, "download=False")
+            try:
+                self.dataset(Path(root), train=True, download=True)
+            except (OSError, RuntimeError) as error:
+                raise self.missing(root, f"the download failed: {error}") from error
 
     def files(self, root: str | Path) -> list[Path]:
         """Return the files; refuse that some are missing."""
@@ -96,8 +91,8 @@ class Published:
     def missing(self, root: str | Path, why: str) -> FileNotFoundError:
         """Build the error that says which files to place where."""
         return FileNotFoundError(
-            f"Expected {self.called} in {Path(root).resolve()} or in "
-            f"{(root / self.folder).resolve()}, got not all of them in either ({why}). "
+            f"Expected the {self.called} {', '.join(self.names)} in {Path(root).resolve()} or in "
+            f"{Path(root, self.folder).resolve()}, got not all of them in either ({why}). "
             f"{self.place} there, or set root to the folder that holds them."
         )
 
@@ -108,31 +103,20 @@ class Published:
         return next((folder / form for form in forms if (folder / form).is_file()), None)
 
 
-def _idx(dataset: type[MNIST]) -> Published:
-    """Return images and labels to train on, then those to test on."""
-    kinds = ("images-idx3", "labels-idx1")
-    names = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in kinds)
-    called = f"the four files {', '.join(names)} (plain, or with .gz)"
-    return Published(dataset, Path(dataset.__name__, "raw"), names, called, "Place them")
-
-
-_MNIST, _FASHION = _idx(MNIST), _idx(FashionMNIST)
+_IDX = tuple(f"{p}-{k}-ubyte" for p in ("train", "t10k") for k in ("images-idx3", "labels-idx1"))
+_IN_IDX = "four files (plain, or with .gz)", "Place them"
+_MNIST = Published(MNIST, "MNIST/raw", _IDX, *_IN_IDX)
+_FASHION = Published(FashionMNIST, "FashionMNIST/raw", _IDX, *_IN_IDX)
 _BATCHES = tuple(name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list))
-_CIFAR = Published(
-    CIFAR10,
-    Path(CIFAR10.base_folder),
-    _BATCHES,
-    f"the six files {', '.join(_BATCHES)}",
-    "Unpack cifar-10-python.tar.gz",
-    idx=False,
-)
+_UNPACK = "Unpack cifar-10-python.tar.gz"
+_CIFAR = Published(CIFAR10, CIFAR10.base_folder, _BATCHES, "six files", _UNPACK, idx=False)
 
 
 @dataclass(eq=False)
 class DigitsDataModule(ShiftedImages):
     """Scikit-learn's digits, clean and shifted: 1,000 to train on, 200 to validate, 597 to test.
 
-    The images are ``(B, 1, 8, 8)``, their 17 grey levels divided by 16. The seed splits them.
+    The images are ``(B, 1, 8, 8)``, 17 grey levels divided by 16. The seed splits them.
 
     Args:
         val_size: Samples taken from the 1,200 that are not for testing.
@@ -204,17 +188,13 @@ class MNISTDataModule(ShiftedImages):
 class FashionMNISTDataModule(ShiftedImages):
     """Fashion-MNIST: 60,000 training and 10,000 test images ``(B, 1, 28, 28)`` of ten garments.
 
-    Files are looked for as in :class:`MNISTDataModule`, with ``root/FashionMNIST/raw`` for
-    torchvision's folder. On Debian, the package ``dataset-fashion-mnist`` puts them in
+    Files and errors are as in :class:`MNISTDataModule`, with ``root/FashionMNIST/raw`` for
+    torchvision's folder. On Debian, the package ``dataset-fashion-mnist`` puts the files in
     ``/usr/share/datasets/fashion-mnist``, which serves as ``root``.
 
     Args:
         root: Folder of the data.
         download: Whether missing files may be downloaded.
-
-    Raises:
-        FileNotFoundError: Files are missing and were not, or could not be, downloaded.
-        ValueError: A file is damaged, or a setting is out of its range.
     """
 
     sample_settings = ("root",)
@@ -264,6 +244,7 @@ class CIFAR10DataModule(ShiftedImages):
     """
 
     SOURCES = ("files", "own")
+    PUBLISHED = "CIFAR-10-C"
     sample_settings = ("root", "corruptions", "corrupted")
     num_classes = _CLASSES
 
@@ -273,10 +254,6 @@ class CIFAR10DataModule(ShiftedImages):
     corrupted: str | Path | None = None
     download: bool = True
     augment: bool = True
-
-    def __post_init__(self) -> None:
-        self.find_corrupted(Path(self.root) / "CIFAR-10-C")
-        super().__post_init__()
 
     def prepare_data(self) -> None:
         """Make sure that the files are there: look first, then download if that is allowed."""
@@ -301,12 +278,11 @@ class CIFAR10DataModule(ShiftedImages):
         """Return all test images under a corruption of CIFAR-10-C, where these are asked for."""
         if self.corruptions != "files":
             return None
-        return _read_corrupted(Path(self.corrupted or ""), name, severity, self._test_labels)
+        return _read_corrupted(self.corrupted_folder, name, severity, self._test_labels)
 
     def _look_for_corrupted(self) -> None:
         """Refuse before any training that files of CIFAR-10-C are missing, if these are wanted."""
-        folder = Path(self.corrupted or "")
-        names = [f"{name}.npy" for name in (*self.shifts, "labels")]
+        folder, names = self.corrupted_folder, [f"{name}.npy" for name in (*self.shifts, "labels")]
         missing = [name for name in names if not (folder / name).is_file()]
         if missing and self.corruptions == "files":
             raise FileNotFoundError(
@@ -323,43 +299,43 @@ def _read_idx_files(files: list[Path]) -> tuple[ImageSet, ImageSet]:
     """
     sets = []
     for images, labels in (files[:2], files[2:]):
-        pixels, classes = _read_idx(images, 3), _read_idx(labels, 1).long()
-        if len(pixels) != len(classes):
-            raise ValueError(
-                f"Expected a label for each of the {len(pixels)} images of {images}, got "
-                f"{len(classes)} in {labels}. Put files there that belong together."
-            )
-        if classes.max() >= _CLASSES:
-            raise ValueError(
-                f"Expected labels from 0 to {_CLASSES - 1} in {labels}, got {classes.max()}. Put "
-                "the label file of this data in its place."
-            )
-        sets.append(ImageSet(pixels[:, None], classes))
+        pixels, classes = _read_idx(images, 3), _read_idx(labels, 1)
+        _check_classes(labels, classes.numpy(), len(pixels), f"images of {images}")
+        sets.append(ImageSet(pixels[:, None], classes.long()))
+    shapes = [tuple(found.images.shape[2:]) for found in sets]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"Expected images of one size, got {shapes[0]} in {files[0]} and {shapes[1]} in "
+            f"{files[2]}. Put files there that belong together."
+        )
     return sets[0], sets[1]
 
 
 def _read_idx(path: Path, axes: int) -> Tensor:
-    """Read one file of unsigned bytes, plain or gzipped, after comparing header and size."""
-    data = read_bytes(path)
-    start = 4 * (1 + axes)
-    if len(data) < start:
+    """Read one file of unsigned bytes, plain or gzipped: no more than its header announces.
+
+    Its size bounds what is unpacked, and one byte more than announced is asked for.
+    """
+    packed, start = path.suffix == ".gz", 4 * (1 + axes)
+    what = "a whole gzip file" if packed else "a whole IDX file"
+    with reading(path, what), (gzip.open if packed else open)(path, "rb") as file:
+        head = file.read(start)
+        magic, *shape = struct.unpack(f">{1 + axes}I", head.ljust(start, b"\0"))
+        size, most = math.prod(shape), path.stat().st_size * (_RATIO if packed else 1)
+        body = file.read(size + 1) if magic == _MAGIC[axes] and 0 < size <= most else b""
+    if len(head) < start or magic != _MAGIC[axes]:
         raise ValueError(
-            f"Expected {path} to hold at least {start} bytes, got {len(data)}. "
-            "It is empty or cut off: delete it and fetch it again."
+            f"Expected {path} to begin with {_MAGIC[axes]} (unsigned bytes, {axes} axes) and sizes "
+            f"in {start} bytes, got {head.hex() or 'none'}. It is empty, cut off or another kind "
+            "of file: delete it and fetch it again."
         )
-    magic, *shape = struct.unpack(f">{1 + axes}I", data[:start])
-    if magic != _MAGIC[axes]:
+    if len(body) != size or not size:
+        got = f"at least {start + len(body)}" if body else f"at most {most}"
         raise ValueError(
-            f"Expected {path} to begin with {_MAGIC[axes]} (unsigned bytes, {axes} axes), got "
-            f"{magic}. It is another kind of file: put the right one in its place."
+            f"Expected {path} to hold {start + size} bytes for its shape {tuple(shape)}, at least "
+            f"one of them a value, got {got}. It is damaged: delete it and fetch it again."
         )
-    if len(data) != start + math.prod(shape) or not math.prod(shape):
-        raise ValueError(
-            f"Expected {path} to hold {start + math.prod(shape)} bytes for its shape "
-            f"{tuple(shape)}, at least one of them a value, got {len(data)}. "
-            "It is cut off or damaged: delete it and fetch it again."
-        )
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=start).view(*shape)
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(*shape)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -376,12 +352,11 @@ def _read_batch(path: Path) -> ImageSet:
 
     Source: A. Krizhevsky, the page of the CIFAR-10 dataset, "python version".
     """
-    try:
-        with path.open("rb") as file:
-            content = _Unpickler(file, encoding="latin1").load()
+    with reading(path, "a pickled batch of CIFAR-10"), path.open("rb") as file:
+        content = _Unpickler(file, encoding="latin1").load()
         pixels, labels = np.asarray(content["data"]), np.asarray(content["labels"])
-    except (EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
-        raise damaged(path, "a pickled batch of CIFAR-10", error) from error
+        if file.read(1):
+            raise ValueError("more follows")
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
         raise ValueError(
             f"Expected data (N, {_PIXELS}) of uint8 in {path}, got {pixels.shape} of "
@@ -392,18 +367,18 @@ def _read_batch(path: Path) -> ImageSet:
     return ImageSet(images, torch.from_numpy(labels.astype(np.int64)))
 
 
-def _check_classes(path: Path, labels: NDArray[Any], count: int) -> None:
+def _check_classes(path: Path, labels: NDArray[Any], count: int, of: str = "images") -> None:
     """Refuse labels that are not ``count`` integers from 0 to 9."""
     integers = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
     if not integers or len(labels) != count or not count:
         raise ValueError(
-            f"Expected one integer label for each of {count} images (at least one) in {path}, got "
+            f"Expected one integer label for each of {count} {of} (at least one) in {path}, got "
             f"{labels.shape} of {labels.dtype}. Put files there that belong together."
         )
     if labels.min() < 0 or labels.max() >= _CLASSES:
         raise ValueError(
             f"Expected labels from 0 to {_CLASSES - 1} in {path}, got {labels.min()} to "
-            f"{labels.max()}. Put the file of CIFAR-10 in its place."
+            f"{labels.max()}. Put the file of this data in its place."
         )
 
 
@@ -412,10 +387,8 @@ def _read_corrupted(folder: Path, name: str, severity: int, labels: Tensor) -> I
 
     Source: D. Hendrycks and T. Dietterich (ICLR 2019), ``make_cifar_c.py``.
     """
-    count = len(labels)
-    block = slice(count * (severity - 1), count * severity)
-    file = folder / "labels.npy"
-    there = _mapped(file)
+    count, file = len(labels), folder / "labels.npy"
+    block, there = slice(count * (severity - 1), count * severity), _mapped(file)
     _check_classes(file, there, count * len(SEVERITIES))
     wrong = int((torch.from_numpy(there[block].astype(np.int64)) != labels).sum())
     if wrong:
@@ -436,10 +409,9 @@ def _read_corrupted(folder: Path, name: str, severity: int, labels: Tensor) -> I
 
 def _mapped(path: Path) -> NDArray[Any]:
     """Map an ``.npy`` file into memory, copying a page only where somebody writes to it."""
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="c")
-    except FileNotFoundError:
-        raise
-    except (EOFError, OSError, ValueError) as error:
-        raise damaged(path, "a whole .npy file", error) from error
-    return array
+    with reading(path, "a whole .npy file"):
+        array: Any = np.load(path, mmap_mode="c")
+        if array.offset + array.nbytes != path.stat().st_size:
+            raise ValueError(f"its header says {array.offset + array.nbytes} bytes")
+    found: NDArray[Any] = array
+    return found

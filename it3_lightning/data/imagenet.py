@@ -23,13 +23,7 @@ from torchvision.transforms import (
 
 from it3_lightning.data.base import check_integer
 from it3_lightning.data.corruptions import ALEXNET_ERRORS, corrupting
-from it3_lightning.data.images import (
-    ImageFiles,
-    Images,
-    ShiftedImages,
-    as_float,
-    read_rgb,
-)
+from it3_lightning.data.images import ImageFiles, Images, ShiftedImages, as_float, read_rgb
 from it3_lightning.data.sampling import Batch, Views
 from it3_lightning.utils.messages import not_installed, unknown
 
@@ -76,6 +70,7 @@ class ImageNetCDataModule(ShiftedImages):
     """
 
     SOURCES = ("files", "made", "own")
+    PUBLISHED = "ImageNet-C"
     sample_settings = ("root", "corruptions", "corrupted", "image_size")
 
     root: str | Path = "data/imagenet"
@@ -85,10 +80,6 @@ class ImageNetCDataModule(ShiftedImages):
     corrupted: str | Path | None = None
     augment: bool = True
     val_size: int = 10_000
-
-    def __post_init__(self) -> None:
-        self.find_corrupted(Path(self.root) / "ImageNet-C")
-        super().__post_init__()
 
     @property
     def num_classes(self) -> int:
@@ -109,7 +100,7 @@ class ImageNetCDataModule(ShiftedImages):
         for part in ("train", "val"):
             _synset_folders(Path(self.root) / part)
         for name, severity in self.wanted().values() if self.corruptions == "files" else ():
-            _corrupted_folder(Path(self.corrupted or ""), name, severity)
+            _corrupted_folder(self.corrupted_folder, name, severity)
 
     def load(self) -> tuple[ImageFiles, ImageFiles]:
         """Return all training and all test images."""
@@ -131,7 +122,7 @@ class ImageNetCDataModule(ShiftedImages):
         """Return all test images under a corruption of ImageNet-C, where these are asked for."""
         if self.corruptions != "files":
             return None
-        folder = _corrupted_folder(Path(self.corrupted or ""), name, severity)
+        folder = _corrupted_folder(self.corrupted_folder, name, severity)
         names, there = self._clean.names, set(_listing(folder)[0])
         missing = [name for name in names if name not in there]
         if missing:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import struct
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from it3_lightning.data.base import ShiftedData, damaged
+from it3_lightning.data.base import ShiftedData, reading
 from it3_lightning.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
 from it3_lightning.data.sampling import Batch, Samples, Views, chosen, seeded, unequal_stream
 from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Severity, Shift
@@ -57,8 +55,8 @@ class ImageSet(Images):
     """Images and their labels as two tensors.
 
     A sample is ``(image, label)``: float32 ``(C, H, W)`` in [0, 1] and an int64 scalar (or float32
-    values ``(K,)``). 8-bit images stay 8-bit in memory, or in the memory-mapped file they are a
-    view of, and are divided by 255 as they are read.
+    values ``(K,)``). 8-bit images stay 8-bit, in memory or in the mapped file they are a view of,
+    and are divided by 255 as they are read.
 
     Args:
         images: ``(N, C, H, W)``, uint8, or floating point in [0, 1].
@@ -77,13 +75,6 @@ class ImageSet(Images):
     def __post_init__(self) -> None:
         check_pixels(self.images)
         check_labels(self.labels, len(self.images))
-        if self.images.is_floating_point() and self.images.numel():
-            low, high = self.images.aminmax()
-            if not (low >= 0 and high <= 1):
-                raise ValueError(
-                    f"Expected images in [0, 1], got {low:.4g} to {high:.4g}. "
-                    "Divide by the largest value; normalise inside the model."
-                )
 
     def __getitems__(self, indices: list[int]) -> Batch:
         chosen = torch.as_tensor(indices)
@@ -94,11 +85,7 @@ class ImageSet(Images):
         return ImageSet(self.images[indices], self.labels[indices])
 
     def shifted(self, change: Change, seed: int) -> ImageSet:
-        """Apply a shift to all images, in fixed chunks; seed, name and severity fix every draw.
-
-        The result has the source's dtype: 8-bit images stay 8-bit, which rounds a shifted value by
-        at most 1/510.
-        """
+        """Apply a shift to all images, in fixed chunks; 8-bit images are rounded to 8 bits."""
         generator = seeded(seed, change.name, change.severity)
         images = torch.empty_like(self.images)
         for start in range(0, len(images), _CHUNK):
@@ -111,9 +98,8 @@ class ImageSet(Images):
 class ImageFiles(Images):
     """Image files and their labels, decoded and shifted only when they are read.
 
-    A million of them take some 50 MB of names. What a shift draws for an image depends on the seed,
-    the shift and the file's name alone: not on the other images, their order, the batch, or the
-    worker that reads it.
+    What a shift draws for an image depends on the seed, the shift and the file's name alone: not on
+    the other images, their order, the batch, or the worker that reads it.
 
     Args:
         folder: Where the files are.
@@ -139,26 +125,23 @@ class ImageFiles(Images):
         seed: int = 0,
     ) -> None:
         check_labels(labels, len(names))
-        self.folder = folder
-        self.labels = labels
-        self.decode = decode
-        self.change = change
-        self.seed = seed
+        self.folder, self.labels, self.decode = folder, labels, decode
+        self.change, self.seed = change, seed
         # One array: a list of a million strings would be copied into every worker as it is read.
         self._names: NDArray[np.bytes_] = (
             names if isinstance(names, np.ndarray) else np.array([os.fsencode(n) for n in names])
         )
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        images = torch.stack([self._image(os.fsdecode(self._names[index])) for index in indices])
+        images = torch.stack([self._image(index) for index in indices])
         return images, self.labels[torch.as_tensor(indices)]
 
-    def _image(self, name: str) -> Tensor:
-        image = as_float(self.decode(self.folder / name))
+    def _image(self, index: int) -> Tensor:
+        image = as_float(self.decode(self.path(index)))
         if self.change is None:
             return image
-        generator = seeded(self.seed, self.change.name, self.change.severity, name)
-        return self.change(image[None], generator)[0]
+        kind = self.change.name, self.change.severity, os.fsdecode(self._names[index])
+        return self.change(image[None], seeded(self.seed, *kind))[0]
 
     @property
     def names(self) -> list[str]:
@@ -186,32 +169,60 @@ class ImageFiles(Images):
         return ImageFiles(**{**kept, **changed})
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image file; refuse one that turns out to be damaged as it is read."""
-    try:
-        with Image.open(path) as file:
-            yield file
-    except FileNotFoundError:
-        raise
-    except (EOFError, OSError, SyntaxError, ValueError, struct.error) as error:
-        raise damaged(path, "a whole image", error) from error
+def read_image(path: Path, mode: str) -> Image.Image:
+    """Read an image file whole, in a mode of 8 bits a channel; one that is deeper is left so."""
+    with reading(path, "a whole image"), Image.open(path) as file:
+        if file.mode[0] not in "IF":  # 16 or 32 bits, floats: Pillow would cut them to 8 bits
+            return file.convert(mode)
+        file.load()
+        return file
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Read width and height of an image file, from its header alone."""
+    with reading(path, "a whole image"), Image.open(path) as file:
+        return file.size
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """Read an image file whole, as RGB whatever its mode."""
-    with opened(path) as file:
-        return file.convert("RGB")
+    """Read an image file whole, as RGB of 8 bits a channel.
+
+    16 bits, and floats in [0, 1], are scaled by their full range; Pillow opens 16 bits as 32 in
+    some formats, which have no more.
+
+    Raises:
+        ValueError: The file is damaged, or the full range of its values is not known.
+    """
+    image = read_image(path, "RGB")
+    if image.mode == "RGB":
+        return image
+    values, full = np.asarray(image), 1 if image.mode == "F" else 65535
+    known = image.mode != "I" or image.format in ("PNG", "PPM")
+    if not (known and values.min() >= 0 and values.max() <= full):
+        raise ValueError(
+            f"Expected {path} to hold integers of 8 or 16 bits, or floats in [0, 1], got "
+            f"{values.dtype} from {values.min():.6g} to {values.max():.6g}, of a range that is not "
+            "known. Save it with 8 or 16 bits."
+        )
+    scaled = (values * (255 / full)).round().astype(np.uint8)
+    return Image.fromarray(scaled).convert("RGB")
 
 
 def check_pixels(images: Tensor) -> None:
-    """Refuse what are no images ``(N, C, H, W)``, uint8 or floating point."""
+    """Refuse what are no images ``(N, C, H, W)``, uint8 or floating point in [0, 1]."""
     if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise ValueError(
             "Expected images (N, C, H, W) of dtype uint8 or floating point, got "
             f"{tuple(images.shape)} of {images.dtype}. Add an axis for the channels with "
             "images[:, None], or convert with images.float()."
         )
+    if images.is_floating_point() and images.numel():
+        low, high = images.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"Expected images in [0, 1], got {low:.4g} to {high:.4g}. "
+                "Divide by the largest value; normalise inside the model."
+            )
 
 
 def check_labels(labels: Tensor, count: int) -> None:
@@ -272,10 +283,10 @@ class ShiftedImages(ShiftedData):
 
     A subclass says in :meth:`load` where its images come from, and in ``sample_settings`` what that
     depends on; it may override ``training``, ``change`` and ``published``. Each batch is
-    ``(images, labels)``: float32 ``(B, C, H, W)`` in [0, 1] and int64 ``(B,)``. Shifted images in
-    memory are computed once and kept as the source's own dtype: 8-bit images stay 8-bit, which
-    rounds a shifted value by at most 1/510. Images on disk are shifted as they are read.
-    ``stream="unequal"`` makes three classes ten times as frequent.
+    ``(images, labels)``: float32 ``(B, C, H, W)`` in [0, 1] and int64 ``(B,)``. Images in memory
+    are shifted once and kept in their own dtype (8 bits round a shifted value by at most 1/510),
+    images on disk are shifted as they are read. ``stream="unequal"`` makes three classes ten times
+    as frequent.
 
     The shifts are ``SHIFTS``, and ``TUNING_SHIFTS`` for choosing settings; where a subclass sets
     ``corruptions`` to another of its ``SOURCES`` than ``"own"``, they are ``CORRUPTIONS`` and
@@ -288,7 +299,10 @@ class ShiftedImages(ShiftedData):
     SHIFTS = SHIFTS
     TUNING_SHIFTS = TUNING_SHIFTS
     SOURCES: ClassVar[tuple[str, ...]] = ("own",)
+    PUBLISHED: ClassVar[str] = ""
+    """Folder of published corruptions in the root."""
     needed_sizes = ("val_size",)
+    root: Any = field(default="", init=False)
     corruptions: Any = field(default="own", init=False)
     corrupted: Any = field(default=None, init=False)
 
@@ -296,22 +310,24 @@ class ShiftedImages(ShiftedData):
     severity: Severity = 3
     val_size: int = 5000
 
+    def __post_init__(self) -> None:
+        if self.corruptions == "auto":
+            there = self.corrupted is not None or self.corrupted_folder.is_dir()
+            self.corruptions = "files" if there else self.SOURCES[1]
+        super().__post_init__()
+
+    @property
+    def corrupted_folder(self) -> Path:
+        """Folder of published corruptions, in the root if no setting says where."""
+        return Path(self.corrupted or Path(self.root, self.PUBLISHED))
+
     # Hooks of a subclass
 
     def load(self) -> tuple[Images, Images]:
         """Return all training images and all test images; a subclass implements this."""
         raise undefined(
-            self,
-            "load(self) -> tuple[Images, Images]",
-            "Return the training images and the test images, e.g. as ImageSet.",
+            self, "load(self) -> tuple[Images, Images]", "Return training, test images."
         )
-
-    def find_corrupted(self, folder: Path) -> None:
-        """Say where published corruptions lie, and whether they are used, where no setting does."""
-        if self.corruptions == "auto":
-            there = self.corrupted is not None or folder.is_dir()
-            self.corruptions = "files" if there else self.SOURCES[1]
-        self.corrupted = folder if self.corrupted is None else Path(self.corrupted)
 
     def published(self, name: str, severity: int) -> Images | None:
         """Return all test images under a shift where they are not made but lie in files."""
@@ -319,8 +335,7 @@ class ShiftedImages(ShiftedData):
 
     def change(self, name: str, severity: int) -> Change:
         """Return the function behind a name; that of a published corruption is never called."""
-        own = self.corruptions == "own"
-        return Shift(name, severity) if own else Corruption(name, severity)
+        return (Shift if self.corruptions == "own" else Corruption)(name, severity)
 
     # What the base asks for
 
@@ -364,8 +379,16 @@ class ShiftedImages(ShiftedData):
         super().check()
 
     def split(self) -> dict[str, Images]:
-        """Return the images to train, validate and test on."""
-        return self.parted(*self.load())
+        """Return the images to train, validate and test on, all of one shape."""
+        train, test = self.load()
+        if isinstance(train, ImageSet) and isinstance(test, ImageSet):
+            shapes = [tuple(images.images.shape[1:]) for images in (train, test)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"Expected test images of {self.root or type(self).__name__} to have the shape "
+                    f"of those to train on, {shapes[0]}, got {shapes[1]}. Take them from one set."
+                )
+        return self.parted(train, test)
 
     def shifted(self, name: str) -> Images:
         """Return the held-out images under a shift, from files where they lie in some."""

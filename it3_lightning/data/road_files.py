@@ -7,12 +7,14 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from it3_lightning.data.base import check_choice, check_integer, check_share
-from it3_lightning.data.images import as_float, opened
+from it3_lightning.data.images import as_float, read_image, read_rgb, read_size
 from it3_lightning.data.roads import FILES_AT_ONCE, MaskedSet, ShiftedMasks
 from it3_lightning.data.sampling import Batch, subset
 
@@ -78,7 +80,7 @@ class Tiles(MaskedSet):
         decoded = self._kept.pop(number, None)
         if decoded is None:
             pair = self.pairs[number]
-            decoded = _read(pair.image, "RGB"), _mask(pair.mask)
+            decoded = pil_to_tensor(read_rgb(pair.image)), _mask(pair.mask)
             while len(self._kept) >= FILES_AT_ONCE:
                 del self._kept[next(iter(self._kept))]
         self._kept[number] = decoded
@@ -109,7 +111,8 @@ class RoadsDataModule(ShiftedMasks):
     Raises:
         FileNotFoundError: A folder is missing or empty.
         ValueError: A setting is out of its range; an image and a mask do not belong together; when
-            it is read, a file is damaged or a mask holds other values than 0 and 255, or 0 and 1.
+            it is read, a file is damaged, or a mask holds other values than 0 and 255, or 0 and 1,
+            colours or transparency.
     """
 
     sample_settings = ("root", "layout", "tile", "val_share", "test_share", "test_regions")
@@ -229,7 +232,7 @@ def _named(folder: Path, end: str) -> dict[str, Path]:
 
 def _grid(number: int, pair: Pair, tile: int) -> Tensor:
     """Return the places of a file's tiles, int64 ``(N, 3)``: its number, top, left."""
-    (width, height), other = (_size(path) for path in (pair.image, pair.mask))
+    (width, height), other = (read_size(path) for path in (pair.image, pair.mask))
     if (width, height) != other:
         raise ValueError(
             f"Expected an image and its mask to have the same size, got {width} x {height} in "
@@ -245,26 +248,18 @@ def _grid(number: int, pair: Pair, tile: int) -> Tensor:
     return torch.cat([torch.full((len(corners), 1), number), corners], dim=1)
 
 
-def _size(path: Path) -> tuple[int, int]:
-    with opened(path) as image:
-        return image.size
-
-
-def _read(path: Path, mode: str) -> Tensor:
-    """Return all pixels of a file, uint8 ``(C, H, W)``."""
-    with opened(path) as image:
-        pixels: Tensor = pil_to_tensor(image.convert(mode))
-    return pixels
-
-
 def _mask(path: Path) -> Tensor:
-    """Return a mask, bool ``(1, H, W)``."""
-    pixels = _read(path, "L")
-    found = pixels.flatten().bincount().nonzero()[:, 0].tolist()  # 8 times as fast as sorting
-    if not (set(found) <= {0, 255} or set(found) <= {0, 1}):
+    """Return a mask, bool ``(1, H, W)``; its file holds one of two values and nothing else."""
+    pixels = np.asarray(read_image(path, "RGBA"))
+    grey = pixels[..., 0] if pixels.ndim == 3 else pixels
+    plain = pixels.ndim == 2 or np.array_equal(pixels, Image.fromarray(grey).convert("RGBA"))
+    high = grey.max()
+    if not (plain and high in (0, 1, 255) and ((grey == 0) | (grey == high)).all()):
+        found = np.unique(grey)
+        values = ", ".join(map(str, found[:8])) + ", ..." * (len(found) > 8)
         raise ValueError(
-            f"Expected a mask of 0 and 255, or of 0 and 1, in {path}, got the values "
-            f"{', '.join(map(str, found[:8]))}{', ...' * (len(found) > 8)}. Save it without "
+            f"Expected a mask of 0 and 255, or of 0 and 1, in {path}, got "
+            f"{f'the values {values}' if plain else 'colours or transparency'}. Save it without "
             "colours, smoothing or lossy compression; is it perhaps the image?"
         )
-    return pixels > 0
+    return torch.from_numpy(grey > 0)[None]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose, PILToTensor, Resize
 
-from it3_lightning.data.base import check_equal, check_integer, check_share
+from it3_lightning.data.base import check_equal, check_integer, check_share, reading
 from it3_lightning.data.images import (
     Augmented,
     Decode,
@@ -252,7 +252,9 @@ def _read_list(path: Path, names: Sequence[str]) -> list[int]:
             "a line, or leave the lists out for a split by the seed."
         )
     rows = {Path(name).name: row for row, name in enumerate(names)}
-    listed = [Path(line.strip()).name for line in path.read_text().splitlines() if line.strip()]
+    with reading(path, "a text file of names", "Write one name a line."):
+        lines = path.read_text().splitlines()
+    listed = [Path(line.strip()).name for line in lines if line.strip()]
     strange = [name for name in listed if name not in rows]
     if strange or not listed:
         raise ValueError(

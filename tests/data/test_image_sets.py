@@ -161,11 +161,11 @@ def test_three_of_four_files_are_missing_files(tmp_path: Path) -> None:
 
 Damage = Callable[[bytes], bytes]
 DAMAGES: list[tuple[Damage, str]] = [
-    (lambda _: b"", "at least 16 bytes, got 0. It is empty or cut off"),
-    (lambda data: data[:10], "at least 16 bytes, got 10. It is empty or cut off"),
-    (lambda data: data[:-7], r"hold 616 bytes for its shape \(20, 6, 5\).*, got 609"),
-    (lambda data: data + b"x", "hold 616 bytes .*, got 617"),
-    (lambda data: b"\0\0\x08\x01" + data[4:], "begin with 2051 .*, got 2049"),
+    (lambda _: b"", "begin with 2051 .* in 16 bytes, got none. It is empty, cut off"),
+    (lambda data: data[:10], "in 16 bytes, got 00000803000000140000. It is empty, cut off"),
+    (lambda data: data[:-7], r"hold 616 bytes for its shape \(20, 6, 5\).*, got at least 609"),
+    (lambda data: data + b"x", "hold 616 bytes .*, got at least 617"),
+    (lambda data: b"\0\0\x08\x01" + data[4:], "begin with 2051 .*, got 00000801"),
     (lambda data: data[:4] + bytes(4) + data[8:16], r"shape \(0, 6, 5\)"),
 ]
 
@@ -198,10 +198,12 @@ def test_labels_that_do_not_fit_the_images_are_refused(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     file = tmp_path / "train-labels-idx1-ubyte"
     file.write_bytes(idx_bytes(torch.arange(29) % 10))
-    with pytest.raises(ValueError, match=r"each of the 30 images of .*, got 29 in .*train-labels"):
+    with pytest.raises(
+        ValueError, match=r"each of 30 images of .* in .*train-labels.*, got \(29,\)"
+    ):
         mnist(tmp_path).setup("fit")
     file.write_bytes(idx_bytes(torch.arange(30)))
-    with pytest.raises(ValueError, match=r"labels from 0 to 9 in .*train-labels.*, got 29"):
+    with pytest.raises(ValueError, match=r"labels from 0 to 9 in .*train-labels.*, got 0 to 29"):
         mnist(tmp_path).setup("fit")
 
 
@@ -417,6 +419,19 @@ def test_the_folder_decides_between_files_and_own_shifts(root: Path) -> None:
     difference = (fog - clean).abs().mean().item()
     expected = (Shift("fog", 3)(clean) - clean).abs().mean().item()
     assert difference == pytest.approx(expected, rel=0.2)
+
+
+def test_another_root_has_the_corruptions_in_it(both: Path, tmp_path_factory: Any) -> None:
+    other = tmp_path_factory.mktemp("other")
+    write_cifar10(other)
+    write_cifar10_c(other / "CIFAR-10-C", ("fog",))
+    stored = np.load(other / "CIFAR-10-C" / "fog.npy")
+    np.save(other / "CIFAR-10-C" / "fog.npy", 255 - stored)
+    data = made(both, shifts=["fog"])
+    data.setup("test")
+    data.root = other
+    expected = as_tensor(255 - corrupted_cifar("fog", 3))
+    assert torch.equal(gather(data.test_dataloader()[1])[0], expected)
 
 
 def test_a_folder_that_is_named_must_be_there(root: Path) -> None:

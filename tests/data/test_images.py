@@ -168,6 +168,16 @@ def test_more_samples_than_there_are_is_refused(settings: dict[str, Any], messag
         small(**settings).setup("fit")
 
 
+def test_test_images_of_another_shape_are_refused() -> None:
+    class Mixed(Numbered):
+        def load(self) -> tuple[ImageSet, ImageSet]:
+            train, test = super().load()
+            return train, ImageSet(test.images[..., :4], test.labels)
+
+    with pytest.raises(ValueError, match=r"test images of Mixed .* \(1, 8, 8\), got \(1, 8, 4\)"):
+        Mixed(val_size=20).setup("fit")
+
+
 def test_a_class_without_load_says_what_to_define() -> None:
     with pytest.raises(NotImplementedError, match="ShiftedImages to define load"):
         ShiftedImages().setup("fit")

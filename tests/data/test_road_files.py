@@ -10,8 +10,7 @@ from helpers.road_files import SIDE, massachusetts, pairs, roadtracer, scenes, w
 from PIL import Image
 from torch import Tensor
 
-from it3_lightning.data import RoadsDataModule
-from it3_lightning.data import road_files as reader
+from it3_lightning.data import RoadsDataModule, images, road_files
 from it3_lightning.data.road_files import ROADTRACER_TEST_REGIONS, Pair, Tiles
 from it3_lightning.data.roads import FILES_AT_ONCE
 
@@ -123,7 +122,7 @@ def test_nothing_is_decoded_before_a_tile_is_asked_for(
 ) -> None:
     module = data(massachusetts(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr("it3_lightning.data.road_files._read", lambda *_: pytest.fail("decoded"))
+        patch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
         module.setup("fit")
         loader = module.train_dataloader()
     assert next(iter(loader))[0].shape == (12, 3, 32, 32)
@@ -131,13 +130,14 @@ def test_nothing_is_decoded_before_a_tile_is_asked_for(
 
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     reads: list[Path] = []
-    original = reader._read
+    original = images.read_image
 
-    def read(path: Path, mode: str) -> Tensor:
+    def read(path: Path, mode: str) -> Image.Image:
         reads.append(path)
         return original(path, mode)
 
-    monkeypatch.setattr(reader, "_read", read)
+    for module in (images, road_files):
+        monkeypatch.setattr(module, "read_image", read)
     return reads
 
 
