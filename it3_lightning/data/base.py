@@ -36,9 +36,8 @@ class ShiftedData(LightningDataModule):
 
     ``test_dataloader`` and ``predict_dataloader`` return one loader for each of ``test_names``, all
     of the same samples in the same order, except for shifts that are other samples. All settings
-    are attributes that may be changed between runs; the next ``setup`` (every loader calls it)
-    follows them, and does again only what they touch. The same seed gives bitwise the same samples,
-    with any number of workers.
+    may be changed between runs; the next ``setup`` (every loader calls it) does again only what
+    they touch. The same seed gives bitwise the same samples, with any number of workers.
 
     The settings are the fields of a dataclass. A subclass with some of its own is one as well, or
     sets them before it calls ``super().__init__(**kwargs)``.
@@ -100,7 +99,7 @@ class ShiftedData(LightningDataModule):
     def baseline_errors(self) -> Mapping[str, float] | None:
         """Errors of a reference network by shift, in per cent, each the mean over five severities.
 
-        The benchmark then reports the mean corruption error; None where there is none.
+        The benchmark reports the mean corruption error by them.
         """
         return None
 
@@ -147,18 +146,13 @@ class ShiftedData(LightningDataModule):
         """Return the settings of its own that the samples depend on."""
         return tuple(getattr(self, name) for name in self.sample_settings)
 
-    def strength(self) -> tuple[object, ...]:
-        """Return the settings of its own that the shifts depend on, and the samples do not."""
-        return tuple(getattr(self, name) for name in self.shift_settings)
-
     def training(self, samples: Any) -> Dataset[Any]:
         """Return the samples as they are trained on."""
         return self.dataset(samples)
 
     def dataset(self, samples: Any) -> Dataset[Any]:
         """Return the samples as a network sees them, a whole batch at a time."""
-        found: Dataset[Any] = samples
-        return found
+        return samples  # type: ignore[no-any-return]
 
     def check_shift(self, name: str) -> None:
         """Refuse a shift that is unknown, or cannot be tested on with these settings."""
@@ -196,7 +190,8 @@ class ShiftedData(LightningDataModule):
             self._splits, self._splits_key = self.split(), key
         if stage not in ("test", "predict"):
             return
-        key = repr((key, self.evaluate_on, *self.strength()))
+        strength = [getattr(self, name) for name in self.shift_settings]
+        key = repr((key, self.evaluate_on, *strength))
         if self._shifted_key != key:  # shifts of other settings make room
             self._shifted, self._shifted_key = {}, key
         for name in self.test_names[1:]:
@@ -257,9 +252,8 @@ class ShiftedData(LightningDataModule):
     ) -> DataLoader[Any]:
         """Return a loader whose order depends on the seed and the epoch it is built in.
 
-        Its samplers are the usual ones, so that a Trainer can distribute it; random views come with
-        draws, from a sampler that a Trainer wraps, as it does one that is given. Without a
-        generator of its own, each pass over it would draw from the global random state.
+        Its samplers are such that a Trainer can distribute them; random views come with draws.
+        Without a generator of its own, each pass would draw from the global random state.
         """
         generator = seeded(self.seed, "loader", self._epoch)
         if isinstance(source, Views) and sampler is None:
@@ -281,9 +275,7 @@ class ShiftedData(LightningDataModule):
 
 def check_integer(name: str, value: object, least: int, *, optional: bool = False) -> None:
     """Refuse what is not an integer of at least ``least`` (or None, where that is allowed)."""
-    if optional and value is None:
-        return
-    if type(value) is not int or value < least:
+    if not (optional and value is None) and (type(value) is not int or value < least):
         raise ValueError(
             f"Expected {name} to be an integer of at least {least}{' or None' * optional}, got "
             f"{value!r}. Set {name}={least} or more."
@@ -291,10 +283,7 @@ def check_integer(name: str, value: object, least: int, *, optional: bool = Fals
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Refuse what is none of the known words.
-
-    >>> check_choice("stream", "equal", ["equal", "unequal"])
-    """
+    """Refuse what is none of the known words."""
     if value not in known:
         raise ValueError(unknown(name, value, known))
 
@@ -310,18 +299,14 @@ def check_share(name: str, value: float) -> None:
 def check_deviation(name: str, value: float, unit: str) -> None:
     """Refuse a negative standard deviation."""
     if not value >= 0:
-        raise ValueError(
-            f"Expected {name} to be at least 0 {unit}, got {value!r}. Set {name}=0 for none."
-        )
+        raise ValueError(f"Expected {name} to be at least 0 {unit}, got {value!r}. Set {name}=0.")
 
 
 def check_equal(stream: Stream, why: str) -> None:
     """Refuse a stream of unequal classes on data that have none."""
     if stream != "equal":
-        raise ValueError(
-            f"Expected stream='equal', got {stream!r}: {why}. For the benchmark set "
-            "streams: [equal]."
-        )
+        message = f"Expected stream='equal', got {stream!r}: {why}. "
+        raise ValueError(message + "For the benchmark set streams: [equal].")
 
 
 def damaged(path: Path, what: str, error: Exception, remedy: str = _AGAIN) -> ValueError:

@@ -43,10 +43,9 @@ _Pixels = NDArray[np.uint8]
 class Corruption:
     """A common corruption at one severity, made by the package ``imagecorruptions-imaug``.
 
-    The levels are those of ImageNet-C; they are too strong for images as small as CIFAR's. The
-    package needs no ImageMagick, so motion blur and snow differ a little from the published
-    files, elastic transforms move less, and nothing is stored as JPEG in between: for numbers to
-    compare with published ones, use the published files.
+    The levels are those of ImageNet-C, too strong for images as small as CIFAR's. Motion blur, snow
+    and elastic transforms differ a little from the published files, and nothing is stored as JPEG
+    in between: for numbers to compare with published ones, use these files.
 
     Args:
         name: One of ``CORRUPTIONS`` or ``EXTRA_CORRUPTIONS``.
@@ -54,9 +53,6 @@ class Corruption:
 
     Raises:
         ValueError: The name or the severity is unknown.
-
-    Source: D. Hendrycks and T. Dietterich, "Benchmarking Neural Network Robustness to Common
-    Corruptions and Perturbations" (ICLR 2019).
 
     Example:
         >>> images = torch.full((1, 3, 32, 32), 0.2)
@@ -68,19 +64,15 @@ class Corruption:
     severity: int
 
     def __post_init__(self) -> None:
-        """Refuse an unknown name and a severity that is not an integer from 1 to 5."""
         known = CORRUPTIONS + EXTRA_CORRUPTIONS
         if self.name not in known:
             raise ValueError(unknown("corruption", self.name, known))
         check_severity(self.severity)
 
     def __call__(self, images: Tensor, generator: Generator | None = None) -> Tensor:
-        """Corrupt a batch of images, in 8 bits.
+        """Corrupt images ``(B, 3, H, W)`` in [0, 1], of at least 32 pixels a side.
 
-        Args:
-            images: ``(B, 3, H, W)``, floating point in [0, 1], at least 32 pixels a side.
-            generator: Seeds all randomness; NumPy's global state is put back. None stands for a
-                new generator with seed 0.
+        The generator seeds all randomness; None stands for a new one with seed 0.
 
         Returns:
             A new float32 tensor ``(B, 3, H, W)``, in multiples of 1/255.
@@ -94,17 +86,15 @@ class Corruption:
                 "Expected colour images (B, 3, H, W) of at least 32 pixels a side, got "
                 f"{tuple(images.shape)}. Use larger images, or the library's own shifts."
             )
-        corrupt = corrupting()
-        generator = generator or Generator().manual_seed(0)
+        corrupt, generator = corrupting(), generator or Generator().manual_seed(0)
         seeds = torch.randint(2**31, (len(images),), generator=generator).tolist()
         pixels = (images * 255).round().to(torch.uint8).movedim(1, -1).numpy()
-        settings = {"severity": self.severity, "corruption_name": self.name}
         before, changed = np.random.get_state(), []
         try:
             for image, seed in zip(pixels, seeds, strict=True):
                 np.random.seed(seed)
                 own = {"seed": seed} if self.name in _OWN_SEED else {}
-                changed.append(corrupt(image, **settings, **own))
+                changed.append(corrupt(image, self.severity, self.name, **own))
         finally:
             np.random.set_state(before)
         return torch.from_numpy(np.stack(changed)).movedim(-1, 1).contiguous().float() / 255
@@ -129,7 +119,7 @@ def mean_corruption_error(
     r"""Return the mean over corruptions of the error in per cent of the baseline's.
 
     :math:`mCE = 100 / |C| \sum_c (\sum_s E_{s,c}) / (\sum_s E^\mathrm{AlexNet}_{s,c})` with
-    corruptions :math:`c` and severities :math:`s`; smaller is better.
+    corruptions :math:`c` and severities :math:`s`.
 
     Args:
         errors: Of a network by corruption, each the mean over severities 1 to 5, in per cent.

@@ -10,7 +10,7 @@ import gzip
 import math
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,82 +34,50 @@ _CLASSES = 10
 _MAGIC = {3: 2051, 1: 2049}  # number of axes -> first four bytes, for unsigned bytes
 _RATIO = 1032  # of gzip, at most
 _PIXELS = 3 * 32 * 32
-_SAFE = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("_codecs", "encode"),
-}
-
-
-@dataclass(frozen=True)
-class Published:
-    """The files of a dataset of torchvision, which lie in the root or where it puts them.
-
-    Args:
-        dataset: Of torchvision, which downloads them.
-        folder: Where it puts them in the root.
-        names: Of the files.
-        called: How errors call them.
-        place: What errors tell to do.
-        idx: Whether they may be packed (``.gz``) and named ``.idx`` for ``-idx``.
-    """
-
-    dataset: Callable[..., Any]
-    folder: str
-    names: tuple[str, ...]
-    called: str
-    place: str
-    idx: bool = True
-
-    def find(self, root: str | Path) -> list[Path] | None:
-        """Return the files from the first folder that has all of them; None where none has."""
-        for folder in (Path(root), Path(root, self.folder)):
-            found = [file for name in self.names if (file := self._first(folder, name))]
-            if len(found) == len(self.names):
-                return found
-        return None
-
-    def fetch(self, root: str | Path, *, download: bool) -> None:
-        """Look for the files, and have them downloaded if that is allowed."""
-        if self.find(root) is None:
-            if not download:
-                raise self.missing(root, "download=False")
-            try:
-                self.dataset(Path(root), train=True, download=True)
-            except (OSError, RuntimeError) as error:
-                raise self.missing(root, f"the download failed: {error}") from error
-
-    def files(self, root: str | Path) -> list[Path]:
-        """Return the files; refuse that some are missing."""
-        found = self.find(root)
-        if found is None:
-            raise self.missing(root, "prepare_data() has not been called")
-        return found
-
-    def missing(self, root: str | Path, why: str) -> FileNotFoundError:
-        """Build the error that says which files to place where."""
-        return FileNotFoundError(
-            f"Expected the {self.called} {', '.join(self.names)} in {Path(root).resolve()} or in "
-            f"{Path(root, self.folder).resolve()}, got not all of them in either ({why}). "
-            f"{self.place} there, or set root to the folder that holds them."
-        )
-
-    def _first(self, folder: Path, name: str) -> Path | None:
-        """Return a file by one of its names: plain before packed, ``-idx`` before ``.idx``."""
-        ends, marks = (("", ".gz"), "-.") if self.idx else (("",), "-")
-        forms = [name.replace("-idx", f"{mark}idx") + end for end in ends for mark in marks]
-        return next((folder / form for form in forms if (folder / form).is_file()), None)
-
-
+_ARRAYS = [(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")]
+_SAFE = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), *_ARRAYS}
 _IDX = tuple(f"{p}-{k}-ubyte" for p in ("train", "t10k") for k in ("images-idx3", "labels-idx1"))
-_IN_IDX = "four files (plain, or with .gz)", "Place them"
-_MNIST = Published(MNIST, "MNIST/raw", _IDX, *_IN_IDX)
-_FASHION = Published(FashionMNIST, "FashionMNIST/raw", _IDX, *_IN_IDX)
 _BATCHES = tuple(name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list))
-_UNPACK = "Unpack cifar-10-python.tar.gz"
-_CIFAR = Published(CIFAR10, CIFAR10.base_folder, _BATCHES, "six files", _UNPACK, idx=False)
+
+
+def _published(dataset: Any, root: str | Path, *, download: bool | None = None) -> list[Path]:
+    """Return the files of a dataset of torchvision, in the root or where it puts them.
+
+    Where some are missing, torchvision downloads them if that is allowed.
+    """
+    folder, names = f"{dataset.__name__}/raw", _IDX
+    if dataset is CIFAR10:
+        folder, names = CIFAR10.base_folder, _BATCHES
+    folders = Path(root), Path(root, folder)
+    found, why = _found(folders, names), "prepare_data() has not been called"
+    if not found and download is not None:
+        why = "download=False"
+        if download:
+            try:
+                dataset(Path(root), train=True, download=True)
+            except (OSError, RuntimeError) as error:
+                why = f"the download failed: {error}"
+            found = _found(folders, names)
+    if not found:
+        raise FileNotFoundError(
+            f"Expected the {len(names)} files {', '.join(names)} in {folders[0].resolve()} or in "
+            f"{folders[1].resolve()}, got not all of them in either ({why}). Unpack them there "
+            "(IDX files may be .gz), or set root to the folder that holds them."
+        )
+    return found
+
+
+def _found(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
+    """Return all files from the first folder that has them: plain before packed ones."""
+    for folder in folders:
+        found: list[Path] = []
+        for name in names:
+            called = name, name.replace("-idx", ".idx")
+            forms = [folder / f"{form}{end}" for end in ("", ".gz") for form in called]
+            found += [form for form in forms if form.is_file()][:1]
+        if len(found) == len(names):
+            return found
+    return []
 
 
 @dataclass(eq=False)
@@ -155,8 +123,8 @@ class DigitsDataModule(ShiftedImages):
 class MNISTDataModule(ShiftedImages):
     """MNIST: 60,000 training and 10,000 test images ``(B, 1, 28, 28)`` of ten digits.
 
-    IDX files in ``root``, or in ``root/MNIST/raw`` where torchvision puts them, are used as they
-    are, plain or gzipped. Where there are none, torchvision downloads them into ``root``.
+    IDX files in ``root``, or in ``root/MNIST/raw`` where torchvision downloads what is missing, are
+    used as they are, plain or gzipped.
 
     Args:
         root: Folder of the data.
@@ -175,22 +143,22 @@ class MNISTDataModule(ShiftedImages):
     download: bool = True
 
     def prepare_data(self) -> None:
-        """Make sure that the four files are there: look first, then download if that is allowed."""
+        """Look for the files, and download them where that is needed and allowed."""
         self.check()
-        _MNIST.fetch(self.root, download=self.download)
+        _published(MNIST, self.root, download=self.download)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """Return all training and all test images; nothing is downloaded here."""
-        return _read_idx_files(_MNIST.files(self.root))
+        return _read_idx_files(_published(MNIST, self.root))
 
 
 @dataclass(eq=False)
 class FashionMNISTDataModule(ShiftedImages):
     """Fashion-MNIST: 60,000 training and 10,000 test images ``(B, 1, 28, 28)`` of ten garments.
 
-    Files and errors are as in :class:`MNISTDataModule`, with ``root/FashionMNIST/raw`` for
-    torchvision's folder. On Debian, the package ``dataset-fashion-mnist`` puts the files in
-    ``/usr/share/datasets/fashion-mnist``, which serves as ``root``.
+    Files and errors are as in :class:`MNISTDataModule`, with torchvision's folder
+    ``root/FashionMNIST/raw``. ``/usr/share/datasets/fashion-mnist``, where Debian's package
+    ``dataset-fashion-mnist`` puts the files, serves as ``root``.
 
     Args:
         root: Folder of the data.
@@ -205,13 +173,13 @@ class FashionMNISTDataModule(ShiftedImages):
     download: bool = True
 
     def prepare_data(self) -> None:
-        """Make sure that the four files are there: look first, then download if that is allowed."""
+        """Look for the files, and download them where that is needed and allowed."""
         self.check()
-        _FASHION.fetch(self.root, download=self.download)
+        _published(FashionMNIST, self.root, download=self.download)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """Return all training and all test images; nothing is downloaded here."""
-        return _read_idx_files(_FASHION.files(self.root))
+        return _read_idx_files(_published(FashionMNIST, self.root))
 
 
 @dataclass(eq=False)
@@ -219,13 +187,12 @@ class CIFAR10DataModule(ShiftedImages):
     """CIFAR-10: 50,000 training and 10,000 test images ``(B, 3, 32, 32)`` of ten classes.
 
     The six pickled batches of the "python version" are used as they are in ``root``, or in
-    ``root/cifar-10-batches-py`` where torchvision puts them. Where one is missing, torchvision
-    downloads them into ``root`` and compares their checksums.
+    ``root/cifar-10-batches-py`` where torchvision downloads what is missing.
 
-    The test images are shifted either by the published files of CIFAR-10-C, fifteen corruptions
+    The test images are shifted by the published files of CIFAR-10-C, fifteen corruptions
     (``CORRUPTIONS``) and four for choosing settings (``EXTRA_CORRUPTIONS``), or by the library's
-    own shifts. The published files hold test images alone; to choose settings without a look at
-    these, have ``evaluate_on="validation"`` and ``corruptions="own"``.
+    own shifts. The published files hold test images alone: to choose settings without these, set
+    ``evaluate_on="validation"`` and ``corruptions="own"``.
 
     Args:
         root: Folder of the data.
@@ -256,14 +223,14 @@ class CIFAR10DataModule(ShiftedImages):
     augment: bool = True
 
     def prepare_data(self) -> None:
-        """Make sure that the files are there: look first, then download if that is allowed."""
+        """Look for the files, and download those of CIFAR-10 where that is needed and allowed."""
         self.check()
         self._look_for_corrupted()
-        _CIFAR.fetch(self.root, download=self.download)
+        _published(CIFAR10, self.root, download=self.download)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """Return all training and all test images; nothing is downloaded here."""
-        files = _CIFAR.files(self.root)
+        files = _published(CIFAR10, self.root)
         self._look_for_corrupted()
         *batches, test = map(_read_batch, files)
         self._test_labels = test.labels
@@ -393,9 +360,8 @@ def _read_corrupted(folder: Path, name: str, severity: int, labels: Tensor) -> I
     wrong = int((torch.from_numpy(there[block].astype(np.int64)) != labels).sum())
     if wrong:
         raise ValueError(
-            f"Expected {file} to repeat the labels of the {count} test images of CIFAR-10 for each "
-            f"severity, got {wrong} others at severity {severity}. Put files there that belong "
-            "together."
+            f"Expected {file} to repeat the labels of the {count} test images of CIFAR-10, got "
+            f"{wrong} others at severity {severity}. Put files there that belong together."
         )
     file, shape = folder / f"{name}.npy", (count * len(SEVERITIES), 32, 32, 3)
     pixels = _mapped(file)
@@ -410,8 +376,7 @@ def _read_corrupted(folder: Path, name: str, severity: int, labels: Tensor) -> I
 def _mapped(path: Path) -> NDArray[Any]:
     """Map an ``.npy`` file into memory, copying a page only where somebody writes to it."""
     with reading(path, "a whole .npy file"):
-        array: Any = np.load(path, mmap_mode="c")
+        array: np.memmap[Any, Any] = np.load(path, mmap_mode="c")
         if array.offset + array.nbytes != path.stat().st_size:
             raise ValueError(f"its header says {array.offset + array.nbytes} bytes")
-    found: NDArray[Any] = array
-    return found
+    return array

@@ -11,19 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import transforms as tv
 from torchvision.datasets.folder import make_dataset
-from torchvision.transforms import (
-    CenterCrop,
-    Compose,
-    PILToTensor,
-    RandomHorizontalFlip,
-    RandomResizedCrop,
-    Resize,
-)
 
 from it3_lightning.data.base import check_integer
 from it3_lightning.data.corruptions import ALEXNET_ERRORS, corrupting
-from it3_lightning.data.images import ImageFiles, Images, ShiftedImages, as_float, read_rgb
+from it3_lightning.data.images import Decode, ImageFiles, Images, ShiftedImages, as_float, read_rgb
 from it3_lightning.data.sampling import Batch, Views
 from it3_lightning.utils.messages import not_installed, unknown
 
@@ -35,18 +28,16 @@ class ImageNetCDataModule(ShiftedImages):
     """ImageNet: 1,281,167 training and 50,000 test images ``(B, 3, S, S)`` of 1,000 classes.
 
     ``root`` holds ``train`` and ``val`` with a folder for each synset, as torchvision's
-    ``ImageFolder`` reads them; the published validation images are the test images here, and
-    validation images are taken from the training images. A class is the place of its synset among
-    all 1,000, whichever of them are there, so pretrained weights fit. Nothing is downloaded.
+    ``ImageFolder`` reads them; the published validation images are the test images here. A class is
+    the place of its synset among all 1,000, whichever of them are there, so pretrained weights fit.
+    Nothing is downloaded.
 
     Clean images are evaluated as usual: the shorter side resized to ``256 / 224 * S`` pixels, the
-    middle cut out. Corrupted images of the published files have that behind them and are 224
-    pixels large: as in the published evaluation they are taken whole (for another ``S``, resized),
-    and match the clean ones by synset and file name. Values stay in [0, 1]: normalise inside the
-    network (:class:`~it3_lightning.networks.TorchvisionNetwork` does). Shifts are the fifteen
-    corruptions (``CORRUPTIONS``), and ``EXTRA_CORRUPTIONS`` for choosing settings, or the
-    library's own. With ``severity="all"``, all fifteen corruptions and the published files, the
-    benchmark reports the mean corruption error.
+    middle cut out. Corrupted images of the published files have that behind them: as in the
+    published evaluation they are taken whole (for another ``S`` than 224, resized), and match the
+    clean ones by synset and file name. Values stay in [0, 1]: normalise inside the network
+    (:class:`~it3_lightning.networks.TorchvisionNetwork` does). With ``severity="all"``, all fifteen
+    ``CORRUPTIONS`` and the published files, the benchmark reports the mean corruption error.
 
     Args:
         root: Folder of the data.
@@ -148,8 +139,8 @@ class RandomCrops(Views):
 
     def __init__(self, source: ImageFiles, size: int) -> None:
         super().__init__(source)
-        steps = RandomResizedCrop(size), RandomHorizontalFlip(), PILToTensor()
-        self._view = Compose([read_rgb, *steps])
+        steps = tv.RandomResizedCrop(size), tv.RandomHorizontalFlip(), tv.PILToTensor()
+        self._view = tv.Compose([read_rgb, *steps])
 
     def views(self, rows: list[int], draws: list[int]) -> Batch:
         """Return a crop of each of these samples, and their labels."""
@@ -161,9 +152,11 @@ class RandomCrops(Views):
         return as_float(torch.stack(crops)), self.source.labels[torch.tensor(rows)]
 
 
-def _decoder(resize: int, size: int) -> Compose:
+def _decoder(resize: int, size: int) -> Decode:
     """Return what brings the shorter side to ``resize`` pixels and cuts the middle out."""
-    return Compose([read_rgb, Resize([resize]), CenterCrop([size]), PILToTensor()])
+    steps = read_rgb, tv.Resize([resize]), tv.CenterCrop([size]), tv.PILToTensor()
+    decode: Decode = tv.Compose(steps)
+    return decode
 
 
 @cache
@@ -201,11 +194,11 @@ def _listing(folder: Path) -> tuple[list[str], Tensor]:
     """Return the paths of the images in synset folders, sorted, and their classes ``(N,)``."""
     classes = {synset: synsets()[synset] for synset in _synset_folders(folder)}
     found = make_dataset(str(folder), classes, extensions=_ENDS, allow_empty=True)
-    empty = set(classes.values()) - {label for _, label in found}
+    labels = {label for _, label in found}
+    empty = [synset for synset, label in classes.items() if label not in labels]
     if empty:
-        synset = next(synset for synset, label in classes.items() if label in empty)
         raise ValueError(
-            f"Expected images ({', '.join(_ENDS)}) in {folder / synset}, got none. Unpack the "
+            f"Expected images ({', '.join(_ENDS)}) in {folder / empty[0]}, got none. Unpack the "
             "synset's archive there, or remove the folder."
         )
     names = [str(Path(file).relative_to(folder)) for file, _ in found]

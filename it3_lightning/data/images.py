@@ -30,11 +30,7 @@ _CHUNK = 1000  # images shifted at once: part of what a seed means, so it is no 
 
 
 class Images(Samples):
-    """Images, float32 ``(B, C, H, W)`` in [0, 1] in a batch, and what is to be predicted of each.
-
-    Attributes:
-        labels: ``(N,)`` int64 classes, or ``(N, K)`` float32 values.
-    """
+    """Images, float32 ``(B, C, H, W)`` in [0, 1] in a batch, and a class or values of each."""
 
     labels: Tensor
 
@@ -98,8 +94,7 @@ class ImageSet(Images):
 class ImageFiles(Images):
     """Image files and their labels, decoded and shifted only when they are read.
 
-    What a shift draws for an image depends on the seed, the shift and the file's name alone: not on
-    the other images, their order, the batch, or the worker that reads it.
+    What a shift draws for an image depends on the seed, the shift and the file's name alone.
 
     Args:
         folder: Where the files are.
@@ -110,8 +105,7 @@ class ImageFiles(Images):
         seed: Of the shift.
 
     Raises:
-        ValueError: The labels are not as many, or of another kind; when a file is read, it is
-            damaged.
+        ValueError: The labels do not fit; when a file is read, it is damaged.
     """
 
     def __init__(
@@ -325,9 +319,7 @@ class ShiftedImages(ShiftedData):
 
     def load(self) -> tuple[Images, Images]:
         """Return all training images and all test images; a subclass implements this."""
-        raise undefined(
-            self, "load(self) -> tuple[Images, Images]", "Return training, test images."
-        )
+        raise undefined(self, "load(self) -> tuple[Images, Images]", "Return training and test.")
 
     def published(self, name: str, severity: int) -> Images | None:
         """Return all test images under a shift where they are not made but lie in files."""
@@ -351,11 +343,7 @@ class ShiftedImages(ShiftedData):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes: one more than the largest label to train on.
-
-        Raises:
-            ValueError: The labels are values, not classes.
-        """
+        """Number of classes: one more than the largest label to train on; values are refused."""
         self.setup("fit")
         labels = self._splits["train"].labels
         if labels.is_floating_point():
@@ -373,8 +361,7 @@ class ShiftedImages(ShiftedData):
             others = " or ".join(repr(source) for source in self.SOURCES if source != "files")
             raise ValueError(
                 'Expected evaluate_on="test" with corruptions="files", got "validation": the '
-                "published files hold test images alone. To choose settings without these, set "
-                f"corruptions={others}."
+                f"published files hold test images alone. Choose settings by corruptions={others}."
             )
         super().check()
 

@@ -25,6 +25,7 @@ ROADTRACER_TEST_REGIONS = (
     *("paris", "pittsburgh", "saltlakecity", "san diego", "tokyo", "toronto", "vancouver"),
 )
 """The 15 cities that RoadTracer tests on (``lib/roadcnn/dataset.py`` of its repository)."""
+_PARTS = ("train", "validation", "test")
 _SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 
 
@@ -77,22 +78,20 @@ class Tiles(MaskedSet):
 
     def _decoded(self, number: int) -> tuple[Tensor, Tensor]:
         """Return a whole image and its mask; the file used longest ago makes room."""
-        decoded = self._kept.pop(number, None)
-        if decoded is None:
+        if number not in self._kept:
             pair = self.pairs[number]
-            decoded = pil_to_tensor(read_rgb(pair.image)), _mask(pair.mask)
             while len(self._kept) >= FILES_AT_ONCE:
                 del self._kept[next(iter(self._kept))]
-        self._kept[number] = decoded
-        return decoded
+            self._kept[number] = pil_to_tensor(read_rgb(pair.image)), _mask(pair.mask)
+        self._kept[number] = self._kept.pop(number)  # the newest
+        return self._kept[number]
 
 
 @dataclass(eq=False)
 class RoadsDataModule(ShiftedMasks):
     """Tiles of aerial images and of the masks of their roads, clean and shifted, read as needed.
 
-    Sizes count tiles. Images are parted into training, validation and test images before they are
-    cut, so no two parts share an image.
+    Sizes count tiles. Images are parted before they are cut, so no two parts share an image.
 
     Args:
         root: Folder of the data.
@@ -102,8 +101,7 @@ class RoadsDataModule(ShiftedMasks):
             ``"roadtracer"``: ``imagery/{city}_{x}_{y}_sat.png`` and
             ``masks/{city}_{x}_{y}_osm.png`` (RoadTracer, Bastani et al. 2018);
             ``"pairs"``: ``images/*`` and ``masks/*`` with the same stems, parted by the seed.
-        tile: Height and width of a tile, in pixels. Images are cut from the top left; what does not
-            fill a tile at the right and below is not used.
+        tile: Height and width of a tile, in pixels; tiles are cut from the top left.
         val_share: Share of the files to validate on, where the layout does not say which.
         test_share: Share of the files to test on, for ``"pairs"``.
         test_regions: Cities to test on, for ``"roadtracer"``; default: those of its authors.
@@ -146,11 +144,9 @@ class RoadsDataModule(ShiftedMasks):
         """Return the files of each part, as the layout has them."""
         root = Path(self.root)
         if self.layout == "massachusetts":
-            folders = {"train": "train", "validation": "valid", "test": "test"}
-            return {
-                part: list(_matched(root / name / "sat", root / name / "map").values())
-                for part, name in folders.items()
-            }
+            folders = {part: root / part.replace("validation", "valid") for part in _PARTS}
+            found = {part: _matched(f / "sat", f / "map") for part, f in folders.items()}
+            return {part: list(pairs.values()) for part, pairs in found.items()}
         if self.layout == "roadtracer":
             return self._roadtracer(root)
         pairs = list(_matched(root / "images", root / "masks").values())
@@ -162,14 +158,16 @@ class RoadsDataModule(ShiftedMasks):
         divided = (root / "imagery").is_dir() or (root / "masks").is_dir()
         images, masks = (root / "imagery", root / "masks") if divided else (root, root)
         pairs = _matched(images, masks, "_sat", "_osm")
-        cities = {name: name.rsplit("_", 2)[0] for name in pairs}  # of {city}_{x}_{y}
-        test = [pair for name, pair in pairs.items() if cities[name] in self.test_regions]
-        others = [pair for name, pair in pairs.items() if cities[name] not in self.test_regions]
+        cities = [name.rsplit("_", 2)[0] for name in pairs]  # of {city}_{x}_{y}
+        parted: tuple[list[Pair], list[Pair]] = [], []
+        for city, pair in zip(cities, pairs.values(), strict=True):
+            parted[city in self.test_regions].append(pair)
+        others, test = parted
         if not test or not others:
             wanted = ", ".join(sorted(set(self.test_regions)))
             raise ValueError(
                 f"Expected images of cities to test on ({wanted}) and of others in {images}, got "
-                f"{', '.join(sorted(set(cities.values())))}. Set test_regions to some of these."
+                f"{', '.join(sorted(set(cities)))}. Set test_regions to some of these."
             )
         return {"test": test, **_drawn(others, {"validation": self.val_share}, self.seed, images)}
 
@@ -193,15 +191,12 @@ def _drawn(pairs: list[Pair], shares: dict[str, float], seed: int, place: Path) 
 def _matched(images: Path, masks: Path, image_end: str = "", mask_end: str = "") -> dict[str, Pair]:
     """Return the pairs of two folders by the names they share, in the order of the names."""
     of_images, of_masks = _named(images, image_end), _named(masks, mask_end)
-    alone = [
-        *(of_images[name] for name in sorted(of_images.keys() - of_masks.keys())),
-        *(of_masks[name] for name in sorted(of_masks.keys() - of_images.keys())),
-    ]
+    alone = [of_images.get(n) or of_masks[n] for n in sorted(of_images.keys() ^ of_masks.keys())]
     if alone:
         raise ValueError(
             f"Expected a mask in {masks} for each image in {images} and the other way round, got "
-            f"{len(alone)} without: {', '.join(str(path) for path in alone[:3])}"
-            f"{', ...' * (len(alone) > 3)}. Add what is missing, or remove these."
+            f"{len(alone)} without: {', '.join(map(str, alone[:3]))}{', ...' * (len(alone) > 3)}. "
+            "Add what is missing, or remove these."
         )
     return {name: Pair(of_images[name], of_masks[name]) for name in sorted(of_images)}
 
@@ -219,8 +214,7 @@ def _named(folder: Path, end: str) -> dict[str, Path]:
     if len(named) < len(files):
         twice = next(path for path in files if path not in named.values())
         raise ValueError(
-            f"Expected each name once in {folder}, got {twice.stem} with several endings. Remove "
-            "all but one of them."
+            f"Expected each name once in {folder}, got several {twice.stem}. Keep one."
         )
     if not named:
         raise FileNotFoundError(
@@ -252,7 +246,7 @@ def _mask(path: Path) -> Tensor:
     """Return a mask, bool ``(1, H, W)``; its file holds one of two values and nothing else."""
     pixels = np.asarray(read_image(path, "RGBA"))
     grey = pixels[..., 0] if pixels.ndim == 3 else pixels
-    plain = pixels.ndim == 2 or np.array_equal(pixels, Image.fromarray(grey).convert("RGBA"))
+    plain = pixels.ndim == 2 or bool((pixels == Image.fromarray(grey).convert("RGBA")).all())
     high = grey.max()
     if not (plain and high in (0, 1, 255) and ((grey == 0) | (grey == high)).all()):
         found = np.unique(grey)

@@ -60,7 +60,7 @@ class MaskedImages(MaskedSet):
         masks: ``(N, 1, H, W)``, bool.
 
     Raises:
-        ValueError: A shape or dtype is another.
+        ValueError: A shape, dtype or range is another.
     """
 
     images: Tensor
@@ -89,10 +89,9 @@ class MaskedImages(MaskedSet):
 
 @dataclass(eq=False)
 class Shifted(Samples):
-    """The same samples under a shift, which is computed anew each time one is asked for.
+    """The same samples under a shift, which is computed as they are asked for; masks stay.
 
-    The seed, the shift and the position of a sample in the source fix every draw, so a sample is
-    bitwise the same in any batch and in any process. Masks stay as they are.
+    The seed, the shift and the position of a sample in the source fix every draw.
     """
 
     source: MaskedSet
@@ -104,19 +103,13 @@ class Shifted(Samples):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         images, masks = self.source.__getitems__(indices)
-        kind = self.shift.name, self.shift.severity
-        shifted = [
-            self.shift(image[None], seeded(self.seed, *kind, index))
-            for image, index in zip(images, indices, strict=True)
-        ]
-        return torch.cat(shifted), masks
+        kind = self.seed, self.shift.name, self.shift.severity
+        pairs = zip(images, indices, strict=True)
+        return torch.cat([self.shift(x[None], seeded(*kind, index)) for x, index in pairs]), masks
 
 
 class Turned(Views):
-    """Square samples in one of their eight orientations, which the draw says.
-
-    An aerial image has no up.
-    """
+    """Square samples in one of their eight orientations: an aerial image has no up."""
 
     def views(self, rows: list[int], draws: list[int]) -> Batch:
         """Return images and masks rotated by ``draw % 4`` quarters, and mirrored from 4 on."""
@@ -128,32 +121,30 @@ class Turned(Views):
         return turned[0], turned[1]
 
 
+@dataclass(eq=False)
 class TileOrder(Sampler[int]):
     """Goes through all tiles once: through the files in random order, a few of them at a time.
 
-    The tiles of these few are mixed, so each file is read once in an epoch and no more of them are
-    kept than that. Each comes as ``index + count * draw``, the draw below ``turns``.
+    The tiles of these few are mixed, so each file is read once in an epoch. Each tile comes as
+    ``index + count * draw``, the draw below ``turns``.
     """
 
-    def __init__(
-        self, files: Tensor, *, generator: Generator, at_once: int, turns: int = 1
-    ) -> None:
-        self._files = torch.unique(files, return_inverse=True)[1]
-        self._generator = generator
-        self._at_once = at_once
-        self._turns = turns
+    files: Tensor
+    _: KW_ONLY
+    generator: Generator
+    at_once: int
+    turns: int = 1
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def __iter__(self) -> Iterator[int]:
-        count = int(self._files.max()) + 1 if len(self) else 0
-        place = torch.randperm(count, generator=self._generator)
-        group = place[self._files] // self._at_once
-        mixed = torch.randperm(len(self), generator=self._generator)
-        order = mixed[group[mixed].argsort(stable=True)]
-        turns = torch.randint(self._turns, order.shape, generator=self._generator)
-        yield from (order + len(self) * turns).tolist()
+        numbers, files = torch.unique(self.files, return_inverse=True)
+        place = torch.randperm(len(numbers), generator=self.generator)
+        mixed = torch.randperm(len(files), generator=self.generator)
+        order = mixed[(place[files] // self.at_once)[mixed].argsort(stable=True)]
+        turns = torch.randint(self.turns, order.shape, generator=self.generator)
+        yield from (order + len(files) * turns).tolist()
 
 
 @dataclass(eq=False)
@@ -163,9 +154,7 @@ class ShiftedMasks(ShiftedData):
     A subclass says in :meth:`load` where they come from. Each batch is ``(images, masks)``: float32
     ``(B, 3, T, T)`` in [0, 1] and float32 ``(B, 1, T, T)`` of 0 and 1. Shifts are those that move
     no pixels, ``ROAD_SHIFTS`` and ``ROAD_TUNING_SHIFTS`` among them; the lengths of their blurs are
-    pixels, whatever ``T`` is. They change the images alone and are computed as images are asked
-    for; the seed, the shift and the position of a sample fix them. There are no classes, so
-    ``stream`` must be ``"equal"``.
+    pixels, whatever ``T`` is. There are no classes, so ``stream`` must be ``"equal"``.
 
     Args:
         augment: Whether training shows each image in one of its eight orientations, at random.
@@ -182,22 +171,14 @@ class ShiftedMasks(ShiftedData):
 
     def load(self) -> dict[str, MaskedSet]:
         """Return all samples: ``"train"``, ``"validation"`` and ``"test"``."""
-        raise undefined(
-            self,
-            "load(self) -> dict[str, MaskedSet]",
-            'Return the samples by "train", "validation" and "test", e.g. as MaskedImages.',
-        )
+        raise undefined(self, "load(self) -> dict[str, MaskedSet]", "Return the samples by use.")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images, in an order that is new in every epoch."""
         self.setup("fit")
         train = self._splits["train"]
-        order = TileOrder(
-            train.files,
-            generator=seeded(self.seed, "order", self._epoch),
-            at_once=FILES_AT_ONCE,
-            turns=TURNS if self.augment else 1,
-        )
+        generator, turns = seeded(self.seed, "order", self._epoch), TURNS if self.augment else 1
+        order = TileOrder(train.files, generator=generator, at_once=FILES_AT_ONCE, turns=turns)
         source = Turned(train) if self.augment else train
         return self._loader(source, self.batch_size, sampler=order)
 
@@ -219,10 +200,7 @@ class ShiftedMasks(ShiftedData):
         """Return as many samples of each part as the sizes say."""
         parts = self.load()
         names = {"train": "train_size", "validation": "val_size", "test": "test_size"}
-        return {
-            part: chosen(parts[part], getattr(self, name), self.seed, name)
-            for part, name in names.items()
-        }
+        return {p: chosen(parts[p], getattr(self, n), self.seed, n) for p, n in names.items()}
 
     def shifted(self, name: str) -> Shifted:
         """Return the held-out images under a shift, to be computed as they are asked for."""
@@ -254,15 +232,7 @@ class RoadScenes:
             raise ValueError(f"Expected scenes of at least 16 pixels, got {self.size}.")
 
     def __call__(self, scenes: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Draw scenes.
-
-        Args:
-            scenes: How many, ``B``.
-            generator: Of all draws; the global random state is never touched.
-
-        Returns:
-            Images ``(B, 3, S, S)``, uint8, and masks ``(B, 1, S, S)``, bool.
-        """
+        """Draw ``B`` scenes: images ``(B, 3, S, S)``, uint8, and masks ``(B, 1, S, S)``, bool."""
         image = self._ground(scenes, generator)
         mask = torch.zeros(scenes, 1, self.size, self.size, dtype=torch.bool)
         for chance in (1.0, 0.5):
@@ -315,8 +285,7 @@ def _colors(colors: Any, shape: tuple[int, ...], generator: Generator) -> Tensor
 class RoadScenesDataModule(ShiftedMasks):
     """Drawn scenes, clean and shifted, kept in memory: a stand-in where there are no photographs.
 
-    Results on it say nothing about photographs. Scenes of another part or seed are others; a
-    smaller size has the first ones of a larger.
+    Results on it say nothing about photographs. Fewer scenes are the first ones of more.
 
     Args:
         root: Folder of the files that ``examples/datasets/draw_road_scenes.py`` wrote; None for
@@ -357,10 +326,8 @@ class RoadScenesDataModule(ShiftedMasks):
     def _read(self, file: Path, counts: dict[str, int]) -> dict[str, MaskedSet]:
         """Return the first scenes of each part in a file; refuse one that is damaged or short."""
         sizes = " ".join(f"--{part} {count}" for part, count in counts.items())
-        script = (
-            f"Run: python examples/datasets/draw_road_scenes.py --root {self.root} --size "
-            f"{self.size} --seeds {self.seed} {sizes}"
-        )
+        options = f"--root {self.root} --size {self.size} --seeds {self.seed} {sizes}"
+        script = f"Run: python examples/datasets/draw_road_scenes.py {options}"
         if not file.is_file():
             raise FileNotFoundError(
                 f"Expected drawn scenes in {file.resolve()}, got no such file. {script}, or leave "
@@ -368,19 +335,19 @@ class RoadScenesDataModule(ShiftedMasks):
             )
         names = [f"{part}_{kind}" for part in counts for kind in ("images", "masks")]
         arrays, _ = read_npz(file, names, f"Delete it. {script}")
-        pairs = dict(zip(counts, zip(arrays[::2], arrays[1::2], strict=True), strict=True))
-        for part, (images, masks) in pairs.items():
-            place, count = (self.size, self.size), counts[part]
-            fits = images.shape[1:] == (3, *place) and masks.shape[1:] == (1, *place)
-            kinds = images.dtype, masks.dtype
-            enough = count <= len(images) == len(masks)
-            if not (fits and enough and kinds == (torch.uint8, torch.bool)):
+        found: dict[str, MaskedSet] = {}
+        pairs = zip(arrays[::2], arrays[1::2], strict=True)
+        for (part, count), pair in zip(counts.items(), pairs, strict=True):
+            shapes = [(count, channels, self.size, self.size) for channels in (3, 1)]
+            fits = [tuple(x[:count].shape) for x in pair] == shapes and len(pair[0]) == len(pair[1])
+            if not fits or [x.dtype for x in pair] != [torch.uint8, torch.bool]:
+                got = " and ".join(f"{tuple(x.shape)} of {x.dtype}" for x in pair)
                 raise ValueError(
                     f"Expected at least {count} scenes of {self.size} pixels for {part} in {file}, "
-                    f"uint8 with bool masks, got {tuple(images.shape)} and {tuple(masks.shape)} of "
-                    f"{kinds[0]} and {kinds[1]}. Delete it. {script}"
+                    f"uint8 with bool masks, got {got}. Delete it. {script}"
                 )
-        return {part: MaskedImages(*(x[: counts[part]] for x in pairs[part])) for part in counts}
+            found[part] = MaskedImages(*(x[:count] for x in pair))
+        return found
 
 
 def drawn(draw: Any, count: int, seed: int, part: str) -> MaskedImages:

@@ -35,14 +35,12 @@ S = TypeVar("S", bound=Selectable)
 def seeded(*parts: object) -> Generator:
     """Return a CPU generator whose state depends on the text of ``parts`` alone.
 
-    The seed is a hash that is the same in every process and on every machine (Python's own
-    ``hash`` of a string is not).
+    The seed is a hash that is the same in every process and on every machine.
 
     >>> seeded(0, "fog", 3).initial_seed()
     276838438
     """
-    text = "|".join(str(part) for part in parts)
-    digest = hashlib.sha256(text.encode()).digest()
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
@@ -59,9 +57,7 @@ def subset(count: int, size: int, seed: int, purpose: str) -> tuple[Tensor, Tens
 
 def chosen(samples: S, size: int | None, seed: int, purpose: str) -> S:
     """Return ``size`` of the samples, chosen by seed and purpose; None for all."""
-    if size is None:
-        return samples
-    return samples.select(subset(len(samples), size, seed, purpose)[0])
+    return samples if size is None else held_out(samples, size, seed, purpose)[0]
 
 
 def held_out(samples: S, size: int, seed: int, purpose: str) -> tuple[S, S]:
@@ -73,9 +69,8 @@ def held_out(samples: S, size: int, seed: int, purpose: str) -> tuple[S, S]:
 def unequal_stream(labels: Tensor, seed: int, *, frequent: int = 3, ratio: int = 10) -> Tensor:
     """Choose samples so that a few classes are ``ratio`` times as frequent as the others.
 
-    The seed picks the frequent classes; all of their samples stay, and of each other class every
-    ``ratio``-th, beginning with its first. The order is shuffled with the seed. On a set of equal
-    classes the frequencies are thus ``ratio : 1``.
+    All samples of the frequent classes stay, and of each other class every ``ratio``-th, beginning
+    with its first; the order is shuffled.
 
     Args:
         labels: ``(N,)`` integer classes.
@@ -102,10 +97,9 @@ def unequal_stream(labels: Tensor, seed: int, *, frequent: int = 3, ratio: int =
         )
     generator = seeded(seed, "unequal stream")
     picked = torch.randperm(len(classes), generator=generator)[:frequent].tolist()
-    whole = {classes[index] for index in picked}
-    chosen = torch.cat(
-        [(labels == label).nonzero()[:, 0][:: 1 if label in whole else ratio] for label in classes]
-    )
+    steps = [1 if place in picked else ratio for place in range(len(classes))]
+    rows = ((labels == label).nonzero()[:, 0] for label in classes)
+    chosen = torch.cat([found[::step] for found, step in zip(rows, steps, strict=True)])
     return chosen[torch.randperm(len(chosen), generator=generator)]
 
 
@@ -170,8 +164,7 @@ class Views(Samples):
     """Random views of samples that depend on the seed alone, whatever worker makes them.
 
     A sampler, :class:`DrawSampler` if no other is given, draws a number for each sample of each
-    epoch in the main process and hands it over inside the sample's index; all in a view is a
-    function of it. A plain index stands for draw 0.
+    epoch in the main process and hands it over inside the sample's index; 0 in a plain one.
     """
 
     source: Any

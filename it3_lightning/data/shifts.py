@@ -1,9 +1,8 @@
 """Registry of image shifts: each kind by name, with its level at five severities.
 
-A shift function takes images ``(B, C, H, W)``, float32 in [0, 1], a ``level`` in the unit its
-docstring names, and the generator of all its randomness. It returns a tensor of the same shape that
-may leave [0, 1]; :class:`Shift` clamps it. Lengths are in pixels of a 28-pixel image and grow with
-the image.
+A shift function takes images ``(B, C, H, W)``, float32 in [0, 1], a ``level`` in the unit that is
+told beside it, and the generator of all its randomness; :class:`Shift` clamps what it returns.
+Lengths are in pixels of a 28-pixel image and grow with the image.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,15 +30,12 @@ Kinds = Mapping[str, tuple[Callable[..., Any], tuple[float, float, float, float,
 def parted(name: str) -> tuple[str, int | None]:
     """Return shift and severity of a test's name; None for one that tells no severity.
 
-    Levels of a range are other samples, and shifts of their own.
-
     >>> [parted(name) for name in ("fog/3", "shape_2", "clean")]
     [('fog', 3), ('shape_2', None), ('clean', None)]
     """
     shift, _, severity = name.rpartition("/")
-    if not shift or severity not in map(str, SEVERITIES):
-        return name, None
-    return shift, int(severity)
+    known = bool(shift) and severity in map(str, SEVERITIES)
+    return (shift, int(severity)) if known else (name, None)
 
 
 def check_severity(severity: object) -> None:
@@ -60,7 +57,6 @@ class KindOfShift:
     severity: int = 3
 
     def __post_init__(self) -> None:
-        """Refuse an unknown name and a severity that is not an integer from 1 to 5."""
         if self.name not in self.KINDS:
             raise ValueError(unknown("shift", self.name, self.KINDS))
         check_severity(self.severity)
@@ -77,25 +73,18 @@ def _uniform(images: Tensor, shape: tuple[int, ...], generator: Generator) -> Te
 
 
 def _normal(images: Tensor, generator: Generator) -> Tensor:
-    """Draw one standard normal number per pixel."""
-    draw = torch.randn(images.shape, generator=generator, device=generator.device)
-    return draw.to(images.device)
+    """Draw one standard normal number per pixel, likewise."""
+    return torch.randn(images.shape, generator=generator, device=generator.device).to(images.device)
 
 
 def _either(first: Tensor, second: Tensor, generator: Generator) -> Tensor:
     """Take each image from one of two batches, by a fair coin per image."""
-    coin = _uniform(first, (first.shape[0], 1, 1, 1), generator)
-    return torch.where(coin < 0.5, first, second)
+    return torch.where(_uniform(first, (len(first), 1, 1, 1), generator) < 0.5, first, second)
 
 
 def _pixels(images: Tensor, length: float) -> float:
     """Scale a length from a 28-pixel image to this one; below 14 pixels the factor stays 1/2."""
     return length * max(min(images.shape[-2:]) / 28, 0.5)
-
-
-def gaussian_noise(images: Tensor, level: float, generator: Generator) -> Tensor:
-    """Add normal noise; ``level`` is its standard deviation."""
-    return images + level * _normal(images, generator)
 
 
 def shot_noise(images: Tensor, level: float, generator: Generator) -> Tensor:
@@ -126,16 +115,8 @@ def contrast(images: Tensor, level: float, _: Generator) -> Tensor:
     return mean + (1 - level) * (images - mean)
 
 
-def brightness(images: Tensor, level: float, _: Generator) -> Tensor:
-    """Add ``level`` to every value."""
-    return images + level
-
-
 def pixelation(images: Tensor, level: float, _: Generator) -> Tensor:
-    """Show the image in ``level`` times fewer pixels a side.
-
-    Below 28 pixels the excess over 1 shrinks with the image, at most to a half of itself.
-    """
+    """Show the image in ``level`` times fewer pixels a side, and in more below 28 pixels."""
     block = 1 + (level - 1) * min(_pixels(images, 1.0), 1.0)
     rows, columns = (_mosaic(size, max(1, round(size / block))) for size in images.shape[-2:])
     return rows.to(images.device) @ images @ columns.to(images.device).T
@@ -164,16 +145,6 @@ def fog(images: Tensor, level: float, generator: Generator) -> Tensor:
     return images + opacity * (1 - images)
 
 
-def speckle_noise(images: Tensor, level: float, generator: Generator) -> Tensor:
-    """Add normal noise in proportion to the value; ``level`` is its deviation at white."""
-    return images + level * images * _normal(images, generator)
-
-
-def uniform_noise(images: Tensor, level: float, generator: Generator) -> Tensor:
-    """Add noise that is uniform between ``-level`` and ``level``."""
-    return images + level * (2 * _uniform(images, tuple(images.shape), generator) - 1)
-
-
 def motion_blur(images: Tensor, level: float, generator: Generator) -> Tensor:
     """Smear each image along a random direction, over ``level`` pixels of a 28-pixel image."""
     height, width = images.shape[-2:]
@@ -190,24 +161,10 @@ def motion_blur(images: Tensor, level: float, generator: Generator) -> Tensor:
     return smeared / len(taps)
 
 
-def posterize(images: Tensor, level: float, _: Generator) -> Tensor:
-    """Drop the lowest ``level`` of 8 bits."""
-    coarse: Tensor = tv.posterize(images, 8 - round(level))
-    return coarse
-
-
-def gamma(images: Tensor, level: float, _: Generator) -> Tensor:
-    """Raise every value to the power ``level``, which darkens the mid-tones."""
-    return images**level
-
-
 def shear(images: Tensor, level: float, generator: Generator) -> Tensor:
     """Slant each image by ``level`` degrees, left or right by chance."""
-    left, right = (
-        tv.affine(images, 0.0, [0, 0], 1.0, [sign * level, 0.0], interpolation=BILINEAR)
-        for sign in (1, -1)
-    )
-    return _either(left, right, generator)
+    how: Any = partial(tv.affine, images, 0.0, [0, 0], 1.0, interpolation=BILINEAR)
+    return _either(how(shear=[level, 0.0]), how(shear=[-level, 0.0]), generator)
 
 
 def occlusion(images: Tensor, level: float, generator: Generator) -> Tensor:
@@ -215,31 +172,40 @@ def occlusion(images: Tensor, level: float, generator: Generator) -> Tensor:
     height, width = images.shape[-2:]
     side = max(1, round(level * min(height, width)))
     corner = _uniform(images, (images.shape[0], 2), generator)
-    top = (corner[:, 0] * (height - side + 1)).floor().view(-1, 1, 1, 1)
-    left = (corner[:, 1] * (width - side + 1)).floor().view(-1, 1, 1, 1)
-    row = torch.arange(height, device=images.device).view(1, 1, -1, 1)
-    column = torch.arange(width, device=images.device).view(1, 1, 1, -1)
-    inside = (row >= top) & (row < top + side) & (column >= left) & (column < left + side)
+    inside = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=images.device)
+    for axis, (size, shape) in enumerate(((height, (1, 1, -1, 1)), (width, (1, 1, 1, -1)))):
+        start = (corner[:, axis] * (size - side + 1)).floor().view(-1, 1, 1, 1)
+        place = torch.arange(size, device=images.device).view(shape)
+        inside = inside & (place >= start) & (place < start + side)
     return torch.where(inside, 0.5, images)
 
 
 _EVALUATION: Kinds = {
-    "gaussian_noise": (gaussian_noise, (0.05, 0.1, 0.15, 0.25, 0.4)),
+    # the standard deviation of normal noise
+    "gaussian_noise": (lambda x, level, g: x + level * _normal(x, g), (0.05, 0.1, 0.15, 0.25, 0.4)),
     "shot_noise": (shot_noise, (0.05, 0.12, 0.25, 0.5, 1.0)),
     "impulse_noise": (impulse_noise, (0.02, 0.04, 0.07, 0.12, 0.25)),
     "blur": (blur, (0.6, 0.9, 1.25, 1.75, 2.5)),
     "contrast": (contrast, (0.2, 0.3, 0.4, 0.6, 0.8)),
-    "brightness": (brightness, (0.05, 0.08, 0.12, 0.2, 0.35)),
+    # added to every value
+    "brightness": (lambda x, level, _: x + level, (0.05, 0.08, 0.12, 0.2, 0.35)),
     "pixelation": (pixelation, (1.4, 1.8, 2.4, 3.2, 4.7)),
     "rotation": (rotation, (10.0, 20.0, 30.0, 45.0, 60.0)),
     "fog": (fog, (0.1, 0.17, 0.25, 0.4, 0.6)),
 }
 _TUNING: Kinds = {
-    "speckle_noise": (speckle_noise, (0.2, 0.4, 0.6, 0.9, 1.2)),
-    "uniform_noise": (uniform_noise, (0.1, 0.2, 0.3, 0.45, 0.7)),
+    # the standard deviation of normal noise at white, in proportion to the value
+    "speckle_noise": (lambda x, level, g: x + level * x * _normal(x, g), (0.2, 0.4, 0.6, 0.9, 1.2)),
+    # the reach of uniform noise to both sides
+    "uniform_noise": (
+        lambda x, level, g: x + level * (2 * _uniform(x, tuple(x.shape), g) - 1),
+        (0.1, 0.2, 0.3, 0.45, 0.7),
+    ),
     "motion_blur": (motion_blur, (3.0, 5.0, 7.0, 10.0, 13.0)),
-    "posterize": (posterize, (3.0, 4.0, 5.0, 6.0, 7.0)),
-    "gamma": (gamma, (1.5, 2.0, 3.0, 4.5, 6.0)),
+    # how many of 8 bits are dropped
+    "posterize": (lambda x, level, _: tv.posterize(x, 8 - round(level)), (3.0, 4.0, 5.0, 6.0, 7.0)),
+    # the power of every value, which darkens the mid-tones
+    "gamma": (lambda x, level, _: x**level, (1.5, 2.0, 3.0, 4.5, 6.0)),
     "shear": (shear, (10.0, 20.0, 30.0, 40.0, 50.0)),
     "occlusion": (occlusion, (0.25, 0.375, 0.5, 0.625, 0.75)),
 }
@@ -255,8 +221,7 @@ class Shift(KindOfShift):
     """One kind of image shift at one severity, a pure function of the images and a generator.
 
     The kinds follow Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common
-    Corruptions and Perturbations" (ICLR 2019); the levels are set for 28-pixel images, and the
-    lengths in them grow with the image, unless ``pixel`` says otherwise.
+    Corruptions and Perturbations" (ICLR 2019); the levels are set for 28-pixel images.
 
     Args:
         name: One of ``SHIFTS`` or ``TUNING_SHIFTS``.
@@ -266,8 +231,7 @@ class Shift(KindOfShift):
             None: lengths grow with the image.
 
     Raises:
-        ValueError: The name is unknown, the severity is not one of 1, 2, 3, 4, 5, or ``pixel`` is
-            not positive.
+        ValueError: A setting is unknown or out of its range.
 
     Example:
         >>> images = torch.full((1, 1, 2, 2), 0.5)
@@ -280,7 +244,6 @@ class Shift(KindOfShift):
     pixel: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown name, a severity that is not an integer from 1 to 5, a bad pixel."""
         super().__post_init__()
         if self.pixel is not None and self.pixel <= 0:
             raise ValueError(f"Expected pixel > 0 or None, got {self.pixel}.")
@@ -290,9 +253,9 @@ class Shift(KindOfShift):
         """Shift a batch of images.
 
         Args:
-            images: ``(B, C, H, W)``, floating point, in [0, 1]. It is not changed.
-            generator: Source of all randomness; the global random state is never touched. None
-                stands for a new generator with seed 0, so that a call without one repeats.
+            images: ``(B, C, H, W)``, floating point, in [0, 1].
+            generator: Source of all randomness, never the global state; None for a new one with
+                seed 0.
 
         Returns:
             A new tensor ``(B, C, H, W)`` in [0, 1], of the images' dtype and on their device,
@@ -302,28 +265,22 @@ class Shift(KindOfShift):
             ValueError: The images have another shape, dtype or range.
         """
         _check(images)
-        if generator is None:
-            generator = torch.Generator().manual_seed(0)
         if images.numel() == 0:
             return images.clone()
         level = self.level
         if self.pixel is not None and self.name in _LENGTHS:  # which scale it by the image's size
             level = level * self.pixel / _pixels(images, 1.0)
+        generator = generator or Generator().manual_seed(0)
         shifted: Tensor = self.KINDS[self.name][0](images.float(), level, generator)
         return shifted.clamp(0, 1).to(images.dtype)
 
 
 def _check(images: Tensor) -> None:
     """Refuse anything but a floating-point batch of images in [0, 1]."""
-    if images.ndim != 4:
+    if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(
-            f"Expected images of shape (B, C, H, W), got {tuple(images.shape)}. "
-            "Add the missing axes, e.g. images[:, None] for (B, H, W)."
-        )
-    if not images.is_floating_point():
-        raise ValueError(
-            f"Expected floating-point images in [0, 1], got {images.dtype}. "
-            "Turn 8-bit images into floats: images.float() / 255."
+            f"Expected floating-point images (B, C, H, W) in [0, 1], got {tuple(images.shape)} of "
+            f"{images.dtype}. Add the missing axes; turn 8 bits into floats: images.float() / 255."
         )
     if images.numel() and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(

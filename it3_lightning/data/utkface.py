@@ -41,9 +41,9 @@ class UTKFaceDataModule(ShiftedImages):
     out, with one warning that counts them. Nothing is downloaded. There are no classes, so
     ``stream`` must be ``"equal"``.
 
-    With ``train_ages``, ages outside them are a shift of their own: training, validation and the
-    test loaders hold ages inside, and one more loader, ``unseen_ages``, holds other samples, clean
-    ones of the ages outside (at most ``test_size``).
+    With ``train_ages``, ages outside them are a shift of their own: all loaders hold ages inside,
+    and one more, ``unseen_ages``, other samples: clean ones of the ages outside (at most
+    ``test_size``).
 
     Args:
         root: Folder of the data.
@@ -183,12 +183,9 @@ class InMemory:
 
     def __init__(self, decode: Decode, paths: Sequence[Path]) -> None:
         self._rows = {path: row for row, path in enumerate(paths)}
-        self._images = torch.empty(0, dtype=torch.uint8)
+        self._images = torch.empty(len(paths), *decode(paths[0]).shape, dtype=torch.uint8)
         for path, row in self._rows.items():
-            image = decode(path)
-            if row == 0:  # the first tells the size
-                self._images = image.new_empty((len(paths), *image.shape))
-            self._images[row] = image
+            self._images[row] = decode(path)
 
     def __call__(self, path: Path) -> Tensor:
         """Return the image, uint8 ``(3, H, W)``."""
@@ -198,11 +195,8 @@ class InMemory:
 def age_of(name: str) -> int | None:
     """Return the age in years that a file name tells; None where a field is missing or odd.
 
-    The names are ``age_gender_race_datetime.jpg``; the faces that are aligned and cropped end in
-    ``.jpg.chip.jpg``. Gender is 0 or 1, race 0 to 4.
-
-    Source: Z. Zhang, Y. Song and H. Qi, "Age Progression/Regression by Conditional Adversarial
-    Autoencoder" (CVPR 2017), the page of the UTKFace dataset.
+    The names are ``age_gender_race_datetime.jpg``, of aligned faces ``.jpg.chip.jpg``. Gender is 0
+    or 1, race 0 to 4.
 
     >>> age_of("25_0_1_20170116174525125.jpg.chip.jpg")
     25

@@ -112,7 +112,7 @@ def cifar(root: Path) -> ShiftedData:
 
 
 def faces(root: Path) -> ShiftedData:
-    lists = {"train_list": root / "train.txt", "test_list": root / "test.txt"}
+    lists: dict[str, Any] = {"train_list": root / "train.txt", "test_list": root / "test.txt"}
     return UTKFaceDataModule(root, val_size=2, image_size=8, shifts=[], in_memory=True, **lists)
 
 
@@ -121,7 +121,7 @@ def roads(root: Path) -> ShiftedData:
 
 
 def scenes(root: Path) -> ShiftedData:
-    sizes = {"train_size": 3, "val_size": 3, "test_size": 3}
+    sizes: dict[str, Any] = {"train_size": 3, "val_size": 3, "test_size": 3}
     return RoadScenesDataModule(root, size=16, shifts=[], **sizes)
 
 

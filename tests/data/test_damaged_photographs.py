@@ -57,7 +57,7 @@ def other_labels(file: Path) -> None:
             "cifar10",
             every("data_batch_2", Path.unlink),
             FileNotFoundError,
-            "Expected the six files",
+            "Expected the 6 files",
         ),
         ("cifar10", every("data_batch_2", emptied), ValueError, "data_batch_2 to be a pickled"),
         ("cifar10", every("data_batch_2", cut), ValueError, "data_batch_2 to be a pickled"),

@@ -233,7 +233,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "a name twice": (
         lambda root: (root / "test/sat/10000000_15.png").touch(),
         ValueError,
-        "10000000_15 with several endings",
+        r"each name once in .*sat, got several 10000000_15\. Keep one",
     ),
 }
 
