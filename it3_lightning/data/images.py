@@ -164,9 +164,9 @@ class ImageFiles(Images):
 
 
 def read_image(path: Path, mode: str) -> Image.Image:
-    """Read an image file whole, in a mode of 8 bits a channel; one that is deeper is left so."""
+    """Read an image file whole, in a mode of 8 bits a channel; grey and deeper ones are left so."""
     with reading(path, "a whole image"), Image.open(path) as file:
-        if file.mode[0] not in "IF":  # 16 or 32 bits, floats: Pillow would cut them to 8 bits
+        if file.mode != "L" and file.mode[0] not in "IF":  # which Pillow would cut to 8 bits
             return file.convert(mode)
         file.load()
         return file
@@ -188,8 +188,8 @@ def read_rgb(path: Path) -> Image.Image:
         ValueError: The file is damaged, or the full range of its values is not known.
     """
     image = read_image(path, "RGB")
-    if image.mode == "RGB":
-        return image
+    if image.mode in ("RGB", "L"):
+        return image.convert("RGB")
     values, full = np.asarray(image), 1 if image.mode == "F" else 65535
     known = image.mode != "I" or image.format in ("PNG", "PPM")
     if not (known and values.min() >= 0 and values.max() <= full):
