@@ -5,6 +5,7 @@
 ``conditioning`` prior -> network: how it enters, by hooks
 ``training``     learning to use a prior: jointly or post-hoc
 ``methods``      one file for each test-time method: what it minimises
+``layers``       networks that train while they run: TTT layers, in plain torch
 ``engine``       how weights move and come back, in plain torch; ``adapter`` is the algorithm
 ``integration``  any LightningModule, its batches and outputs meet the engine
 ``callbacks``    adaptation under a Trainer: test, predict, validate
