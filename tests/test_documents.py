@@ -16,7 +16,8 @@ import yaml
 from it3_lightning.engine import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "RESULTS.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "RESULTS.md", "CONTRIBUTING.md", "docs/ttt_layers.md")
+RUN = ("CONTRIBUTING.md", "docs/ttt_layers.md")  # their examples are whole programs
 TOP = ("it3_lightning", "configs", "tests", "examples", ".ci")  # folders
 PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(map(re.escape, TOP))})/[\w./-]*")
 FILE = re.compile(r"`(\.?[\w-]+\.(?:md|toml|cff|yaml))`")  # at the top
@@ -61,10 +62,12 @@ def test_laws_name_tests_that_exist() -> None:
     assert [name for name in named if f"def {name}(" not in code] == []
 
 
-@pytest.mark.parametrize("index", range(len(blocks("CONTRIBUTING.md", "python"))))
-def test_examples_in_contributing_run(index: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "code", [pytest.param(block, id=name) for name in RUN for block in blocks(name, "python")]
+)
+def test_examples_that_are_whole_run(code: str, tmp_path: Path) -> None:
     file = tmp_path / "example.py"
-    file.write_text(blocks("CONTRIBUTING.md", "python")[index])
+    file.write_text(code)
     with patch.dict(OPTIMIZERS):
         defined: dict[str, Any] = runpy.run_path(str(file))
     tests: list[Callable[[], None]] = [v for k, v in defined.items() if k.startswith("test_")]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import speed
 import torch
-from costs import curves
+from costs import curves, sequence_layers
 from costs.clock import Piece, Plan, Times, side_by_side
 from costs.curves import ENGINES
 from costs.engines import Ours
@@ -40,6 +40,7 @@ SMALLEST = Extent(
     batches=(1, 2),
     steps=(1, 2),
     widths=(2, 4),
+    lengths=(5, 8),
     affordable=60.0,
 )
 
@@ -117,7 +118,7 @@ def test_every_requirement_is_a_row_of_its_section(found: dict[str, Any]) -> Non
 
 def test_a_ratio_of_one_round_is_that_of_the_two_figures(found: dict[str, Any]) -> None:
     for row in found["rows"]:
-        backward = ("torch-ttt", "loop", "vectorised")
+        backward = ("torch-ttt", "loop", "vectorised", *sequence_layers.OTHERS)
         faster = row["against"] in backward or row["against"].startswith("without ")
         at_most = not faster or row["unit"] == "MiB"
         quotient = row["ours"] / row["other"] if at_most else row["other"] / row["ours"]
@@ -165,6 +166,19 @@ def test_both_engines_adapt_the_same_weights_in_as_many_passes(found: dict[str, 
         ("torch-ttt", cases[0]): 0,
         ("torch-ttt", cases[1]): 0,
     }
+
+
+def test_layers_are_timed_at_every_length_on_the_same_work(found: dict[str, Any]) -> None:
+    rows = [row for row in found["rows"] if row["section"].startswith("Layers")]
+    cases = {(r["section"], r["case"].partition(",")[0], r["against"]) for r in rows}
+    assert len(cases) == 3 * 2 * 2
+    assert len(rows) == 2 * len(cases)  # at two lengths
+    with torch.no_grad():
+        whole = sequence_layers.runs("outputs", 21, CPU)
+        stream = sequence_layers.runs("stream", 5, CPU)
+        for name in (*sequence_layers.OURS, *sequence_layers.OTHERS):
+            outputs: Any = whole[name](None)
+            torch.testing.assert_close(stream[name](None), outputs[:, 5:], msg=name)
 
 
 def test_curves_cover_every_engine_and_place(found: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ the net with inputs :math:`X` (:math:`K` for the first one), :math:`Z = XW + b`,
     \qquad W' = W - (\eta_{last} \circ X)^\top G, \qquad b' = b - \eta_{last}^\top G.
 
 Here :math:`\circ` multiplies entries, and rows where a factor has one column. The rate of
-token :math:`j` for the output of token :math:`i` of a mini-batch is :math:`\eta_{ij} = s_i r_j`. So a
-mini-batch may come in pieces, down to single tokens: what earlier pieces summed up,
+token :math:`j` for the output of token :math:`i` of a mini-batch is :math:`\eta_{ij} = s_i r_j`.
+So a mini-batch may come in pieces, down to single tokens: what earlier pieces summed up,
 :math:`A = (r \circ X)^\top G` and :math:`a = r^\top G`, takes :math:`s \circ (\bar X A + a)` away
 from :math:`\bar Z`.
 

@@ -149,7 +149,8 @@ class TTTLayer(nn.Module):
             return Views(query, key, value, rate, F.relu(1 + learned) / tokens)
         places = torch.arange(position, position + tokens, device=learned.device) % self.mini_batch
         scale = F.relu(1 / (places[:, None] + 1).to(learned) + learned[places])
-        return Views(rotary(query, places), rotary(key, places), value, rate, scale)
+        query, key = rotary(torch.stack((query, key)), places)
+        return Views(query, key, value, rate, scale)
 
     def _start(self, batch: int) -> TTTState:
         """Return the state before any token: the initial weights for each sequence."""

@@ -1,4 +1,4 @@
-"""Times the engine against torch-ttt, its floor and itself: ``python tests/benchmarks/speed.py``.
+"""Times the engine and the layers against others: ``python tests/benchmarks/speed.py``.
 
 Writes ``results.json`` and ``page.html``. Needs ``pip install it3_lightning[benchmarks]``.
 """
@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from costs import against_peer, alone, curves, fast_paths, tables, under_trainer
+from costs import (
+    against_peer,
+    alone,
+    curves,
+    fast_paths,
+    sequence_layers,
+    tables,
+    under_trainer,
+)
 from costs.extent import FULL, QUICK, Extent
 from costs.items import Item, Job
 from costs.page import page
@@ -23,7 +31,7 @@ from it3_lightning.benchmark.run import threads
 
 def jobs(extent: Extent, device: torch.device) -> list[Job]:
     """Return all comparisons and curves."""
-    parts = against_peer, under_trainer, alone, fast_paths, curves
+    parts = against_peer, under_trainer, alone, fast_paths, sequence_layers, curves
     return [job for part in parts for job in part.jobs(extent, device)]
 
 

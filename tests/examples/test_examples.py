@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-SERVER = EXAMPLES / "serve.py"  # runs until it is stopped: see test_serve.py
+OTHERS = {EXAMPLES / "serve.py", EXAMPLES / "sequence_memory.py"}  # have tests of their own
 
 
 @pytest.mark.parametrize(
-    "path", sorted({*EXAMPLES.glob("*.py")} - {SERVER}), ids=lambda path: path.stem
+    "path", sorted({*EXAMPLES.glob("*.py")} - OTHERS), ids=lambda path: path.stem
 )
 def test_example_runs_and_is_short(path: Path) -> None:
     scores = runpy.run_path(str(path))["main"](max_epochs=2)

@@ -27,6 +27,7 @@ class Extent:
         batches: batch sizes of the curves.
         steps: of the curves.
         widths: of the small network, for the curve over parameters.
+        lengths: of sequences, for layers over them.
         affordable: seconds that a call may be expected to take on a curve.
     """
 
@@ -43,6 +44,7 @@ class Extent:
     batches: tuple[int, ...]
     steps: tuple[int, ...]
     widths: tuple[int, ...]
+    lengths: tuple[int, ...]
     affordable: float = 2.0
 
     @property
@@ -70,6 +72,7 @@ FULL = Extent(
     batches=(1, 4, 16, 64, 256),
     steps=(1, 2, 4, 8, 16),
     widths=(4, 8, 16, 32, 64, 128),
+    lengths=(128, 256, 512, 1024, 2048, 4096),
 )
 
 QUICK = Extent(
@@ -86,6 +89,7 @@ QUICK = Extent(
     batches=(1, 2),
     steps=(1, 2),
     widths=(4, 16),
+    lengths=(32, 64),
     affordable=0.3,
 )
 

@@ -21,9 +21,10 @@ small { display: block; opacity: .65; white-space: normal; max-width: 23rem; }
 
 _HOW = """<p>Medians over rounds; in every round each of the compared has its turn, in one process.
 Calls under 50 ms are made twice in a turn, and the second counts. The ratio is the median of those
-within a round, so not quite that of the medians; beside it stand its quartiles. Always: the
+within a round, so not quite that of the medians; beside it stand its quartiles. Of adaptation: the
 published objective, one step of Adam with the same learning rate on the same network and batch,
-the final prediction included, nothing measured besides.</p>
+the final prediction included, nothing measured besides. Of layers over sequences: microseconds a
+token.</p>
 <p><em>torch-ttt</em> adapts all weights, with live weights in both passes, on a copy of the network
 that it makes for every batch; its embedder is built before anything is timed. <em>Its passes</em>:
 the first forward, the second from where the prior enters, the distance, the backward, the final
