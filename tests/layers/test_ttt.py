@@ -192,6 +192,22 @@ def test_it_is_captured_whole_by_dynamo_and_known_without_data(kind: Kind) -> No
 
 
 @both
+def test_torch_func_gives_every_sequence_its_own_gradients(kind: Kind) -> None:
+    layer, sequence = made(kind), tokens(6)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(values: dict[str, Tensor], one: Tensor) -> Tensor:
+        outputs: Tensor = torch.func.functional_call(layer, values, (one[None],))
+        return outputs.square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, sequence)
+    for row, one in enumerate(sequence):
+        expected = torch.autograd.grad(layer(one[None]).square().sum(), list(layer.parameters()))
+        for ours, theirs in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(ours[row], theirs)
+
+
+@both
 def test_a_stream_writes_nothing_into_what_it_is_given(kind: Kind) -> None:
     layer, sequence = made(kind), tokens(6)
     before = {name: w.clone() for name, w in layer.state_dict().items()}
