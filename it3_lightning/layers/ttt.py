@@ -131,7 +131,7 @@ class TTTLayer(nn.Module):
         if token.ndim != 2:
             raise ValueError(
                 f"Expected a token (B, {self.dim}), got {tuple(token.shape)}. For several tokens, "
-                f"call extend (it3_lightning/layers/ttt.py)."
+                "call extend."
             )
         output, state = self.extend(token[:, None], state)
         return output[:, 0], state
@@ -166,28 +166,26 @@ class TTTLayer(nn.Module):
         if sequence.ndim != 3 or sequence.shape[2] != self.dim or not sequence.shape[1]:
             raise ValueError(
                 f"Expected a sequence (B, T, {self.dim}) of at least one token, got "
-                f"{tuple(sequence.shape)}. Flatten images to tokens, or give the layer another dim "
-                f"(it3_lightning/layers/ttt.py)."
+                f"{tuple(sequence.shape)}. Flatten images to tokens, or give the layer another dim."
             )
 
     def _check_state(self, sequence: Tensor, state: TTTState | None) -> None:
         if not self.causal:
             raise ValueError(
                 "Expected a causal layer, got causal=False, where every token sees all others. "
-                "Give it whole sequences (it3_lightning/layers/ttt.py)."
+                "Give it whole sequences."
             )
         expected = [(len(sequence), *w.shape) for w in self.initial]
         for given in state[:2] if state else ():
             if [tuple(w.shape) for w in given] != expected:
                 raise ValueError(
                     f"Expected a state of {expected}, which this layer makes for {len(sequence)} "
-                    f"sequences, got {[tuple(w.shape) for w in given]}. Start with state=None "
-                    f"(it3_lightning/layers/ttt.py)."
+                    f"sequences, got {[tuple(w.shape) for w in given]}. Start with state=None."
                 )
         if state and not 0 <= state.position < self.mini_batch:
             raise ValueError(
                 f"Expected a position below the mini-batch of {self.mini_batch}, got "
-                f"{state.position}. Start with state=None (it3_lightning/layers/ttt.py)."
+                f"{state.position}. Start with state=None."
             )
 
 
@@ -286,14 +284,13 @@ def _checked(dim: int, heads: int, mini_batch: int, causal: bool) -> int:
     if min(dim, heads, mini_batch) < 1:
         raise ValueError(
             f"Expected dim, heads and mini_batch of at least 1, got {dim}, {heads} and "
-            f"{mini_batch} (it3_lightning/layers/ttt.py)."
+            f"{mini_batch}."
         )
     if dim % heads or (causal and dim // heads % 2):
         even = "an even multiple of" if causal else "a multiple of"
         raise ValueError(
             f"Expected dim to be {even} heads, got dim={dim} and heads={heads}: each head takes as "
-            f"many features{', paired by rotary positions' if causal else ''}. Change one of them "
-            f"(it3_lightning/layers/ttt.py)."
+            f"many features{', paired by rotary positions' if causal else ''}. Change one of them."
         )
     return dim // heads
 
