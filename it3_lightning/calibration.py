@@ -84,18 +84,38 @@ class Calibration:
         return {**own, "source": self.source}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`state_dict` returned; nothing where that was not kept."""
-        if state:
-            self.quantiles = state["quantiles"].cpu()
-            self.by, self.weights = state["by"], state["weights"]
-            self.source = state.get("source", {})
+        """Take what :meth:`state_dict` returned; nothing where that was not kept.
 
-    def take_former(self, quantiles: Tensor, name: Tensor) -> None:
+        Raises:
+            ValueError: it is something else.
+        """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"Expected a calibration as a mapping, got {type(state).__name__}.")
+        if not state:
+            return
+        quantiles, by, weights = (state.get(name) for name in ("quantiles", "by", "weights"))
+        source = state.get("source", {})
+        if not isinstance(by, str) or not isinstance(weights, str):
+            raise ValueError(
+                f"Expected a calibration with names as strings, got by {by!r}, weights {weights!r}."
+            )
+        if not isinstance(source, dict):
+            raise ValueError(f"Expected a calibration with source data as a dict, got {source!r}.")
+        self.quantiles = _checked(quantiles)
+        self.by, self.weights, self.source = by, weights, source
+
+    def take_former(self, state: Mapping[str, Any]) -> None:
         """Take what version 0.1.0 kept among the weights: quantiles, and a name as bytes.
 
         Its names did not tell apart what is no string: such a distance is to be measured again.
+
+        Raises:
+            ValueError: it is something else.
         """
-        self.quantiles = quantiles.detach().cpu().double()
+        name = state.get("name")
+        if not isinstance(name, Tensor) or name.dtype != torch.uint8 or name.ndim != 1:
+            raise ValueError(f"Expected a calibration with a name as bytes, got {name!r}.")
+        self.quantiles = _checked(state.get("quantiles"))
         self.by = bytes(name.tolist()).rstrip(b"\0").decode(errors="ignore")
 
 
@@ -277,6 +297,19 @@ def check_level(gate: float | None) -> None:
     """
     if gate is not None and not 0 <= gate <= 1:
         raise ValueError(f"Expected gate to be a share in [0, 1] or None, got {gate}.")
+
+
+def _checked(quantiles: Any) -> Tensor:
+    """Return what a checkpoint holds as quantiles.
+
+    Raises:
+        ValueError: it is no row of finite numbers.
+    """
+    if isinstance(quantiles, Tensor) and quantiles.ndim == 1 and quantiles.is_floating_point():
+        plain = quantiles.detach().cpu().double()
+        if len(plain) and plain.isfinite().all():
+            return plain
+    raise ValueError(f"Expected a calibration with finite quantiles (N,), got {quantiles!r}.")
 
 
 def _between(ordered: Tensor, levels: Tensor) -> Tensor:

@@ -6,17 +6,22 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 from it3_lightning.benchmark import Benchmark, Tuning
 from it3_lightning.benchmark.report import overview, show, show_tuning
 from it3_lightning.benchmark.run import quiet
 from it3_lightning.data import ShiftedData
+from it3_lightning.predictor import check_checkpoint
 
 _EXTRAS: Mapping[str, str] = MappingProxyType(
     {"segmentation_models_pytorch": "vision", "timm": "vision"}
@@ -31,6 +36,60 @@ class IT3CLI(LightningCLI):
         """Add the settings of the benchmark and of tuning."""
         parser.add_class_arguments(Benchmark, "benchmark")
         parser.add_class_arguments(Tuning, "tune")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the Trainer, which names the checkpoint where it cannot read one."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = _CheckpointIO()
+        return trainer
+
+
+class _CheckpointIO(TorchCheckpointIO):
+    """Reads the checkpoints of Trainers, and names a file that is none, or damaged."""
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return what a Trainer wrote.
+
+        Raises:
+            ValueError: no Trainer wrote it, or not so.
+        """
+        check_checkpoint(path)
+        try:
+            found: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+            missing = {"pytorch-lightning_version", "state_dict"} - found.keys()
+        except OSError:  # names it
+            raise
+        except Exception as error:  # content of any kind
+            raise ValueError(
+                f"Expected a checkpoint that a Trainer wrote, got another: {path} "
+                f"({type(error).__name__}: {error})."
+            ) from error
+        if missing:
+            raise ValueError(
+                f"Expected a checkpoint that a Trainer wrote, got a file without "
+                f"{', '.join(sorted(missing))}: {path}. Give weights alone as "
+                "--model.source_checkpoint."
+            )
+        return found
+
+
+class _SavedConfig(SaveConfigCallback):
+    """Saves the configuration beside the logs of a run, and over no file."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save it, under the first name that is free; without a logger, say that it is not."""
+        if self.already_saved:
+            return
+        if trainer.logger is None:
+            rank_zero_info("config.yaml is not saved: without a logger, a run has no folder.")
+            self.already_saved = True
+            return
+        folder, names = trainer.log_dir, chain(["config"], (f"config_{n}" for n in count(1)))
+        taken = get_filesystem(str(folder)).exists
+        free = (name for name in names if not taken(f"{folder}/{name}.yaml"))
+        self.config_filename = f"{next(free)}.yaml"
+        super().setup(trainer, pl_module, stage)
 
 
 class _Parser(LightningArgumentParser):
@@ -142,7 +201,8 @@ def _cli(arguments: list[str], command: str | None = None) -> IT3CLI:
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=_SavedConfig,
+            save_config_kwargs={"overwrite": True},  # processes see it when the first has written
             auto_configure_optimizers=False,
             run=command is None,
             parser_class=_Parser,

@@ -22,6 +22,7 @@ from it3_lightning.integration.batches import normal
 from it3_lightning.integration.module import host_of
 from it3_lightning.integration.module_adapter import WhichPrediction as Which
 from it3_lightning.integration.module_adapter import adapter_of, answer_of, in_precision
+from it3_lightning.utils.files import check_archive
 from it3_lightning.utils.messages import unknown
 
 
@@ -37,28 +38,45 @@ def loaded(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no Trainer wrote it, or not to its end; or it is at an address, and not said
-            to be read as weights only.
+        ValueError: no Trainer wrote it, it is damaged, or it is of another module; or it is at an
+            address, and not said to be read as weights only.
     """
     if "://" in str(path) and not kwargs.get("weights_only"):
         raise ValueError(
             f"Expected a file, got an address: {path}. What is read from there could run code of "
             "its own. Fetch the file from where you trust it, or give weights_only=True."
         )
-    if Path(path).is_file() and not zipfile.is_zipfile(path):  # which Trainers write
-        raise ValueError(
-            f"Expected a checkpoint that a Trainer wrote, got another or a truncated file: {path}."
-        )
+    check_checkpoint(path)
     try:
         with torch.inference_mode(False):
             return module_class.load_from_checkpoint(path, **kwargs)
-    except KeyError as error:
-        if error.args != ("pytorch-lightning_version",):
-            raise
+    except (MisconfigurationException, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # content of any kind
         raise ValueError(
-            f"Expected a checkpoint that a Trainer wrote, got a file without {error}: {path}. Load "
-            "weights alone into a module, and make the predictor of that: IT3Predictor(module)."
+            f"Expected a checkpoint of {module_class.__name__} that a Trainer wrote, got another: "
+            f"{path} ({type(error).__name__}: {error}). Give arguments that it does not hold by "
+            "keyword. Load weights alone into a module, and make the predictor of that: "
+            "IT3Predictor(module)."
         ) from error
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Refuse a local file or folder that no Trainer wrote, or that is not what it wrote.
+
+    Raises:
+        ValueError: it is one.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise ValueError(f"Expected a checkpoint that a Trainer wrote, got a folder: {path}.")
+    if not file.is_file():
+        return  # an address, or nothing
+    if not zipfile.is_zipfile(file):  # which Trainers write
+        raise ValueError(
+            f"Expected a checkpoint that a Trainer wrote, got another or a truncated file: {path}."
+        )
+    check_archive(file)
 
 
 def check_weights(module: LightningModule) -> None:
@@ -259,7 +277,7 @@ class IT3Predictor:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: no Trainer wrote it, or not to its end.
+            ValueError: no Trainer wrote it, it is damaged, or of another module.
         """
         module = loaded(path, module_class, {"map_location": device, **kwargs})
         return cls(

@@ -9,7 +9,6 @@ it stopped, to the same bits.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -21,6 +20,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from it3_lightning.data.airfoils import POLAR_NAMES, ModelSize, Polars, ProfileSet, contours
+from it3_lightning.utils import files
 
 CHUNK = 100  # profiles between two writes of the file
 NODES = 200  # of the contour that is analysed, whatever a network sees of it
@@ -53,15 +53,8 @@ def write(file: Path, settings: str, polars: Polars) -> None:
         settings: What the polars were computed with.
         polars: All that are known.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     arrays = {name: getattr(polars, name).numpy() for name in POLAR_NAMES}
-    try:
-        with part.open("wb") as stream:
-            np.savez(stream, settings=np.array(settings), **arrays)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    files.write(file, lambda stream: np.savez(stream, settings=np.array(settings), **arrays))
 
 
 def compute(profiles: ProfileSet, root: str | Path) -> Polars:

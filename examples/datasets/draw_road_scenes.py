@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from it3_lightning.data.roads import drawn, scene_file
+from it3_lightning.utils import files
 
 _SURFACES = (
     (0.40, 0.40, 0.41),  # asphalt
@@ -110,19 +110,12 @@ class DetailedScenes:
 
 def write(file: Path, size: int, seed: int, counts: dict[str, int]) -> None:
     """Draw the scenes of each part, and put a whole new file in the place of the last one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for part, count in counts.items():
         scenes = drawn(DetailedScenes(size), count, seed, part)
         arrays[f"{part}_images"] = scenes.images.numpy()
         arrays[f"{part}_masks"] = scenes.masks.numpy()
-    half = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        with half.open("wb") as stream:
-            np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
-        half.replace(file)
-    finally:
-        half.unlink(missing_ok=True)
+    files.write(file, lambda stream: np.savez_compressed(stream, **arrays))  # type: ignore[arg-type]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,8 +7,7 @@ the confidence, by the area under the ROC curve: 50 is no separation at all.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 
 from it3_lightning.benchmark.config import BenchmarkSettings
+from it3_lightning.benchmark.kept import kept, rebuilt
 from it3_lightning.benchmark.results import Distances, Record
 from it3_lightning.benchmark.rows import Row, Training
 from it3_lightning.data import ShiftedData
@@ -30,6 +30,7 @@ from it3_lightning.methods import Idempotence
 from it3_lightning.predictor import IT3Predictor
 from it3_lightning.priors import ClassPrior
 from it3_lightning.training.mixin import IT3Mixin
+from it3_lightning.utils.files import write_json
 
 SOURCE, STATISTICS, ADAPTED = "source", "batch statistics", "default objective, episodic"
 DISTANCE, CONFIDENCE = "distance", "1 - confidence"
@@ -42,7 +43,8 @@ def keep_distances(
     models: Mapping[Training, IT3Mixin],
     rows: Iterable[Row],
     data: ShiftedData,
-) -> None:
+    fingerprint: str,
+) -> list[Distances]:
     """Measure the distances of a seed on the benchmark's device and write them beside its scores.
 
     Args:
@@ -50,23 +52,25 @@ def keep_distances(
         models: see :func:`measured`.
         rows: see :func:`measured`.
         data: see :func:`measured`.
+        fingerprint: of the scores.
     """
     device = benchmark.trainer().strategy.root_device
     found = measured(models, rows, data, benchmark.distance_samples, device)
-    file = distances_file(Path(benchmark.output), data.seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps([asdict(each) for each in found]))
+    content = {"fingerprint": fingerprint, "distances": [asdict(each) for each in found]}
+    write_json(_file(Path(benchmark.output), data.seed), content)
+    return found
 
 
-def kept_distances(folder: Path, seeds: Sequence[int]) -> list[Distances]:
-    """Return the distances of these seeds that were written."""
-    files = [file for seed in seeds if (file := distances_file(folder, seed)).is_file()]
-    found = [entry for file in files for entry in json.loads(file.read_text())]
-    return [Distances(**{**entry, "values": tuple(entry["values"])}) for entry in found]
+def kept_distances(folder: Path, seed: int, fingerprint: str) -> list[Distances] | None:
+    """Return the distances of a seed that were written; ``None`` where they are to be measured."""
+
+    def read(content: dict[str, Any]) -> list[Distances]:
+        return [rebuilt(Distances, saved) for saved in content["distances"]]
+
+    return kept(_file(folder, seed), fingerprint, read)
 
 
-def distances_file(folder: Path, seed: int) -> Path:
-    """Return where the distances of a seed are written."""
+def _file(folder: Path, seed: int) -> Path:
     return folder / f"distances_seed_{seed}.json"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -22,11 +21,13 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor
 
 from it3_lightning.benchmark.config import BenchmarkSettings
+from it3_lightning.benchmark.kept import kept, mark_folder
 from it3_lightning.benchmark.rows import Training
 from it3_lightning.data import ShiftedData
 from it3_lightning.training.dual_pass import DualPass
 from it3_lightning.training.mixin import IT3Mixin, Train
 from it3_lightning.training.post_hoc import load_source, network_weights
+from it3_lightning.utils.files import load_plain, write
 from it3_lightning.utils.specs import spec
 
 MakeModel = Callable[[], LightningModule]
@@ -66,16 +67,19 @@ def models_of(
     """
     file = Path(settings.output) / "models" / f"seed_{seed}.ckpt"
     fingerprint = json.dumps(training, sort_keys=True)
-    kept = _read(file)
     data.seed, data.stream = seed, "equal"
-    if kept.get("fingerprint") == fingerprint:
+
+    def read(content: dict[str, Any]) -> Models:
+        return _with_states(settings, seed, make_model, content["states"])
+
+    models = kept(file, fingerprint, read, load_plain)
+    if models is not None:
         say(f"seed {seed}: models from {file}")
-        return _with_states(settings, seed, make_model, kept["states"])
+        return models
     models = _train_models(settings, seed, make_model, data, say)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")  # what is interrupted leaves no half of a file
-    torch.save({"fingerprint": fingerprint, "states": _states(models)}, part)
-    part.replace(file)
+    mark_folder(Path(settings.output), training)
+    content = {"fingerprint": fingerprint, "states": _states(models)}
+    write(file, lambda stream: torch.save(content, stream))
     return models
 
 
@@ -200,17 +204,6 @@ def _with_states(
         more = network if training == "post-hoc" else {}
         model.load_state_dict({**more, **states[training]})
     return models
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Return what a file holds; nothing where it is missing or damaged."""
-    if not file.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
-        return {}
-    return content
 
 
 def _versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from it3_lightning.benchmark.results import Cell, Results
 from it3_lightning.benchmark.rows import Row
 from it3_lightning.benchmark.tune import Tuned
 from it3_lightning.benchmark.tune_rules import Verdict, is_clean
+from it3_lightning.utils.files import read_json, write
 
 _TOLD = "Telling shifted from clean samples: area under the ROC curve, in percent; 50 is chance."
 _FILES = ("distances.svg", "page.html", "results.csv", "results.json", "table.md")
@@ -33,10 +33,10 @@ def show(results: Results, folder: Path) -> None:
     if told := separation(results):
         parts.append(f"{_TOLD}\n\n{as_markdown(told)}")
     parts += as_text(results)
-    (folder / "table.md").write_text("\n\n".join(parts) + "\n")
-    (folder / "page.html").write_text(page(results))
+    write(folder / "table.md", "\n\n".join(parts) + "\n")
+    write(folder / "page.html", page(results))
     if drawn := picture(results):
-        (folder / "distances.svg").write_text(drawn)
+        write(folder / "distances.svg", drawn)
     files = sorted(name for name in _FILES if (folder / name).is_file())
     console.print(f"Written to {folder}: {', '.join(files)}")
 
@@ -152,8 +152,12 @@ def overview(folders: Sequence[Path]) -> str:
 
     Raises:
         FileNotFoundError: a folder holds no ``results.json``.
+        ValueError: it is damaged, or of another program.
     """
-    read = {folder.name: _results_in(folder) for folder in folders}
+    return _compared({folder.name: _results_in(folder) for folder in folders})
+
+
+def _compared(read: dict[str, dict[str, Any]]) -> str:
     trainings = _in_order(entry["training"] for found in read.values() for entry in found["table"])
     return "\n\n".join(
         f"**{training}**\n\n{as_markdown(_ways(read, training), left=(0,))}"
@@ -208,7 +212,15 @@ def _results_in(folder: Path) -> dict[str, Any]:
             f"Expected results.json in {folder}, as it3 benchmark writes it, found none. Run it3 "
             f"benchmark with --benchmark.output {folder} first."
         )
-    found: dict[str, Any] = json.loads(file.read_text())
+    try:
+        found = read_json(file)
+        _compared({folder.name: found})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"Expected {file} as it3 benchmark writes it, got a damaged or another file "
+            f"({type(error).__name__}: {error}). Run it3 benchmark with --benchmark.output "
+            f"{folder} again: it keeps finished seeds."
+        ) from error
     return found
 
 
@@ -289,8 +301,7 @@ def show_tuning(tuned: Tuned, folder: Path) -> None:
     console.print(shown)
     console.print(f"Chosen: {_chosen(tuned)}.")
     console.print(tuned.yaml(), markup=False, highlight=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tuning.md").write_text(tuning_markdown(tuned) + "\n")
+    write(folder / "tuning.md", tuning_markdown(tuned) + "\n")
     console.print(f"Written to {folder}: tuning.md")
 
 

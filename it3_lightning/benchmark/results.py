@@ -7,7 +7,7 @@ with all of its shifts together, or another shift by itself.
 from __future__ import annotations
 
 import csv
-import json
+import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -19,6 +19,7 @@ import torch
 from it3_lightning.benchmark.rows import Row
 from it3_lightning.data import mean_corruption_error
 from it3_lightning.data.shifts import SEVERITIES, parted
+from it3_lightning.utils.files import write, write_json
 
 LEVEL = 0.95  # of the validation samples lie within the usual distances
 _FIRST = {"train": "training samples", "validation": "validation", "clean": "clean"}
@@ -245,11 +246,11 @@ class Results:
 
     def save(self, folder: Path) -> None:
         """Write ``results.csv`` and ``results.json``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "results.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Record)])
-            writer.writeheader()
-            writer.writerows(asdict(record) for record in self.records)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, [f.name for f in fields(Record)])
+        writer.writeheader()
+        writer.writerows(asdict(record) for record in self.records)
+        write(folder / "results.csv", table.getvalue())
         content = {
             "metric": self.metric,
             "higher_is_better": self.higher_is_better,
@@ -260,7 +261,7 @@ class Results:
             "separations": [asdict(record) for record in self.separations],
             "distances": [asdict(line) for line in lines(self.distances)],
         }
-        (folder / "results.json").write_text(json.dumps(content, indent=1))
+        write_json(folder / "results.json", content, indent=1)
 
     def _shifted(self) -> list[str]:
         return [shift for shift in self.shifts if shift != "clean"]

@@ -17,19 +17,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from it3_lightning.benchmark.config import BenchmarkSettings
-from it3_lightning.benchmark.distances import (
-    distances_file,
-    keep_distances,
-    kept_distances,
-    separations,
-)
+from it3_lightning.benchmark.distances import keep_distances, kept_distances, separations
+from it3_lightning.benchmark.kept import check_folder, kept, rebuilt
 from it3_lightning.benchmark.models import MakeModel, Models, about, models_of, with_priors
-from it3_lightning.benchmark.results import Record, Results
+from it3_lightning.benchmark.results import Distances, Record, Results
 from it3_lightning.benchmark.rows import Kind, Row, rows_for
 from it3_lightning.data import ShiftedData
 from it3_lightning.engine.selection import select
 from it3_lightning.methods import Idempotence
 from it3_lightning.training.mixin import IT3Mixin
+from it3_lightning.utils.files import write_json
 
 _KEPT = ("records", "separations")  # of a seed, in its file
 
@@ -48,26 +45,32 @@ class Benchmark(BenchmarkSettings):
             data: gives the loaders of clean and shifted samples.
             configuration: plain data that ``make_model`` depends on, for telling whether models and
                 scores that are there already still hold.
+
+        Raises:
+            FileExistsError: the output folder holds a run with other data, model or training, or
+                files of another origin.
         """
         with quiet(), threads(self.threads):
             probe = with_priors(make_model())
             kind = Kind.of(probe)
             kind.check(self.recipe.distance)
             rows = [r for r in rows_for(self.recipe, kind) if r.main or self.rows == "all"]
+            facts = about(self, probe, data, configuration)
+            check_folder(Path(self.output), facts["training"])
             results = Results(
                 self.metric,
                 rows,
-                about=about(self, probe, data, configuration),
+                about=facts,
                 higher_is_better=self.higher_is_better,
                 decimals=self.decimals,
                 baseline_errors=self._baseline_errors(data),
             )
             with Progress(len(self.seeds), len(rows) * len(self.streams)) as progress:
                 for seed in self.seeds:
-                    scores = self._seed(seed, rows, make_model, data, progress, results.about)
-                    results.records += scores[0]
-                    results.separations += scores[1]
-        results.distances = kept_distances(Path(self.output), self.seeds)
+                    found = self._seed(seed, rows, make_model, data, progress, facts)
+                    results.records += found[0]
+                    results.separations += found[1]
+                    results.distances += found[2]
         results.save(Path(self.output))
         return results
 
@@ -85,32 +88,30 @@ class Benchmark(BenchmarkSettings):
         data: ShiftedData,
         progress: Progress,
         about: dict[str, Any],
-    ) -> tuple[list[Record], list[Record]]:
-        """Return scores and separations of one seed, from its file where that fits the settings.
+    ) -> tuple[list[Record], list[Record], list[Distances]]:
+        """Return scores, separations and distances of one seed, from files where these fit.
 
         The distances have a file of their own, written last: what fails there costs no scores.
         """
         file = Path(self.output) / f"seed_{seed}.json"
         fingerprint = json.dumps(about["settings"], sort_keys=True)
-        kept = json.loads(file.read_text()) if file.is_file() else {}
-        distances = distances_file(Path(self.output), seed)
-        known = kept.get("fingerprint") == fingerprint
-        if known:
+        scores = kept(file, fingerprint, _read)
+        distances = None
+        if scores is not None:
             progress.skip(f"seed {seed}: from {file}", len(rows) * len(self.streams))
-            if distances.is_file():
-                return _read(kept)
+            distances = kept_distances(Path(self.output), seed, fingerprint)
+            if distances is not None:
+                return *scores, distances
         models = models_of(self, seed, make_model, data, progress.say, about["training"])
-        if not known:
-            distances.unlink(missing_ok=True)
-            found = self._scores(seed, rows, models, data, progress)
-            content = {k: [asdict(r) for r in v] for k, v in zip(_KEPT, found, strict=True)}
-            kept = {"fingerprint": fingerprint, **content}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(kept))
-        progress.say(f"seed {seed}: distances")
-        data.stream = self.streams[0]  # type: ignore[assignment]
-        keep_distances(self, models, rows, data)
-        return _read(kept)
+        if scores is None:
+            scores = self._scores(seed, rows, models, data, progress)
+            content = {k: [asdict(r) for r in v] for k, v in zip(_KEPT, scores, strict=True)}
+            write_json(file, {"fingerprint": fingerprint, **content})
+        if distances is None:
+            progress.say(f"seed {seed}: distances")
+            data.stream = self.streams[0]  # type: ignore[assignment]
+            distances = keep_distances(self, models, rows, data, fingerprint)
+        return *scores, distances
 
     def _scores(
         self,
@@ -264,6 +265,6 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _read(kept: dict[str, Any]) -> tuple[list[Record], list[Record]]:
-    first, second = ([Record(**r) for r in kept.get(k, ())] for k in _KEPT)
+def _read(content: dict[str, Any]) -> tuple[list[Record], list[Record]]:
+    first, second = ([rebuilt(Record, saved) for saved in content[name]] for name in _KEPT)
     return first, second

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from it3_lightning.benchmark.config import BenchmarkSettings, Recipe
+from it3_lightning.benchmark.kept import check_folder, kept, rebuilt
 from it3_lightning.benchmark.models import MakeModel, Models, about, models_of, with_priors
 from it3_lightning.benchmark.results import Record
 from it3_lightning.benchmark.rows import Kind, Row, Training
@@ -20,6 +21,7 @@ from it3_lightning.benchmark.run import Progress, quiet, scored, threads
 from it3_lightning.benchmark.tune_rules import Candidate, Gains, Grid, Rule, Verdict, is_clean
 from it3_lightning.data import ShiftedData
 from it3_lightning.engine import Settings
+from it3_lightning.utils.files import write_json
 
 _Scores = dict[str, dict[str, list[float]]]
 """By row and by name of the samples, one for each seed."""
@@ -69,6 +71,7 @@ class Tuning:
 
         Raises:
             ValueError: the data has no tuning shifts.
+            FileExistsError: see :meth:`~it3_lightning.benchmark.Benchmark.run`.
         """
         with quiet(), threads(settings.threads), _to_tune_on(data):
             model = with_priors(make_model())
@@ -76,6 +79,7 @@ class Tuning:
             kind.check(settings.recipe.distance)
             candidates = self.grid.candidates(settings.recipe, kind, model)
             facts = about(settings, model, data, configuration)
+            check_folder(Path(settings.output), facts["training"])
             still = _unadapted(self.training, kind)
             rounds = (len(still) + len(candidates)) * len(settings.streams)
             with Progress(len(settings.seeds), rounds) as progress:
@@ -279,7 +283,11 @@ class _Search:
 
     def _fingerprint(self) -> str:
         """Return all that a score depends on besides its row."""
-        parts = [self.facts["training"], self.facts["settings"]["data"], self.settings.metric]
+        parts = {
+            "training": self.facts["training"],
+            "data": self.facts["settings"]["data"],
+            "metric": self.settings.metric,
+        }
         return json.dumps(parts, sort_keys=True)
 
     def _name(self, record: Record) -> str:
@@ -292,18 +300,18 @@ class _Kept:
 
     def __init__(self, file: Path, fingerprint: str) -> None:
         self._file, self._fingerprint = file, fingerprint
-        content = json.loads(file.read_text()) if file.is_file() else {}
-        rows = content["rows"] if content.get("fingerprint") == fingerprint else {}
-        self.records = {key: [Record(**r) for r in records] for key, records in rows.items()}
+        self.records = kept(file, fingerprint, _records) or {}
 
     def add(self, key: str, records: list[Record]) -> None:
         """Keep the records of a row, and write the file."""
         self.records[key] = records
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         rows = {key: [asdict(record) for record in own] for key, own in self.records.items()}
-        part = self._file.with_suffix(".part")
-        part.write_text(json.dumps({"fingerprint": self._fingerprint, "rows": rows}))
-        part.replace(self._file)
+        write_json(self._file, {"fingerprint": self._fingerprint, "rows": rows})
+
+
+def _records(content: dict[str, Any]) -> dict[str, list[Record]]:
+    rows = content["rows"].items()
+    return {key: [rebuilt(Record, saved) for saved in records] for key, records in rows}
 
 
 @contextmanager

@@ -190,10 +190,11 @@ class Conditioned(LightningModule):
         calibration = {key.removeprefix(former): state.pop(key) for key in names}
         if strict and not any(key.startswith(OWN) for key in state):
             state |= {k: v for k, v in self.state_dict().items() if k.startswith(OWN)}
-        loaded = super().load_state_dict(state, strict=strict, assign=assign)
-        if calibration:
-            self.it3_calibration.take_former(**calibration)
-            self.it3_calibration.weights = fingerprint(self)
+        with self._it3_reading():
+            loaded = super().load_state_dict(state, strict=strict, assign=assign)
+            if calibration:
+                self.it3_calibration.take_former(calibration)
+                self.it3_calibration.weights = fingerprint(self)
         return loaded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -204,11 +205,32 @@ class Conditioned(LightningModule):
         hparams.update({name: plain(value) for name, value in hparams.items()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the calibration that was kept beside the weights."""
+        """Take the calibration that was kept beside the weights.
+
+        Raises:
+            ValueError: it is none.
+        """
         super().on_load_checkpoint(checkpoint)
-        self.it3_calibration.load_state_dict(checkpoint.get(KEPT, {}).get("calibration", {}))
+        with self._it3_reading():
+            kept = checkpoint.get(KEPT, {})
+            if not isinstance(kept, Mapping):
+                raise ValueError(f"Expected a mapping as its {KEPT!r}, got {type(kept).__name__}.")
+            self.it3_calibration.load_state_dict(kept.get("calibration", {}))
 
     # How it works
+
+    @contextmanager
+    def _it3_reading(self) -> Iterator[None]:
+        """Name the checkpoint that a Trainer is reading in what is raised within."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            trainer = self._trainer
+            path = trainer.ckpt_path if trainer and trainer.state.status == "running" else None
+            if path is None:
+                raise
+            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            raise kind(f"{path} does not fit {type(self).__name__}: {error}") from error
 
     def _it3_attach(self, *, lazy: bool) -> None:
         """Attach the conditioning where it is complete; ``lazy``: its layers may still come."""

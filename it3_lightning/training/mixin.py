@@ -160,7 +160,11 @@ class IT3Mixin(Conditioned):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take a checkpoint with priors for what it is: the network need not be loaded again."""
         super().on_load_checkpoint(checkpoint)
-        if not checkpoint.get(KEPT, {}).get("source_in_place", True):
+        in_place = checkpoint.get(KEPT, {}).get("source_in_place", True)
+        with self._it3_reading():
+            if not isinstance(in_place, bool):
+                raise ValueError(f"Expected its source_in_place to be a bool, got {in_place!r}.")
+        if not in_place:
             checkpoint["state_dict"][_DUE] = torch.tensor(True)
 
     def load_state_dict(

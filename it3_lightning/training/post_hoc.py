@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import pickle
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine.selection import OWN
 from it3_lightning.integration.module import Conditioned
 from it3_lightning.priors import Prior
+from it3_lightning.utils.files import load_plain
 
 
 def network_weights(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,10 +42,9 @@ def load_source(module: nn.Module, path: str) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is a checkpoint of another network, or holds more than plain data.
+        ValueError: it is damaged, a checkpoint of another network, or holds more than plain data.
     """
-    saved = _read(path)
-    state = network_weights(saved.get("state_dict", saved))
+    state = network_weights(_read(path))
     own = network_weights(module.state_dict())
     wrong = _differences(own, state)
     if wrong:
@@ -54,37 +53,41 @@ def load_source(module: nn.Module, path: str) -> None:
             f"{'; '.join(wrong[:5])}{'; ...' * (len(wrong) > 5)}. Build the model with the "
             "arguments it was trained with."
         )
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path!r} does not fit {type(module).__name__}: {error}") from error
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str) -> Mapping[str, Any]:
+    """Return the state in a checkpoint, or that a file holds by itself."""
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"There is no checkpoint at {path!r}. Give source_checkpoint the path of an ordinary "
             "checkpoint of this network."
         )
-    try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    saved = load_plain(path)
+    state = saved.get("state_dict", saved) if isinstance(saved, Mapping) else saved
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise ValueError(
-            f"{path!r} holds objects besides weights, which are not loaded: they could run code. "
-            "Save the weights alone, torch.save(model.state_dict(), path), and give that path."
-        ) from error
-    return saved
+            f"Expected a checkpoint, or a saved state_dict, got a file of other content: {path}. "
+            "Give source_checkpoint the path of an ordinary checkpoint of this network."
+        )
+    return state
 
 
 def _differences(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """Say which entries are missing, which are too many, and which have another shape."""
-    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in own.items()}
+    both = {n: (_shape(v), _shape(state[n])) for n, v in own.items() if n in state}
     return [
         *(f"missing {name}" for name in own if name not in state),
         *(f"unexpected {name}" for name in state if name not in own),
-        *(
-            f"{name} {tuple(getattr(state[name], 'shape', ()))} instead of {shape}"
-            for name, shape in shapes.items()
-            if name in state and tuple(getattr(state[name], "shape", ())) != shape
-        ),
+        *(f"{name} {its} instead of {mine}" for name, (mine, its) in both.items() if mine != its),
     ]
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 class Frozen:

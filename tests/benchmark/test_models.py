@@ -11,7 +11,7 @@ from helpers.benchmark_runs import benchmark, digits, make_model
 from lightning.pytorch import Trainer, seed_everything
 
 from it3_lightning import ClassPrior, DualPass, FeatureInjection
-from it3_lightning.benchmark import Results, Row
+from it3_lightning.benchmark import Results, Row, Tuning, models
 from it3_lightning.benchmark.config import Recipe
 from it3_lightning.benchmark.models import about
 from it3_lightning.data import DigitsDataModule
@@ -76,7 +76,8 @@ def test_another_recipe_trains_nothing_and_leaves_the_other_rows_as_they_were(
     )
     first = losses().run(make_model, digits())
     monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
-    second = losses(recipe=Recipe(adam_episodic_lr=0.05)).run(make_model, digits())
+    with pytest.warns(UserWarning, match="adam_episodic_lr 0.05 instead of 0.001"):
+        second = losses(recipe=Recipe(adam_episodic_lr=0.05)).run(make_model, digits())
     assert len(first.records) == len(second.records)
     changed = set()
     for before, after in zip(first.records, second.records, strict=True):
@@ -94,14 +95,43 @@ def test_other_samples_to_evaluate_on_train_nothing(
     monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
     data = digits()
     data.evaluate_on, data.shifts, data.severity = "validation", ("shear",), 2
-    results = benchmark(tmp_path).run(make_model, data)
+    with pytest.warns(UserWarning, match="of other settings: data.evaluate_on 'validation'"):
+        results = benchmark(tmp_path).run(make_model, data)
     assert results.shifts == ["clean", "shear"]
 
 
-def test_what_training_depends_on_trains_again(
+def other_model() -> IT3Classifier:
+    return IT3Classifier(
+        SmallCNN(1, 10, 8, width=8, hidden=16),
+        prior=ClassPrior(10),
+        conditioning=FeatureInjection("network.dense1"),
+    )
+
+
+@pytest.mark.parametrize("command", ["benchmark", "tune"])
+def test_a_folder_with_another_run_is_refused_before_anything_is_trained(
+    command: str, finished: tuple[Path, Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = finished
+
+    def refused(difference: str, make: Any, data: DigitsDataModule, **settings: Any) -> None:
+        given = benchmark(folder, **settings)
+        with pytest.raises(FileExistsError, match=rf"{folder.name} holds a run .*{difference}"):
+            given.run(make, data) if command == "benchmark" else Tuning().run(given, make, data)
+
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    refused("benchmark.epochs 2 instead of 1", make_model, digits(), epochs=2)
+    refused("data.train_size 150 instead of 200", make_model, digits(train_size=150))
+    refused("model.layers", other_model, digits())
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_another_version_trains_again_in_the_same_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     benchmark(tmp_path).run(make_model, digits())
+    (tmp_path / "seed_0.json").unlink()
     fits, fit = [], Trainer.fit
 
     def counted(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -109,11 +139,12 @@ def test_what_training_depends_on_trains_again(
         fit(trainer, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "fit", counted)
-    benchmark(tmp_path, epochs=2).run(make_model, digits())
-    assert fits == [4, 2, 1]
-    smaller = DigitsDataModule(shifts=("contrast",), severity=4, train_size=150, test_size=120)
-    benchmark(tmp_path, epochs=2).run(make_model, smaller)
-    assert len(fits) == 6
+    monkeypatch.setattr(models, "version", lambda _: "9.9")
+    with pytest.warns(
+        UserWarning, match=r"seed_0\.ckpt is of other .*versions.it3_lightning '9.9'"
+    ):
+        benchmark(tmp_path).run(make_model, digits())
+    assert fits == [2, 1, 1]
 
 
 def test_kept_models_are_states_alone_and_a_damaged_file_trains_again(tmp_path: Path) -> None:
@@ -125,5 +156,6 @@ def test_kept_models_are_states_alone_and_a_damaged_file_trains_again(tmp_path: 
     assert states["joint"].keys() == make_model().state_dict().keys()
     file.write_bytes(file.read_bytes()[:1000])
     (tmp_path / "seed_0.json").unlink()
-    again = benchmark(tmp_path).run(make_model, digits())
+    with pytest.warns(UserWarning, match=r"seed_0\.ckpt is damaged .* It is made again"):
+        again = benchmark(tmp_path).run(make_model, digits())
     assert [r.score for r in again.records] == [r.score for r in first.records]
