@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -44,6 +45,32 @@ class IT3CLI(LightningCLI):
             trainer.strategy.checkpoint_io = _CheckpointIO()
         return trainer
 
+    def _parse_ckpt_path(self) -> None:
+        """Read the hyperparameters in a checkpoint, which Lightning does first; name the file."""
+        path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
+        if path and Path(path).is_file():  # else "best", an address, or nothing to read yet
+            with _reading(path):
+                super()._parse_ckpt_path()
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Refuse a checkpoint that no Trainer wrote, or whose content cannot be read within.
+
+    Raises:
+        ValueError: it is one.
+    """
+    check_checkpoint(path)
+    try:
+        yield
+    except OSError:  # names it
+        raise
+    except Exception as error:  # content of any kind
+        raise ValueError(
+            f"Expected a checkpoint that a Trainer wrote, got another: {path} "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
 
 class _CheckpointIO(TorchCheckpointIO):
     """Reads the checkpoints of Trainers, and names a file that is none, or damaged."""
@@ -54,17 +81,9 @@ class _CheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: no Trainer wrote it, or not so.
         """
-        check_checkpoint(path)
-        try:
+        with _reading(path):
             found: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
             missing = {"pytorch-lightning_version", "state_dict"} - found.keys()
-        except OSError:  # names it
-            raise
-        except Exception as error:  # content of any kind
-            raise ValueError(
-                f"Expected a checkpoint that a Trainer wrote, got another: {path} "
-                f"({type(error).__name__}: {error})."
-            ) from error
         if missing:
             raise ValueError(
                 f"Expected a checkpoint that a Trainer wrote, got a file without "

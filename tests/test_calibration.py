@@ -79,6 +79,38 @@ def test_distances_measured_with_other_weights_are_refused() -> None:
         calibration.quantile(0.5, by="l2", weights="b")
 
 
+def kept_as(**changes: Any) -> dict[str, Any]:
+    return {**taken(torch.ones(3)).state_dict(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("junk", "as a mapping, got str"),
+        (kept_as(by=None), "names as strings, got by None"),
+        (kept_as(weights=3), "got by 'l2', weights 3"),
+        (kept_as(quantiles=[1.0]), r"finite quantiles \(N,\), got \[1.0\]"),
+        (kept_as(quantiles=torch.ones(0)), "finite quantiles"),
+        (kept_as(quantiles=torch.ones(2, 2)), "finite quantiles"),
+        (kept_as(quantiles=torch.ones(2, dtype=torch.long)), "finite quantiles"),
+        (kept_as(quantiles=torch.tensor([1.0, float("nan")])), "finite quantiles"),
+        ({"by": "l2", "weights": ""}, "finite quantiles .*got None"),
+    ],
+)
+def test_what_was_kept_otherwise_is_refused_and_changes_nothing(state: Any, message: str) -> None:
+    calibration = taken(torch.ones(3))
+    with pytest.raises(ValueError, match=message):
+        calibration.load_state_dict(state)
+    assert calibration.quantile(0.5, by="l2") == 1
+
+
+def test_quantiles_among_the_weights_of_another_kind_are_refused() -> None:
+    calibration = Calibration()
+    for state in ({}, {"name": torch.ones(3)}, {"name": torch.ones(3, dtype=torch.uint8)}):
+        with pytest.raises(ValueError, match="Expected a calibration with"):
+            calibration.take_former(state)
+
+
 # What distances are measured by
 
 

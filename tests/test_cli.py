@@ -1,5 +1,6 @@
 """The command line: every command on every configuration, and checkpoints through it."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ SMALL = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
 ]
+WITHOUT_FILES = ["--trainer.logger=false", "--trainer.enable_checkpointing=false"]
 
 
 def data_arguments(config: str, images: Path) -> list[str]:
@@ -109,6 +111,88 @@ def test_fit_resumes(tmp_path: Path, idx_images: Path) -> None:
     run("fit", "digits", tmp_path, idx_images, f"--ckpt_path={path}", "--trainer.max_epochs=2")
     epochs = {torch.load(p, weights_only=True)["epoch"] for p in tmp_path.rglob("*.ckpt")}
     assert epochs == {0, 1}
+
+
+def saved(content: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+def of_trainer(**state: torch.Tensor) -> dict[str, Any]:
+    kept = {"epoch": 0, "global_step": 0, "loops": {}, "callbacks": {}}
+    return {"pytorch-lightning_version": "2.5.0", "state_dict": state, **kept}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "another or a truncated file"),
+        (b"hello", "another or a truncated file"),
+        (saved(of_trainer())[:-30], "another or a truncated file"),
+        (saved(of_trainer()).replace(b"global_step", b"global-step"), "got a damaged one"),
+        (saved([1]), "that a Trainer wrote, got another"),
+        (saved({"weight": torch.ones(1)}), "without pytorch-lightning_version, state_dict"),
+        (saved(of_trainer(it3_a=torch.ones(1))), "does not fit IT3Classifier: Error"),
+        (None, "got a folder"),
+    ],
+    ids=["empty", "text", "cut off", "changed", "list", "weights", "another's", "folder"],
+)
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_checkpoint_that_cannot_be_read_is_named(
+    command: str, content: bytes | None, message: str, tmp_path: Path, idx_images: Path
+) -> None:
+    path = tmp_path / "model.ckpt"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises((ValueError, RuntimeError), match=message) as raised:
+        run(command, "digits", tmp_path, idx_images, f"--ckpt_path={path}", *WITHOUT_FILES)
+    assert str(path) in str(raised.value)
+
+
+def test_a_benchmark_names_a_checkpoint_that_cannot_be_read(
+    tmp_path: Path, idx_images: Path
+) -> None:
+    (tmp_path / "plain.ckpt").write_bytes(b"")
+    more = f"--benchmark.output={tmp_path / 'out'}", f"--ckpt_path={tmp_path / 'plain.ckpt'}"
+    with pytest.raises(ValueError, match=r"another or a damaged file: .*plain\.ckpt"):
+        run("benchmark", "digits", tmp_path, idx_images, *more)
+
+
+UNTRAINED = "ignore:Every second prediction equals the first:UserWarning"
+
+
+@pytest.mark.filterwarnings(UNTRAINED)
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_without_a_logger_no_configuration_is_written_over(
+    command: str,
+    tmp_path: Path,
+    idx_images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = f"# my own\n{(CONFIGS / 'digits.yaml').read_text()}"
+    Path("config.yaml").write_text(own)
+    with caplog.at_level("INFO"):
+        main([command, "--config=config.yaml", *SMALL, "--data.shifts=[contrast]", *WITHOUT_FILES])
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert Path("config.yaml").read_text() == own
+    assert caplog.text.count("config.yaml is not saved: without a logger") == 1
+
+
+@pytest.mark.filterwarnings(UNTRAINED)
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* is not empty:UserWarning")
+def test_a_configuration_beside_logs_takes_a_name_that_is_free(
+    tmp_path: Path, idx_images: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    there = f"{{save_dir: {tmp_path}, name: '', version: ''}}"
+    logger = f"--trainer.logger={{class_path: CSVLogger, init_args: {there}}}"
+    for _ in range(2):
+        run("test", "digits", tmp_path, idx_images, logger, "--trainer.enable_checkpointing=false")
+    assert (tmp_path / "config.yaml").read_text() == "mine: 1\n"
+    for name in ("config_1.yaml", "config_2.yaml"):
+        assert "class_path: it3_lightning" in (tmp_path / name).read_text()
 
 
 def test_post_hoc_training_from_a_plain_checkpoint_takes_one_switch(

@@ -144,7 +144,8 @@ class BenchmarkSettings:
         distance_samples: samples of each split whose idempotence distances are measured; 0: none.
         joint: the dual pass of joint training; ``None``: the model's own.
         posthoc: the dual pass of post-hoc training; ``None``: the default.
-        output: folder of the results; what is there already, with the same settings, is kept.
+        output: folder of the results; what is there already, with the same settings, is kept. One
+            with a run of other data, another model or another training is refused.
         accelerator: as of a Trainer.
         precision: as of a Trainer.
         threads: of torch on the CPU; small networks are often faster on one. ``None``: as it is.

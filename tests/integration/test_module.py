@@ -77,6 +77,29 @@ def test_plain_checkpoint_serves_test_by_path(tmp_path: Path) -> None:
     assert quiet().test(IT3Net(**parts()), loader(seed=4), path, verbose=False) == expected
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda c: c["state_dict"].pop("net.head.bias"), RuntimeError, 'Missing.*"net.head.bias"'),
+        (lambda c: c.update(it3={"calibration": 3}), ValueError, "calibration as a mapping"),
+        (lambda c: c.update(it3={"source_in_place": 3}), ValueError, "to be a bool, got 3"),
+    ],
+)
+def test_what_a_trainer_reads_is_named_where_it_does_not_fit(
+    change: Any, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    path = saved(IT3Net(**parts()), tmp_path / "it3.ckpt")
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    model = IT3Net(**parts())
+    with pytest.raises(error, match=rf"(?s)it3\.ckpt does not fit IT3Net: .*{message}"):
+        quiet().test(model, loader(), path, verbose=False)
+    with pytest.raises(RuntimeError, match=r"^Error") as raised:
+        model.load_state_dict({})
+    assert "it3.ckpt" not in str(raised.value)
+
+
 # Round trips
 
 
