@@ -20,7 +20,7 @@ from it3_lightning.benchmark.distances import kept_distances
 from it3_lightning.benchmark.kept import check_folder, kept, mark_folder
 from it3_lightning.benchmark.report import overview
 from it3_lightning.training.post_hoc import load_source
-from it3_lightning.utils.files import load_plain, write, write_json
+from it3_lightning.utils.files import load_plain, read_json, write, write_json
 
 Read = Callable[[Path], Any]
 FINGERPRINT = '{"data": {"size": 1}}'
@@ -54,6 +54,11 @@ def distances(file: Path) -> Any:
     return kept_distances(file.parent, 0, FINGERPRINT)
 
 
+def results(file: Path) -> Any:
+    overview([file.parent])
+    return read_json(file)["table"]
+
+
 def run(file: Path) -> Any:
     check_folder(file.parent, {"epochs": 1})
     return True
@@ -65,7 +70,7 @@ READS: dict[str, tuple[str, Read]] = {
     "weights": ("plain.pt", source),
     "models": ("seed_0.ckpt", models),
     "distances": ("distances_seed_0.json", distances),
-    "results": ("results.json", lambda file: overview([file.parent])),
+    "results": ("results.json", results),
     "run": ("run.json", run),
 }
 
@@ -103,17 +108,16 @@ def outcome(read: Read, file: Path) -> Any:
 
 
 def damaged(content: bytes, data: st.DataObject) -> bytes:
-    """Cut content off, add to it, or change some of its bytes."""
+    """Cut content off, add to it, or change up to four bytes beside each other."""
     kind = data.draw(st.sampled_from(["cut", "add", "change"]))
     if kind == "cut":
         return content[: data.draw(st.integers(0, len(content) - 1))]
     if kind == "add":
         return content + data.draw(st.binary(min_size=1, max_size=40))
-    changed = bytearray(content)
-    for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(0, len(content) - 1))
-        changed[place] ^= data.draw(st.integers(1, 255))
-    return bytes(changed)
+    start = data.draw(st.integers(0, len(content) - 1))
+    own = content[start : start + data.draw(st.integers(1, 4))]
+    other = bytes(byte ^ data.draw(st.integers(1, 255)) for byte in own)
+    return content[:start] + other + content[start + len(own) :]
 
 
 @pytest.mark.parametrize("kind", READS)
