@@ -1,8 +1,7 @@
 """Reader of computed wing profiles: NACA contours, lift-to-drag ratio, shapes outside the range.
 
-A perturbation takes contours ``(B, N, 2)``, a size and a generator, as a poor measurement of the
-same profile makes them; none changes the profile itself, so the target stays what it was.
-``examples/datasets/compute_airfoils.py`` computes the lift and drag in the files read here.
+A perturbation takes contours ``(B, N, 2)``, a size and a generator: a poor measurement of the same
+profile, so the target stays. ``examples/datasets/compute_airfoils.py`` computes lift and drag.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ from it3_lightning.data.base import (
     read_npz,
 )
 from it3_lightning.data.ranges import Pool, RangedData, level_names, levels, outside
-from it3_lightning.data.sampling import Rows, seeded
+from it3_lightning.data.sampling import Rows, Samples, seeded
+from it3_lightning.utils.messages import not_installed
 
 Representation = Literal["graph", "contour"]
 ModelSize = Literal[
@@ -58,21 +58,20 @@ def contours(parameters: Tensor, nodes: int = 64) -> Tensor:
             :math:`t > 0`, all as parts of the chord: NACA 2412 is ``(0.02, 0.4, 0.12)``.
         nodes: An even number ``N`` of at least 8.
 
-    Source: E. N. Jacobs, K. E. Ward and R. M. Pinkerton, NACA Report 460 (1933); I. H. Abbott and
-    A. E. von Doenhoff, "Theory of Wing Sections" (1959), section 6.4. The last coefficient there
-    is -0.1015, which leaves the trailing edge open by 0.0021 t on either side.
+    Source: I. H. Abbott and A. E. von Doenhoff, "Theory of Wing Sections" (1959), section 6.4. The
+    last coefficient there is -0.1015, which leaves the trailing edge open by 0.0021 t on each side.
 
     >>> profile = contours(torch.tensor([[0.02, 0.4, 0.12]]), nodes=8)[0]
     >>> round((profile[2, 1] - profile[6, 1]).item(), 4)  # upper less lower, at half the chord
     0.1057
     """
-    if parameters.ndim != 2 or parameters.shape[1] != 3 or not parameters.is_floating_point():
+    if type(nodes) is not int or nodes < 8 or nodes % 2:
+        raise ValueError(f"Expected an even number of nodes, 8 or more, got {nodes!r}.")
+    if parameters.shape[1:] != (3,) or not parameters.is_floating_point():
         raise ValueError(
             "Expected floating-point parameters (B, 3): camber, position, thickness; got "
             f"{tuple(parameters.shape)} of {parameters.dtype}."
         )
-    if type(nodes) is not int or nodes < 8 or nodes % 2:
-        raise ValueError(f"Expected an even number of nodes, 8 or more, got {nodes!r}.")
     m, p, t = (column[:, None] for column in parameters.unbind(1))
     right = ((m >= 0) & (p > 0) & (p < 1) & (t > 0))[:, 0]
     if not bool(right.all()):
@@ -102,7 +101,8 @@ def normals(profiles: Tensor) -> Tensor:
 
 def noise(contours: Tensor, size: float, generator: Generator) -> Tensor:
     """Add Gaussian noise of standard deviation ``size``, in chords, to every node."""
-    return contours + size * _normal(contours.shape, contours, generator)
+    draws = torch.randn(contours.shape, generator=generator, dtype=contours.dtype)
+    return contours + size * draws
 
 
 def rotation(contours: Tensor, size: float, generator: Generator) -> Tensor:
@@ -121,7 +121,8 @@ def roughness(contours: Tensor, size: float, generator: Generator) -> Tensor:
     turns = 2 * math.pi * torch.arange(nodes, dtype=contours.dtype) / nodes
     phases = turns[:, None] * torch.arange(1, _WAVES + 1)
     waves = torch.cat([phases.cos(), phases.sin()], dim=1)  # (N, 2 * _WAVES)
-    amplitudes = _normal((count, 2 * _WAVES), contours, generator) / math.sqrt(_WAVES)
+    draws = torch.randn((count, 2 * _WAVES), generator=generator, dtype=contours.dtype)
+    amplitudes = draws / math.sqrt(_WAVES)
     return contours + size * (amplitudes @ waves.T)[..., None] * normals(contours)
 
 
@@ -131,38 +132,34 @@ def resampling(contours: Tensor, size: float, generator: Generator) -> Tensor:
     return contours + size * parts * (contours.roll(-1, dims=1) - contours)
 
 
-def _normal(shape: tuple[int, ...], like: Tensor, generator: Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=like.dtype)
-
-
 PERTURBATIONS: Mapping[str, tuple[Callable[[Tensor, float, Generator], Tensor], float]] = {
     "rotation": (rotation, 2.0),
     "roughness": (roughness, 0.003),
     "resampling": (resampling, 0.8),
 }
-"""Those for choosing settings alone, each with its size: no result is reported on them."""
+"""For choosing settings alone, each with its size: no result is reported on them."""
 
 
-class ContourGraphs(Dataset[tuple[Any, Tensor]]):
+class ContourGraphs(Samples):
     """Closed contours as graphs of torch_geometric, and a target for each.
 
     Each node has the features x, y and the two parts of its outward normal; each edge, one in each
     direction between neighbours, the way from its first node to its second in mean steps of the
-    contour. A sample is ``(graph, target)``; graphs themselves hold no target.
+    contour. A batch is ``(Batch, (B, 1))``; graphs themselves hold no target.
     """
 
     def __init__(self, contours: Tensor, targets: Tensor) -> None:
         try:
             from torch_geometric.data import Batch, Data
         except ImportError as error:
-            raise ImportError(
-                "Expected torch_geometric, which holds the graphs, but it cannot be imported. "
-                "Install it with: pip install 'it3_lightning[graphs]', or take "
-                "representation='contour'."
-            ) from error
-        edges = ring(contours.shape[1])
+            reason = "which holds graphs (representation='contour' needs none)"
+            raise ImportError(not_installed("torch_geometric", reason, "graphs", error)) from error
         nodes = torch.cat([contours, normals(contours)], dim=2).float()
-        ways = steps(contours, edges).float()
+        here = torch.arange(contours.shape[1])
+        ends = torch.cat([here, here.roll(-1)])  # each edge forth, then each edge back
+        edges = torch.stack([ends, ends.roll(len(here))])
+        mean = (contours.roll(-1, dims=1) - contours).norm(dim=2).mean(dim=1)[:, None, None]
+        ways = ((contours[:, edges[1]] - contours[:, edges[0]]) / mean).float()
         self.graphs = [
             Data(x=x, edge_index=edges, edge_attr=way) for x, way in zip(nodes, ways, strict=True)
         ]
@@ -172,45 +169,19 @@ class ContourGraphs(Dataset[tuple[Any, Tensor]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
-        return self.graphs[index].clone(), self.targets[index].clone()
-
     def __getitems__(self, indices: list[int]) -> tuple[Any, Tensor]:
-        """Return a whole batch: a ``Batch`` of graphs and ``(B, 1)`` targets."""
         chosen = [self.graphs[index] for index in indices]
         return self._batch.from_data_list(chosen), self.targets[torch.as_tensor(indices)]
 
 
-def ring(nodes: int) -> Tensor:
-    """Return the edges of a closed contour, ``(2, 2 * nodes)``: forth, then back."""
-    here = torch.arange(nodes)
-    there = here.roll(-1)
-    return torch.stack([torch.cat([here, there]), torch.cat([there, here])])
-
-
-def steps(contours: Tensor, edges: Tensor) -> Tensor:
-    """Return the way along each edge ``(N, edges, 2)``, in mean steps of the contour."""
-    forth = contours.roll(-1, dims=1) - contours
-    mean = forth.norm(dim=2).mean(dim=1)[:, None, None]
-    ways: Tensor = (contours[:, edges[1]] - contours[:, edges[0]]) / mean
-    return ways
-
-
 @dataclass(frozen=True)
 class Polars:
-    """Profiles and the forces on them, all float64.
+    """Profiles and the coefficients of the forces on them, ``(N,)``, all float64."""
 
-    Args:
-        parameters: ``(N, 3)``: camber, position and thickness, see :func:`contours`.
-        lift: ``(N,)`` lift coefficients.
-        drag: ``(N,)`` drag coefficients.
-        confidence: ``(N,)``: the solver's own, between 0 and 1.
-    """
-
-    parameters: Tensor
+    parameters: Tensor  # (N, 3): camber, position and thickness, see contours
     lift: Tensor
     drag: Tensor
-    confidence: Tensor
+    confidence: Tensor  # the solver's own, between 0 and 1
 
     def __len__(self) -> int:
         return len(self.lift)
@@ -227,24 +198,16 @@ POLAR_NAMES = tuple(field.name for field in fields(Polars))
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileSet:
-    """Profiles drawn uniformly from a box of parameters, all in the same stream of air.
-
-    Args:
-        count: Number of profiles.
-        seed: Of the draw.
-        angle: Of attack, in degrees.
-        reynolds: Reynolds number, by the chord.
-        model_size: Of NeuralFoil's network: the larger, the more exact and the slower.
-    """
+    """Profiles drawn uniformly from a box of parameters, all in the same stream of air."""
 
     LOW: ClassVar = (0.0, 0.2, 0.06)  # camber, position and thickness, as parts of the chord
     HIGH: ClassVar = (0.08, 0.7, 0.24)
 
     count: int = 2000
     seed: int = 0
-    angle: float = 5.0
-    reynolds: float = 1e6
-    model_size: ModelSize = "xlarge"
+    angle: float = 5.0  # of attack, in degrees
+    reynolds: float = 1e6  # by the chord
+    model_size: ModelSize = "xlarge"  # of NeuralFoil: the larger, the more exact and the slower
 
     def __post_init__(self) -> None:
         check_integer("profiles", self.count, 1)
@@ -278,31 +241,25 @@ class ProfileSet:
     def known(self, root: str | Path) -> Polars:
         """Return the forces on the first profiles, as many as the file in ``root`` has.
 
-        Raises:
-            ValueError: The file is damaged, or holds the forces of other profiles or settings.
+        ValueError where it is damaged, or holds the forces of other profiles or settings.
         """
-        file = self.file(root)
-        if not file.is_file():
-            return Polars(*(torch.empty(shape, dtype=torch.float64) for shape in ((0, 3), 0, 0, 0)))
+        file, ours = self.file(root), self.parameters()
+        if not file.exists():
+            return Polars(ours[:0], *torch.empty(3, 0, dtype=torch.float64))
         remedy = f"Delete it, and run {self._script(root)}"
-        forces, theirs = read_npz(file, POLAR_NAMES, remedy)
-        polars = Polars(*forces)
-        counts = {len(getattr(polars, name)) for name in POLAR_NAMES}
-        ours = self.parameters()[: len(polars)]
-        if theirs != self.settings or len(counts) > 1 or not torch.equal(polars.parameters, ours):
+        (parameters, *forces), theirs = read_npz(file, POLAR_NAMES, remedy)
+        ours = ours[: parameters.numel() // 3]
+        kinds = {(force.shape, force.dtype) for force in forces}
+        same = parameters.dtype == ours.dtype and torch.equal(parameters, ours)
+        if theirs != self.settings or not same or kinds != {(ours[:, 0].shape, ours.dtype)}:
             raise ValueError(
-                f"Expected {file} to hold profiles of {self.settings}, got {sorted(counts)} values "
-                f"of {theirs}, or other profiles. {remedy}"
+                f"Expected {file} to hold {', '.join(POLAR_NAMES)} of profiles of {self.settings}, "
+                f"got {theirs[:400]}, or arrays of another number or type. {remedy}"
             )
-        return polars
+        return Polars(parameters, *forces)
 
     def polars(self, root: str | Path) -> Polars:
-        """Return the forces on all profiles.
-
-        Raises:
-            FileNotFoundError: The file lacks some, or there is none.
-            ValueError: The file is damaged, or holds the forces of other profiles or settings.
-        """
+        """Return the forces on all profiles; FileNotFoundError where the file lacks some."""
         known = self.known(root)
         if len(known) < self.count:
             raise FileNotFoundError(
@@ -323,11 +280,10 @@ class AirfoilDataModule(RangedData):
     """NACA 4-digit wing profiles and their lift-to-drag ratio at one angle of attack.
 
     Camber (0 to 8 % of the chord), its position (20 to 70 %) and thickness (6 to 24 %) are drawn
-    uniformly; lift and drag are those that ``examples/datasets/compute_airfoils.py`` computes with
-    NeuralFoil into ``root``: a few seconds, once.
-    Profiles whose lift or drag is not finite, whose drag is not positive, or of which NeuralFoil is
-    not sure enough, are dropped; :attr:`dropped` counts them. Training, validation and the clean
-    test samples come from the inner part of the range of all three parameters, less the profiles of
+    uniformly; ``examples/datasets/compute_airfoils.py`` computes lift and drag with NeuralFoil into
+    ``root`` in a few seconds, once. Profiles without usable values, or of which NeuralFoil is not
+    sure enough, are dropped; :attr:`dropped` counts them. Training, validation and the clean test
+    samples come from the inner part of the range of all three parameters, less the profiles of
     highest lift-to-drag ratio there. Tested are
 
     - ``clean``: held-out profiles inside both ranges;
@@ -340,10 +296,9 @@ class AirfoilDataModule(RangedData):
 
     Args:
         root: Folder of the computed lift and drag.
-        representation: ``"graph"``: batches of graphs, see
-            :class:`ContourGraphs`; ``"contour"``: rows
-            ``(B, 2 * nodes)`` of x, y, x, y, ..., less those of the mean training contour and
-            divided by their spread about it. Both see the same nodes, and neither the parameters.
+        representation: ``"graph"``: batches of graphs, see :class:`ContourGraphs`; ``"contour"``:
+            rows ``(B, 2 * nodes)`` of x, y, x, y, ..., less the mean training contour, divided by
+            the spread about it. Both see the same nodes, and neither the parameters.
         profiles: How many are drawn.
         nodes: Of each contour, an even number.
         angle: Of attack, in degrees.
@@ -357,8 +312,7 @@ class AirfoilDataModule(RangedData):
     Raises:
         FileNotFoundError: Lift and drag of these settings are not in ``root``.
         ImportError: torch_geometric is needed and not installed.
-        ValueError: A setting is out of its range, there are too few profiles for it, or a file in
-            ``root`` is damaged.
+        ValueError: A setting is out of its range, profiles are too few, or their file is damaged.
     """
 
     LEVELS = (*level_names("shape"), *level_names("ratio"))
@@ -406,28 +360,26 @@ class AirfoilDataModule(RangedData):
 
     def load(self) -> Pool:
         """Return the profiles inside the range of training, and those outside it by level."""
-        profiles = self._profiles
-        polars = profiles.polars(self.root)
+        polars = self._profiles.polars(self.root)
         good = polars.good(self.min_confidence)
         self._dropped = int((~good).sum())
-        rank_zero_info(f"{int(good.sum())} of {profiles.count} profiles, {self._dropped} dropped.")
+        rank_zero_info(f"{int(good.sum())} of {self.profiles} profiles, {self._dropped} dropped.")
         parameters, ratios = polars.parameters[good], (polars.lift / polars.drag)[good]
         samples = Rows(contours(parameters, self.nodes), ratios[:, None])
         return Pool.of(samples, self._levels(parameters, ratios))
 
     def perturbed(self, inputs: Tensor, name: str, generator: Generator) -> Tensor:
         """Return contours with perturbed nodes."""
-        if name == "noise":
-            return noise(inputs, self.noise, generator)
-        perturbation, size = PERTURBATIONS[name]
+        perturbation, size = {**PERTURBATIONS, "noise": (noise, self.noise)}[name]
         return perturbation(inputs, size, generator)
 
     def dataset(self, samples: Rows) -> Dataset[Any]:
         """Return the profiles as graphs or as rows."""
         if self.representation == "graph":
             return ContourGraphs(samples.inputs, samples.targets)
-        mean = self._splits["train"].inputs.mean(dim=0)
-        spread = (self._splits["train"].inputs - mean).square().mean().sqrt()
+        train = self._splits["train"].inputs
+        mean = train.mean(dim=0)
+        spread = (train - mean).square().mean().sqrt()
         rows = ((samples.inputs - mean) / spread).flatten(1).float()
         return Rows(rows, samples.targets.float())
 
@@ -446,9 +398,5 @@ class AirfoilDataModule(RangedData):
     @property
     def _profiles(self) -> ProfileSet:
         """The profiles of these settings; refuses those out of range."""
-        return ProfileSet(
-            count=self.profiles,
-            angle=self.angle,
-            reynolds=self.reynolds,
-            model_size=self.model_size,
-        )
+        stream = {name: getattr(self, name) for name in ("angle", "reynolds", "model_size")}
+        return ProfileSet(count=self.profiles, **stream)

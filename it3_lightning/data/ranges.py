@@ -23,6 +23,7 @@ LEVELS = 5
 Column = Literal["frequency", "angle", "chord", "velocity", "thickness", "level"]
 FILE = "airfoil_self_noise.dat"
 _ROWS = 1503
+_MISSING, _GAIN = 0.1, 0.2
 _RANGES = {  # of the published file, in Hz, degrees, m, m/s, m, dB
     "frequency": (200, 20000),
     "angle": (0, 22.2),
@@ -31,19 +32,18 @@ _RANGES = {  # of the published file, in Hz, degrees, m, m/s, m, dB
     "thickness": (0.0004, 0.0585),
     "level": (103.3, 141.0),
 }
-_MISSING, _GAIN = 0.1, 0.2
 
 
 @dataclass(frozen=True)
 class Pool:
-    """All samples."""
+    """All samples, by where they lie."""
 
     inside: Rows
     levels: Mapping[str, Rows]
 
     @classmethod
     def of(cls, samples: Rows, levels: Mapping[str, Tensor]) -> Pool:
-        """Return samples by where they lie: ``levels`` has the indices of those outside."""
+        """Return samples of which ``levels`` has the indices of those outside."""
         inside = torch.ones(len(samples), dtype=torch.bool)
         inside[torch.cat(list(levels.values()))] = False
         outside = {name: samples.select(indices) for name, indices in levels.items()}
@@ -55,12 +55,11 @@ class RangedData(ShiftedData, ABC):
     """Samples with a real-valued target; what lies outside a range is held out, level by level.
 
     A subclass says in :meth:`load` where samples come from, in :meth:`perturbed` what perturbations
-    do, and in :meth:`dataset` what a network sees. There are three kinds of test names: ``clean``,
+    do, and in ``dataset`` what a network sees. There are three kinds of test names: ``clean``,
     held-out samples inside the range; perturbations of the same samples; and levels, which are
-    *other* samples, since a shape outside the range is another shape. Each batch is
-    ``(inputs, targets)``, the targets ``(B, 1)``, float32. ``stream="unequal"`` makes three of the
-    ten deciles of the target ten times as frequent as the others. The levels are kept for testing:
-    with ``evaluate_on="validation"``, choose under the class's ``TUNING_SHIFTS``.
+    *other* samples, kept for testing: with ``evaluate_on="validation"``, choose under
+    ``TUNING_SHIFTS``. Each batch is ``(inputs, targets)``, the targets ``(B, 1)``, float32.
+    ``stream="unequal"`` makes three of the ten deciles of the target ten times as frequent.
 
     Args:
         val_size: Samples inside the range taken for validation.
@@ -77,8 +76,6 @@ class RangedData(ShiftedData, ABC):
     val_size: int = 100
     test_size: int = 150
 
-    # What a subclass defines
-
     @abstractmethod
     def load(self) -> Pool:
         """Return all samples."""
@@ -87,14 +84,8 @@ class RangedData(ShiftedData, ABC):
     def perturbed(self, inputs: Tensor, name: str, generator: Generator) -> Tensor:
         """Return perturbed inputs; the targets stay."""
 
-    @abstractmethod
-    def dataset(self, samples: Rows) -> Dataset[Any]:
-        """Return what a network sees, a dataset of whole batches (``__getitems__``)."""
-
-    # What the base asks for
-
     def check(self) -> None:
-        """Refuse settings out of their range, before any data is read; a subclass adds its own."""
+        """Refuse settings out of their range, before any data is read."""
         super().check()
         if self.severity is not None:
             raise ValueError(
@@ -121,10 +112,9 @@ class RangedData(ShiftedData, ABC):
 
     def shifted(self, name: str) -> Rows:
         """Return the samples of a level, or those inside the range under a perturbation."""
+        samples: Rows = self._splits[name if name in self.LEVELS else self.evaluate_on]
         if name in self.LEVELS:
-            level: Rows = self._splits[name]
-            return level
-        samples = self._splits[self.evaluate_on]
+            return samples
         generator = seeded(self.seed, name, self.evaluate_on)
         return Rows(self.perturbed(samples.inputs, name, generator), samples.targets)
 
@@ -173,17 +163,15 @@ class AirfoilSelfNoiseDataModule(RangedData):
     """The 1,503 measurements of UCI's "Airfoil Self-Noise": five features, sound level in dB.
 
     The features are frequency (Hz), angle of attack (degrees), chord (m), velocity (m/s) and
-    displacement thickness on the suction side (m). What has the highest values of one column is
-    held out. Tested are
+    displacement thickness on the suction side (m); a network sees them, ``(B, 5)``, with mean 0 and
+    standard deviation 1 in the training set. What has the highest values of one column is held out.
+    Tested are
 
     - ``clean``: held-out measurements below that;
     - ``high_1`` to ``high_5``: those held out, from the least beyond the range to the most;
     - ``noise``: the clean ones, with Gaussian noise on every feature;
     - for choosing settings only: ``missing`` (one feature in ten unknown, its training mean in its
       place) and ``gain`` (each feature's deviation from its mean off by a factor, drawn once).
-
-    The features a network sees, ``(B, 5)``, have mean 0 and standard deviation 1 in the training
-    set; the sound level stays in dB.
 
     Args:
         root: Folder of ``airfoil_self_noise.dat``: lines of six numbers, apart by tabs.
@@ -195,8 +183,8 @@ class AirfoilSelfNoiseDataModule(RangedData):
         FileNotFoundError: The file is missing.
         ValueError: It is empty, cut off, damaged or another, or a setting is out of its range.
 
-    Source: T. F. Brooks, D. S. Pope and M. A. Marcolini, "Airfoil self-noise and prediction", NASA
-    RP-1218 (1989); UCI Machine Learning Repository, data set 291.
+    Source: T. F. Brooks et al., "Airfoil self-noise and prediction", NASA RP-1218 (1989); UCI
+    Machine Learning Repository, data set 291.
     """
 
     LEVELS = level_names("high")
@@ -255,10 +243,7 @@ class AirfoilSelfNoiseDataModule(RangedData):
 
 
 def read(file: Path) -> Tensor:
-    """Read the measurements, ``(1503, 6)``, float64: the five features and the sound level.
-
-    Args:
-        file: ``airfoil_self_noise.dat``, as UCI publishes it.
+    """Read UCI's ``airfoil_self_noise.dat``, ``(1503, 6)``, float64: features and sound level.
 
     Raises:
         FileNotFoundError: There is none.

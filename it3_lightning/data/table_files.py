@@ -1,16 +1,18 @@
-"""Reader of delimited files: pandas reads; damage is refused by file, column and row."""
+"""Reader of delimited files: cells are text, typed by column; damage is refused by its place."""
 
 from __future__ import annotations
 
 import csv
 import importlib
 import io
-import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from it3_lightning.data.base import damaged, read_bytes
@@ -20,83 +22,115 @@ from it3_lightning.utils.messages import not_installed
 Task = Literal["classification", "regression"]
 MISSING_WORDS = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL")
 """Cells that stand for a missing value."""
-_OPTIONS: dict[str, Any] = {
-    "index_col": False,
-    "skipinitialspace": True,
-    "keep_default_na": False,
-    "na_values": list(MISSING_WORDS),
-    "low_memory": False,
-}
 _MOST = 1000  # categories of a column; more are names or numbers of rows
 _FEW = 10  # names shown in an error
+_EXACT = 2**53  # smaller whole numbers are float64 as they are
+_COMMA = r"[-+]?[\d.]*,[\d.,]*(?:[eE][-+]?\d+)?"  # a number with a decimal comma, or thousands
+_LONG = 80  # characters of a cell shown in an error
+_AGAIN = "Correct the file, or fetch it again."
+_NUMBERS = (
+    "Numbers have a point (pandas.read_csv(..., decimal=',') reads commas), are finite in float32, "
+    "and whole ones below 2**53: correct the file, or name a column of codes in categorical."
+)
 
 
 def read(
     path: str | Path,
     *,
     names: Sequence[str] | None = None,
-    text: Sequence[str] = (),
     separator: str = ",",
     comment: str | None = None,
 ) -> Any:
     """Read a delimited file, plain or ``.gz``, into a pandas DataFrame of at least one row.
 
-    Blanks after a separator and empty lines are skipped; cells that hold one of ``MISSING_WORDS``
-    are missing. A column holds numbers where all its cells do, else text.
+    Every column is categorical: its cells are the text in the file without the blanks around it,
+    or missing where that is one of ``MISSING_WORDS``. Empty lines are skipped.
 
     Args:
-        path: Of the file.
+        path: Of the file, in UTF-8.
         names: Of the columns, where the file has no header.
-        text: Columns to keep as text, though they hold numbers.
         separator: One character between cells.
         comment: First character of lines to skip.
 
     Raises:
-        ValueError: The file is empty, cut off or damaged, or a row has too few or too many cells.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is empty, cut off or damaged, a row has too few or too many cells, or
+            two columns have the same name.
     """
-    pandas, file = needed("pandas"), Path(path)
+    file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(
             f"Expected a file {file.resolve()}, got none. Place it there, or give its path."
         )
-    content, errors = read_bytes(file), pandas.errors
-    damages = errors.EmptyDataError, errors.ParserError, errors.ParserWarning
-    header = 0 if names is None else None
-    types = dict.fromkeys(text, object) if names is None else None
-    options = {**_OPTIONS, "sep": separator, "header": header, "comment": comment, "dtype": types}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", errors.ParserWarning)  # rows longer than the header
-            frame = pandas.read_csv(io.BytesIO(content), **options)
-    except (UnicodeDecodeError, *damages) as error:
-        what = f"a table with cells separated by {separator!r}"
-        remedy = "It is empty, damaged or another kind of file: fetch it again, or set separator."
-        raise damaged(file, what, error, remedy) from error
-    if names is not None:
-        if frame.shape[1] != len(names):
-            raise ValueError(
-                f"Expected {len(names)} columns in {file} ({', '.join(names[:3])}, ...), got "
-                f"{frame.shape[1]}. It is another file, or cut off: put the right one in its place."
-            )
-        frame = frame.set_axis(list(names), axis=1)
-    if not len(frame):
+    cells = _cells(file, separator, comment)
+    if names is None:
+        header, cells = cells.iloc[0].str.strip(), cells.iloc[1:]
+        names = [name or f"Unnamed: {place}" for place, name in enumerate(header)]
+    if cells.shape[1] != len(names):
+        raise ValueError(
+            f"Expected {len(names)} columns in {file} ({', '.join(names[:3])}, ...), got "
+            f"{cells.shape[1]}. It is another file, or cut off: put the right one in its place."
+        )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"Expected different names of columns in {file}, got {twice[0]!r} twice. Rename one."
+        )
+    if not len(cells):
         raise ValueError(f"Expected rows in {file}, got a header alone. Fetch the file again.")
-    if frame.iloc[:, -1].isna().any():  # a row that is too short, which pandas fills up
-        _check_widths(file, content.decode(), frame.shape[1], separator, comment)
+    return cells.reset_index(drop=True).set_axis(list(names), axis=1).apply(_texts)
+
+
+def _cells(file: Path, separator: str, comment: str | None) -> Any:
+    """Return all cells of a file as text, the header too."""
+    content, pandas = read_bytes(file), needed("pandas")
+    errors = pandas.errors.EmptyDataError, pandas.errors.ParserError
+    try:
+        text = content.decode("utf-8-sig")
+        if "\0" in text:
+            raise pandas.errors.ParserError("NUL characters")
+        frame = pandas.read_csv(
+            io.StringIO(text),
+            sep=separator,
+            comment=comment,
+            header=None,
+            dtype=object,
+            na_filter=False,
+            skipinitialspace=True,
+            low_memory=False,
+        )
+        if (frame.iloc[:, -1] == "").any():  # a row that is too short, which pandas fills up
+            _check_widths(file, text, frame.shape[1], separator, comment)
+    except (UnicodeDecodeError, csv.Error, *errors) as error:
+        what = f"a table in UTF-8 with cells separated by {separator!r}"
+        remedy = (
+            "It is empty, damaged, in another encoding or of another kind: fetch it again, save it "
+            "in UTF-8, or set separator."
+        )
+        raise damaged(file, what, error, remedy) from error
     return frame
 
 
 def _check_widths(file: Path, text: str, width: int, separator: str, comment: str | None) -> None:
     """Refuse rows, neither empty nor comments, that do not have as many cells as columns."""
-    lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+    lines = csv.reader(io.StringIO(text, None), delimiter=separator, skipinitialspace=True)
     for cells in lines:
-        comments = bool(cells and comment and cells[0].startswith(comment))
-        if cells and not comments and len(cells) != width:
+        skipped = cells in ([], [""]) or (comment and cells[0].startswith(comment))
+        if len(cells) != width and not skipped:
             raise ValueError(
                 f"Expected {width} cells in every row of {file}, got {len(cells)} in line "
                 f"{lines.line_num}. The file is cut off or damaged there: fetch it again, or set "
                 "separator."
             )
+
+
+def _texts(column: Any) -> Any:
+    """Return the cells of a column without blanks around them, as categories or missing."""
+    pandas = needed("pandas")
+    places, texts = pandas.factorize(column)
+    texts = pandas.Series(texts, dtype=object).str.strip()
+    codes, words = pandas.factorize(texts.mask(texts.isin(MISSING_WORDS)))
+    return pandas.Series(pandas.Categorical.from_codes(codes[places], words))
 
 
 def needed(package: str) -> Any:
@@ -108,53 +142,47 @@ def needed(package: str) -> Any:
 
 
 def to_table(frame: Any, file: str | Path, schema: Schema, target: str, *, known: bool) -> Table:
-    """Return the rows of a DataFrame as tensors.
+    """Return the rows of a DataFrame that :func:`read` made of a file as tensors.
 
-    Args:
-        frame: with all columns of the schema, and the target.
-        file: named in errors.
-        schema: says which columns.
-        target: name of the target.
-        known: whether every category must be one of the schema's; else it becomes ``UNKNOWN``.
-
-    Raises:
-        ValueError: a column is missing, or a cell is no number, category or class.
+    Categories that are not the schema's become ``UNKNOWN``, or are refused where all must be
+    ``known``; so is a column that is missing, and a cell that is no number or class.
     """
-    wanted = [*schema.numeric, *schema.categorical, target]
-    absent = [name for name in wanted if name not in frame]
-    if absent:
-        raise ValueError(
-            f"Expected columns {', '.join(map(repr, absent[:_FEW]))} in {file}, got "
-            f"{', '.join(map(str, frame.columns[:_FEW]))}. Give the file that has them."
-        )
-    numbers = [_numbers(frame[name], file) for name in schema.numeric]
+    check_columns(frame, file, (*schema.numeric, *schema.categorical, target), "Use another file.")
+    none = torch.empty(0, len(frame))
+    numbers = [_numbers(frame[name], file)[None] for name in schema.numeric]
     codes = [
-        _codes(frame[name], file, categories, known=known)
+        _codes(frame[name], file, categories, known=known)[None]
         for name, categories in schema.categorical.items()
     ]
     return Table(
         schema,
-        torch.stack(numbers, 1) if numbers else torch.empty(len(frame), 0, dtype=torch.float64),
-        torch.stack(codes, 1) if codes else torch.empty(len(frame), 0, dtype=torch.int64),
+        torch.cat([none.double(), *numbers]).T.contiguous(),
+        torch.cat([none.long(), *codes]).T.contiguous(),
         _target(frame[target], file, schema.classes),
     )
+
+
+def check_columns(frame: Any, file: str | Path, names: Sequence[str], remedy: str) -> None:
+    """Refuse a file that lacks a column."""
+    absent = [name for name in names if name not in frame]
+    if absent:
+        raise ValueError(
+            f"Expected a column {absent[0]!r} in {file}, got {', '.join(frame.columns[:_FEW])}. "
+            f"{remedy}"
+        )
 
 
 def inferred_schema(
     frame: Any, file: str | Path, target: str, task: Task, categorical: Sequence[str] | None
 ) -> Schema:
     """Return the schema of a DataFrame."""
-    missing = [name for name in (target, *(categorical or ())) if name not in frame]
-    if missing:
-        raise ValueError(
-            f"Expected a column {missing[0]!r} in {file}, got "
-            f"{', '.join(map(str, frame.columns[:_FEW]))}. Name one of these columns."
-        )
+    named = (target, *(categorical or ()))
+    check_columns(frame, file, named, "Correct target, categorical, exclude or separator.")
     features = [name for name in frame.columns if name != target]
     if categorical is None:
-        categorical = [name for name in features if _is_text(frame[name], file)]
+        categorical = [name for name in features if not _is_numeric(frame[name], file)]
     categories = {name: _categories(frame[name], file) for name in features if name in categorical}
-    classes = _categories(frame[target], file) if task == "classification" else None
+    classes = _classes(frame[target], file) if task == "classification" else None
     if not features or (classes is not None and len(classes) < 2):
         raise ValueError(
             f"Expected features and at least 2 classes in {file}, got {len(features)} columns "
@@ -163,30 +191,27 @@ def inferred_schema(
     return Schema(tuple(n for n in features if n not in categories), categories, classes)
 
 
-def _is_text(column: Any, file: str | Path) -> bool:
-    """Whether a column holds text; one that holds mostly numbers is refused."""
-    pandas = needed("pandas")
-    if pandas.api.types.is_numeric_dtype(column):
-        return bool(pandas.api.types.is_bool_dtype(column))
-    words = column.dropna()
-    numbers = pandas.to_numeric(words, errors="coerce").notna()
-    if 2 * int(numbers.sum()) > len(words):
-        odd = words[~numbers]
-        raise ValueError(
-            f"Expected numbers in column {column.name!r} of {file}, got {odd.iloc[0]!r} in row "
-            f"{odd.index[0] + 1}. Correct the cell, or name the column in categorical."
-        )
-    return True
+def _values(words: Any) -> Any:
+    """Return what words say as numbers, float64, NaN where they are none."""
+    return np.asarray(needed("pandas").to_numeric(words, errors="coerce"), dtype="float64")
 
 
-def _words(column: Any) -> Any:
-    """Return the present cells of a column as text, without blanks around them."""
-    return column.dropna().astype(str).str.strip()
+def _is_numeric(column: Any, file: str | Path) -> bool:
+    """Whether a column holds numbers; one that holds mostly numbers, or decimal commas, is refused.
+
+    One that holds nothing counts as numeric.
+    """
+    words = column.cat.categories
+    odd = np.isnan(_values(words))
+    like_numbers = column.isin(words[~odd | words.str.fullmatch(_COMMA)])
+    if odd.any() and 2 * int(like_numbers.sum()) > int(column.notna().sum()):
+        _refuse(column, column.isin(words[odd]), file, "a finite number", _NUMBERS)
+    return not odd.any()
 
 
 def _categories(column: Any, file: str | Path) -> tuple[str, ...]:
     """Return the different texts of a column: numbers by size, else by the alphabet."""
-    found: list[str] = sorted(set(_words(column)))
+    found: list[str] = sorted(column.cat.categories)
     if len(found) > _MOST:
         raise ValueError(
             f"Expected at most {_MOST} categories in column {column.name!r} of {file}, got "
@@ -199,23 +224,46 @@ def _categories(column: Any, file: str | Path) -> tuple[str, ...]:
         return tuple(found)
 
 
+def _classes(column: Any, file: str | Path) -> tuple[str, ...]:
+    """Return the classes of a column; one that is written in two ways is refused."""
+    classes, written = _categories(column, file), dict[object, str]()
+    for name, value in zip(classes, _values(list(classes)), strict=True):
+        word = name.casefold() if len(name) > 1 else name  # the letters a and A may be two
+        other = written.setdefault(word if np.isnan(value) else value, name)
+        if other != name:
+            raise ValueError(
+                f"Expected each class in column {column.name!r} of {file} to be written in one "
+                f"way, got {other!r} and {name!r}. Write them alike, or rename one."
+            )
+    return classes
+
+
 def _numbers(column: Any, file: str | Path) -> Tensor:
     """Return numbers ``(N,)``, float64, NaN where they are missing."""
-    values = needed("pandas").to_numeric(column, errors="coerce").astype("float64")
-    wrong = (values.isna() & column.notna()) | values.isin([float("inf"), -float("inf")])
-    _refuse(column, wrong, file, "a finite number")
-    return torch.tensor(values.to_numpy())
+    words = column.cat.categories
+    values = torch.tensor([*_values(words), np.nan], dtype=torch.float64)
+    lost = words.str.fullmatch(r"[-+]?\d+") & (values[:-1].abs() >= _EXACT).numpy()
+    wrong = lost | ~values[:-1].float().isfinite().numpy()
+    _refuse(column, column.isin(words[wrong]), file, "a finite number", _NUMBERS)
+    return values[torch.tensor(column.cat.codes.to_numpy(), dtype=torch.int64)]
 
 
-def _codes(column: Any, file: str | Path, categories: tuple[str, ...], *, known: bool) -> Tensor:
-    """Return codes ``(N,)``: positions among the categories, MISSING or UNKNOWN."""
-    words = _words(column).reindex(column.index)
-    codes = words.map({name: code for code, name in enumerate(categories)})
-    unknown = codes.isna() & words.notna()
+def _codes(
+    column: Any, file: str | Path, categories: tuple[str, ...], *, known: bool, what: str = ""
+) -> Tensor:
+    """Return codes ``(N,)``: positions among the categories, MISSING (-1) or UNKNOWN."""
+    codes = needed("pandas").Index(categories, dtype=object).get_indexer(column.astype(object))
+    unknown = column.notna().to_numpy() & (codes == MISSING)
+    names = f"{what}{', '.join(categories[:_FEW])}"
     if known:
-        _refuse(column, unknown, file, f"one of {', '.join(categories[:_FEW])}")
-    filled = codes.astype("float64").mask(unknown, UNKNOWN).mask(words.isna(), MISSING)
-    return torch.tensor(filled.to_numpy(dtype="int64"))
+        _refuse(column, unknown, file, f"one of {names}")
+    elif unknown.any() and (codes == MISSING).all():
+        rank_zero_warn(
+            f"Expected categories {names} in column {column.name!r} of {file}, got none of them, "
+            f"but {str(column[unknown].iloc[0])[:_LONG]!r}. All its cells count as unknown: write "
+            "them as in the file to train on."
+        )
+    return torch.from_numpy(np.where(unknown, UNKNOWN, codes))
 
 
 def _target(column: Any, file: str | Path, classes: tuple[str, ...] | None) -> Tensor:
@@ -224,17 +272,15 @@ def _target(column: Any, file: str | Path, classes: tuple[str, ...] | None) -> T
     _refuse(column, column.isna(), file, what)
     if classes is None:
         return _numbers(column, file).float()[:, None]
-    codes = _codes(column, file, classes, known=False)
-    _refuse(column, column.notna() & (codes < 0).numpy(), file, what)
-    return codes
+    return _codes(column, file, classes, known=True, what="the classes ")
 
 
-def _refuse(column: Any, wrong: Any, file: str | Path, expected: str) -> None:
+def _refuse(column: Any, wrong: Any, file: str | Path, expected: str, remedy: str = _AGAIN) -> None:
     """Refuse a column with wrong cells, and show the first."""
     if wrong.any():
-        row = int(wrong.to_numpy().argmax())
+        row = int(np.argmax(wrong))
         raise ValueError(
-            f"Expected {expected} in column {column.name!r} of {file}, got {column.iloc[row]} in "
-            f"row {row + 1}, and {int(wrong.sum())} such rows in all. Correct the file, or fetch "
-            "it again."
+            f"Expected {expected} in column {column.name!r} of {file}, got "
+            f"{str(column.iloc[row])[:_LONG]} in row {row + 1}, and {int(wrong.sum())} such rows "
+            f"in all. {remedy}"
         )

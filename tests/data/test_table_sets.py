@@ -33,7 +33,7 @@ from it3_lightning.data import (
     ShiftedTables,
 )
 from it3_lightning.data.table_sets import ADULT_CATEGORIES
-from it3_lightning.data.tables import Table
+from it3_lightning.data.tables import Schema, Table
 
 
 def gather(loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -102,12 +102,11 @@ def test_adult_test_words_that_nobody_knows_are_all_zeros(tmp_path: Path) -> Non
 
 
 def test_missing_adult_files_are_named_with_their_place(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"got no adult\.data and no adult\.test") as caught:
+    with pytest.raises(FileNotFoundError, match=r"none/adult\.data, got none\. Place"):
         adult(tmp_path / "none").setup("fit")
-    assert str(tmp_path / "none") in str(caught.value)
     write_adult(tmp_path)
     (tmp_path / "adult.test").unlink()
-    with pytest.raises(FileNotFoundError, match=r"got no adult\.test\. Place"):
+    with pytest.raises(FileNotFoundError, match=r"adult\.test, got none\. Place"):
         adult(tmp_path).setup("fit")
 
 
@@ -181,10 +180,9 @@ def test_covertype_has_54_features_and_7_classes_with_blocks_of_4_and_40(tmp_pat
     assert set(labels.tolist()) == set(range(7))
 
 
-def test_missing_covertype_says_which_files_go_where(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"covtype\.data or covtype\.data\.gz") as caught:
+def test_missing_covertype_says_which_file_goes_where(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/covtype\.data\.gz, got none"):
         covertype(tmp_path).setup("fit")
-    assert str(tmp_path) in str(caught.value)
 
 
 def changed(row: int, cell: int, value: str) -> list[str]:
@@ -294,7 +292,7 @@ def test_columns_of_numbers_are_numeric_and_others_categorical(tmp_path: Path) -
     lines = ("a,b,c,d,y", "1,x,true,,no", "2.5, z ,false,4,yes", "?,x,true,NA,no")
     table = loaded(write(tmp_path / "t.csv", *lines))
     assert table.schema.numeric == ("a", "d")
-    assert table.schema.categorical == {"b": ("x", "z"), "c": ("False", "True")}
+    assert table.schema.categorical == {"b": ("x", "z"), "c": ("false", "true")}
     assert table.schema.classes == ("no", "yes")
     assert table.numeric.nan_to_num(-1).tolist() == [[1, -1], [2.5, 4], [-1, -1]]
     assert table.codes.tolist() == [[0, 1], [1, 0], [0, 1]]
@@ -326,7 +324,7 @@ def test_values_keep_their_units(tmp_path: Path) -> None:
 
 def test_excluded_columns_are_left_out(tmp_path: Path) -> None:
     file = write(tmp_path / "t.csv", "id,x,y", "n1,1,a", "n2,2,b")
-    assert loaded(file, exclude=["id"]).schema.num_features == 1
+    assert loaded(file, exclude=["id"]).schema.numeric == ("x",)
 
 
 def test_a_test_file_is_read_by_name_and_its_own_categories_are_unknown(tmp_path: Path) -> None:
@@ -366,17 +364,17 @@ def test_a_setting_that_says_where_rows_come_from_is_followed(tmp_path: Path) ->
             {},
             "cells separated by ','.* Expected 2 fields in line 3, saw 3",
         ),
-        (("x,y", "1,a,b", "2,b,c"), {}, "Length of header .* does not match length of data"),
+        (("x,y", "1,a,b", "2,b,c"), {}, "Expected 2 fields in line 2, saw 3"),
         (("x;y", "1;a", "2;b"), {}, "a column 'y' in .*, got x;y"),
         (("x,z", "1,a", "2,b"), {}, "a column 'y' in .*, got x, z"),
         (("x,y", "1,a", "2,", "3,b"), {}, "classes a, b in column 'y' .* in row 2, and 1 such"),
         (("x,y", "1,a", "2,a"), {}, r"at least 2 classes .* the classes \('a',\)"),
         (("y", "a", "b"), {}, "got 0 columns beside 'y'"),
         (("x,y", "1,a", "2,b", "3,a", "inf,b"), {}, "a finite number in column 'x'.*inf in row 4"),
-        (("x,y", "1,a", "2,b", "three,a"), {}, "numbers in column 'x' of .*, got 'three' in row 3"),
+        (("x,y", "1,a", "2,b", "three,a"), {}, "number in column 'x' of .*, got three in row 3"),
         (("x,y", "1,1", "2,b"), {"task": "regression"}, "finite number in column 'y'.*b in row 2"),
         (("x,y", "1,1", "2,?"), {"task": "regression"}, "a value in column 'y' .* in row 2"),
-        (("x,y", "1,a", "2,b"), {"exclude": ["z"]}, "column 'z' in .* to leave out, got x, y"),
+        (("x,y", "1,a", "2,b"), {"exclude": ["z"]}, "column 'z' in .*, got x, y. Correct exclude"),
         (("x,y", "1,a", "2,b"), {"categorical": ["z"]}, "a column 'z' in .*, got x, y"),
         (("w,x,y", "q,1,a", "r,2,b"), {"categorical": ["x"]}, "number in column 'w' .* got q"),
         (("x,y", "1,a", "2,b"), {"names": ["x"]}, "1 columns in .*, got 2"),
@@ -395,12 +393,12 @@ def test_a_wrong_file_or_setting_is_refused(
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_bytes(b"x,y\n1,\xff\xfe\n2,b\n")
-    refused(of(file), "damaged or another kind of file", file)
+    refused(of(file), "in another encoding or of another kind", file)
 
 
 def test_a_test_file_without_a_column_or_with_another_class_is_refused(tmp_path: Path) -> None:
     train = write(tmp_path / "a.csv", "x,y", "1,a", "2,b")
-    refused(of(train, test_path=write(tmp_path / "b.csv", "z,y", "1,a")), "columns 'x' in .*b.csv")
+    refused(of(train, test_path=write(tmp_path / "b.csv", "z,y", "1,a")), "column 'x' in .*b.csv")
     refused(of(train, test_path=write(tmp_path / "c.csv", "x,y", "1,q")), "classes a, b .* got q")
     with pytest.raises(FileNotFoundError, match=r"d\.csv, got none"):
         of(train, test_path=tmp_path / "d.csv").setup("fit")
@@ -410,7 +408,8 @@ def test_a_test_file_without_a_column_or_with_another_class_is_refused(tmp_path:
     ("settings", "message"),
     [
         ({"task": "clasification"}, "Unknown task 'clasification'. Did you mean 'classification'"),
-        ({"separator": ""}, "a separator of one character, got ''"),
+        ({"separator": ""}, "a separator of one ASCII character, got ''"),
+        ({"separator": '"'}, "a separator of one ASCII character, got '\"'"),
     ],
 )
 def test_bad_settings_are_refused_before_the_file_is_sought(
@@ -418,6 +417,125 @@ def test_bad_settings_are_refused_before_the_file_is_sought(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         of(Path("nowhere.csv"), **settings)
+
+
+CODES = ("01234", "1234", "00017", "9007199254740993", "9007199254740992", "1.0", "1", "1" * 40)
+
+
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize("missing", [(), ("a",), ("b",), ("a", "b")])
+def test_codes_are_their_text_with_and_without_header_and_missing_cells(
+    tmp_path: Path, header: bool, missing: tuple[str, ...]
+) -> None:
+    files = {}
+    for name in "ab":
+        rows = [f"{code},{'yn'[place % 2]}" for place, code in enumerate(CODES)]
+        lines = [*["code,y"] * header, *rows, *[",y"] * (name in missing)]
+        files[name] = write(tmp_path / f"{name}.csv", *lines)
+    names = None if header else ["code", "y"]
+    data = of(files["a"], test_path=files["b"], categorical=["code"], names=names)
+    train, test = data.load()
+    assert test is not None
+    assert sorted(train.schema.categorical["code"]) == sorted(CODES)
+    for name, table in (("a", train), ("b", test)):
+        words = [(*train.schema.categorical["code"], "")[code] for code in table.codes[:, 0]]
+        assert words == [*CODES, *[""] * (name in missing)]
+
+
+def test_classes_are_the_text_in_both_files(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.csv", "x,y", "1,0", "2,1", "3,1")
+    test = write(tmp_path / "b.csv", "x,y", "1,1", "2,0")
+    assert of(train, test_path=test).load()[1].target.tolist() == [1, 0]  # type: ignore[union-attr]
+    floats = write(tmp_path / "c.csv", "x,y", "1,1.0", "2,0.0")
+    refused(of(train, test_path=floats), r"classes 0, 1 in column 'y' .* got 1\.0 in row 1", floats)
+
+
+def test_truth_with_a_missing_cell_is_a_category(tmp_path: Path) -> None:
+    table = loaded(write(tmp_path / "t.csv", "a,y", "True,0", ",1", "False,1"))
+    assert table.schema.categorical == {"a": ("False", "True")}
+    assert table.codes[:, 0].tolist() == [1, -1, 0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "message"),
+    [
+        (("a,y", "1,0", "1" * 40 + ",1"), {}, "finite number in column 'a' .* got 1{40} in row 2"),
+        (
+            ("a,y", "1,p", "9007199254740993,q"),
+            {},
+            r"column 'a' .* 9007199254740993 in row 2.* below 2\*\*53.* in categorical",
+        ),
+        (("a,y", "1,p", "1e39,q"), {}, "number in column 'a' .* got 1e39 in row 2"),
+        (("a,y", "1,0", "2,1e39"), {"task": "regression"}, "column 'y' .* got 1e39 in row 2"),
+        (
+            ("a;y", "1,5;p", "2,25;q"),
+            {"separator": ";"},
+            r"column 'a' .* got 1,5 in row 1.*read_csv\(\.\.\., decimal=','\)",
+        ),
+        (("a;y", "1;p", "1.234,5;q"), {"separator": ";"}, "column 'a' .* got 1.234,5 in row 2"),
+        (
+            (
+                "a;y",
+                "1;2,5",
+            ),
+            {"separator": ";", "task": "regression"},
+            "'y' .* got 2,5 in row 1",
+        ),
+        (("y,a,y", "1,2,0", "3,4,1"), {}, "different names of columns .*, got 'y' twice"),
+        (("1,2", "3,4"), {"names": ["y", "y"]}, "different names of columns .*, got 'y' twice"),
+        (("a,y", "1,True", "2,true", "3,False"), {}, "'y' .* one way, got 'True' and 'true'"),
+        (("a,y", "1,0", "2,1", "3,1.0"), {}, "'y' .* one way, got '1' and '1.0'"),
+        (("a,y", "1,p", "2,q\0"), {}, "NUL characters"),
+        (("a,b", "x" * 200_000 + ",1", "2"), {"target": "b"}, "field larger than field limit"),
+    ],
+)
+def test_cells_that_would_change_or_vanish_are_refused(
+    tmp_path: Path, lines: tuple[str, ...], settings: dict[str, Any], message: str
+) -> None:
+    file = write(tmp_path / "t.csv", *lines)
+    refused(of(file, **settings), message, file)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "t.csv"
+    file.write_bytes("town,y\nMünchen,1\nKöln,2\n".encode(encoding))
+    refused(of(file), "a table in UTF-8", file)
+
+
+@pytest.mark.parametrize(
+    "content", ["\ufefftown,x,y\r\nKöln,1,a\r\n\r\nUlm,2,b", '"town",x,y\rKöln ,1,a\rUlm, 2,b\r']
+)
+def test_marks_of_order_and_ends_of_lines_of_any_system_are_understood(
+    tmp_path: Path, content: str
+) -> None:
+    file = tmp_path / "t.csv"
+    file.write_bytes(content.encode())
+    table = loaded(file)
+    assert table.schema == Schema(("x",), {"town": ("Köln", "Ulm")}, ("a", "b"))
+    assert table.numeric[:, 0].tolist() == [1, 2]
+
+
+def test_a_column_without_a_name_can_be_left_out(tmp_path: Path) -> None:
+    file = write(tmp_path / "t.csv", ",x,y", "0,1,a", "1,2,b")  # as pandas writes an index
+    assert loaded(file, exclude=["Unnamed: 0"]).schema.numeric == ("x",)
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"Expected a file {tmp_path}, got none"):
+        of(tmp_path).setup("fit")
+
+
+def test_a_test_file_of_unknown_categories_alone_warns(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.csv", "code,y", "1,a", "2,b")
+    test = write(tmp_path / "b.csv", "code,y", "1.0,a", ",b")
+    data = of(train, test_path=test, categorical=["code"])
+    with pytest.warns(
+        UserWarning, match=r"categories 1, 2 in column 'code' of .*b.csv.* but '1.0'"
+    ):
+        test_table = data.load()[1]
+    assert test_table is not None
+    assert test_table.codes.flatten().tolist() == [-2, -1]
 
 
 def test_without_pandas_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

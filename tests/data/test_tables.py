@@ -452,10 +452,6 @@ def test_seed_and_severity_change_the_shifted_features() -> None:
 # --- small examples
 
 
-def test_a_schema_counts_a_feature_for_each_number_and_category() -> None:
-    assert Schema(("age",), {"colour": ("blue", "red")}, None).num_features == 3
-
-
 def test_a_missing_number_becomes_the_median_of_training() -> None:
     schema = Schema(("age",), {}, None)
     rows = table([[1.0], [3.0], [NAN]], [[]] * 3, schema)
