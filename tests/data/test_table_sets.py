@@ -21,6 +21,7 @@ from helpers.tables import (
     write_covertype,
     write_houses,
 )
+from jsonargparse import ArgumentParser
 from sklearn import datasets
 from torch import Tensor
 
@@ -536,6 +537,21 @@ def test_a_test_file_of_unknown_categories_alone_warns(tmp_path: Path) -> None:
         test_table = data.load()[1]
     assert test_table is not None
     assert test_table.codes.flatten().tolist() == [-2, -1]
+
+
+@pytest.mark.parametrize("kind", [CSVDataModule, BostonDataModule])
+def test_the_command_line_knows_the_types_of_all_settings(
+    kind: type[ShiftedTables], capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(kind, "data")
+    right = ["--data.path=a.csv", "--data.stream=equal", "--data.exclude=[a,b]"]
+    right += ["--data.target=y"] * (kind is CSVDataModule)
+    assert parser.parse_args(right).data.exclude == ["a", "b"]
+    for wrong in ("names=3", "batch_size=many", "stream=eqal"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([*right, f"--data.{wrong}"])
+        assert wrong.split("=")[0] in capsys.readouterr().err
 
 
 def test_without_pandas_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
