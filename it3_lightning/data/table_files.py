@@ -128,9 +128,9 @@ def _texts(column: Any) -> Any:
     """Return the cells of a column without blanks around them, as categories or missing."""
     pandas = needed("pandas")
     places, texts = pandas.factorize(column)
-    texts = pandas.Series(texts, dtype=object).str.strip()
-    codes, words = pandas.factorize(texts.mask(texts.isin(MISSING_WORDS)))
-    return pandas.Series(pandas.Categorical.from_codes(codes[places], words))
+    words = [None if text.strip() in MISSING_WORDS else text.strip() for text in texts]
+    codes, categories = pandas.factorize(np.array(words, dtype=object))
+    return pandas.Series(pandas.Categorical.from_codes(codes[places], categories))
 
 
 def needed(package: str) -> Any:
@@ -203,10 +203,12 @@ def _is_numeric(column: Any, file: str | Path) -> bool:
     """
     words = column.cat.categories
     odd = np.isnan(_values(words))
+    if not odd.any():
+        return True
     like_numbers = column.isin(words[~odd | words.str.fullmatch(_COMMA)])
-    if odd.any() and 2 * int(like_numbers.sum()) > int(column.notna().sum()):
+    if 2 * int(like_numbers.sum()) > int(column.notna().sum()):
         _refuse(column, column.isin(words[odd]), file, "a finite number", _NUMBERS)
-    return not odd.any()
+    return False
 
 
 def _categories(column: Any, file: str | Path) -> tuple[str, ...]:
@@ -241,10 +243,12 @@ def _classes(column: Any, file: str | Path) -> tuple[str, ...]:
 def _numbers(column: Any, file: str | Path) -> Tensor:
     """Return numbers ``(N,)``, float64, NaN where they are missing."""
     words = column.cat.categories
-    values = torch.tensor([*_values(words), np.nan], dtype=torch.float64)
-    lost = words.str.fullmatch(r"[-+]?\d+") & (values[:-1].abs() >= _EXACT).numpy()
-    wrong = lost | ~values[:-1].float().isfinite().numpy()
-    _refuse(column, column.isin(words[wrong]), file, "a finite number", _NUMBERS)
+    values = torch.from_numpy(np.append(_values(words), np.nan))
+    wrong = ~values[:-1].float().isfinite().numpy()
+    if (values.abs() >= _EXACT).any():
+        wrong |= (values[:-1].abs() >= _EXACT).numpy() & words.str.fullmatch(r"[-+]?\d+")
+    if wrong.any():
+        _refuse(column, column.isin(words[wrong]), file, "a finite number", _NUMBERS)
     return values[torch.tensor(column.cat.codes.to_numpy(), dtype=torch.int64)]
 
 
