@@ -214,6 +214,39 @@ def optimizer_factory(optimizer: str | OptimizerFactory, lr: float) -> Optimizer
     return lambda parameters: rule.factory(list(parameters), lr)
 
 
+_SCALES = (2.0**16, 2.0**8, 1.0)
+
+
+def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradients of a loss by the names of the parameters that it depends on.
+
+    In float16, what a mean over samples and positions divides falls below the smallest number. So
+    the loss is scaled there, as in training, as far as no gradient overflows by it; the gradients
+    are in float32.
+
+    >>> w = nn.Parameter(torch.ones(1))
+    >>> gradients_of(2 * w.sum(), {"w": w, "unused": nn.Parameter(torch.ones(1))})
+    {'w': tensor([2.])}
+    """
+    given = list(parameters.values())
+    for scale in _SCALES if _in_float16(given) else (1.0,):
+        scaled = loss if scale == 1 else loss.float() * scale
+        found = torch.autograd.grad(scaled, given, allow_unused=True, retain_graph=scale != 1)
+        gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+        del found
+        if scale != 1:
+            gradients = {n: full_precision(g) / scale for n, g in gradients.items()}
+            if all(bool(g.isfinite().all()) for g in gradients.values()):
+                break
+    return gradients
+
+
+def _in_float16(parameters: Sequence[Tensor]) -> bool:
+    kind = parameters[0].device.type
+    mixed = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return mixed or any(parameter.dtype == torch.float16 for parameter in parameters)
+
+
 def write_first_step(
     rule: Rule, weights: Tensor, gradients: Tensor, lr: float, out: Tensor
 ) -> None:
@@ -254,12 +287,9 @@ class OnlyStep:
         Returns:
             The weights by name, and a sum over them, which is finite if they are.
         """
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        pairs = zip(parameters, found, strict=True)
-        gradients = {name: g for name, g in pairs if g is not None}
+        gradients = gradients_of(loss, parameters)
         if not gradients:
             return {}, loss
-        del found, pairs
         source = {name: p.detach() for name, p in parameters.items()}
         moved: dict[str, Tensor] = {}
         sums: list[Tensor] = []

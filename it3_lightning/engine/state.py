@@ -17,6 +17,7 @@ from it3_lightning.engine.optimizers import (
     OnlyStep,
     Updater,
     full_precision,
+    gradients_of,
     optimizer_factory,
     rounded,
 )
@@ -114,8 +115,7 @@ class State(AnchoredWeights):
         """
         self._check(loss)
         self.backwards += 1
-        found = torch.autograd.grad(loss, [*self._parameters.values()], allow_unused=True)
-        gradients = {n: g for n, g in zip(self._parameters, found, strict=True) if g is not None}
+        gradients = gradients_of(loss, self._parameters)
         if not gradients:
             raise self._uninfluenced()
         return gradients

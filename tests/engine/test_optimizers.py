@@ -289,6 +289,49 @@ def test_steps_shorter_than_the_rounding_move_the_outputs_as_far(
     assert 0.5 < float(moved @ whole / (whole @ whole)) < 1.5
 
 
+class Averages(nn.Module):
+    """Averages over many positions, so that gradients before that are small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embed, self.head = nn.Conv2d(3, 32, 3), nn.Linear(3, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        features = self.conv(x).relu().mean((2, 3))
+        if prior is not None:
+            features = features + 0.02 * self.embed(prior.to(features.dtype))
+        outputs: Tensor = self.head(features)
+        return outputs
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 100.0), ("adam", 1e-2), ("polyak", 0.5)])
+@pytest.mark.parametrize("kind", ["mixed", "true"])
+def test_small_gradients_do_not_underflow_in_float16(
+    kind: str, optimizer: Any, lr: float, steps: int
+) -> None:
+    torch.manual_seed(0)
+    net, x = Averages().float(), torch.randn(64, 3, 32, 32)
+    made = Settings(objective=PUBLISHED, optimizer=optimizer, lr=lr, steps=steps)
+
+    def moved(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        source = {name: p.detach().clone() for name, p in net.named_parameters()}
+        batch = BatchAdapter(net, takes_prior(net), softmax_label, made)
+        with batch.adapted(x) as adaptation:
+            assert not adaptation.skipped.any()
+            return {n: (w - source[n]).double() for n, w in adaptation.weights.items()}
+
+    exact = moved(net, x)
+    if kind == "mixed":
+        with torch.autocast("cpu", torch.float16):
+            found = moved(net, x)
+    else:
+        found = moved(copy.deepcopy(net).half(), x.half())
+    for name in ("conv.weight", "head.weight"):
+        along = (found[name] * exact[name]).sum() / exact[name].square().sum()
+        assert 0.5 < along < 1.5, name
+
+
 def test_a_step_that_is_lost_in_rounding_is_told() -> None:
     net = Half(torch.bfloat16)
     with pytest.warns(UserWarning, match=r"changed no weight.*torch.bfloat16.*lr.*bf16-mixed"):
