@@ -76,7 +76,7 @@ class Summary:
         self._source = _added(self._source, adaptation.distance_source)
         self._adapted = _added(self._adapted, adaptation.distance_adapted)
         self._distances += [[] for _ in range(loader + 1 - len(self._distances))]
-        self._distances[loader].append(_known(adaptation))
+        _keep(self._distances[loader], _known(adaptation))
 
     @property
     def distances(self) -> list[Tensor]:
@@ -121,6 +121,16 @@ def _known(adaptation: Adaptation) -> Tensor:
     if distances is None:
         return torch.full(adaptation.skipped.shape, float("nan"))
     return distances.detach().cpu()
+
+
+def _keep(parts: list[Tensor], values: Tensor) -> None:
+    """Add values to those kept: a tensor a batch would soon be more than what they hold.
+
+    Each part is longer than all after it, so that there are few, and each value is copied seldom.
+    """
+    parts.append(values)
+    while len(parts) > 1 and len(parts[-2]) <= len(parts[-1]):
+        parts[-2:] = [torch.cat(parts[-2:])]
 
 
 def _mean(total: tuple[float, int]) -> float:
