@@ -4,7 +4,6 @@ import io
 import json
 from contextlib import redirect_stdout
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from costs.networks import small_cnn
 from torch import Tensor, nn
 
 BATCHES, SMALLEST = 40, small_cnn(2, 4)
-FLAT = soak.Soak("engine, a case", 40, (soak.Mark(9.0, 100, 10, 1.0),) * 10, 0.5, ())
+FLAT = soak.Soak("engine, a case", 40, (soak.Mark(9.0, 100, 10, 1.0, 1.0),) * 10, 0.5, ())
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +71,8 @@ def test_what_grows_is_named() -> None:
     ):
         marks = (*FLAT.marks[:-1], replace(FLAT.marks[-1], **grown))
         assert replace(FLAT, marks=marks).faults == [fault]
+    busy = replace(FLAT.marks[-1], ms=1.9, plain=1.8)  # a machine that others use too
+    assert replace(FLAT, marks=(*FLAT.marks[:-1], busy)).faults == []
     bad = [replace(FLAT, left=("a weight",)), replace(FLAT, moved=0.0)]
     assert [each.faults for each in bad] == [["module"], ["nothing moved"]]
     assert soak.verdict([FLAT]).endswith("bitwise what they were.")

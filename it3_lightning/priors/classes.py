@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from it3_lightning.priors.prior import Neutral, Prior
+from it3_lightning.priors.prior import Neutral, Prior, unrounded
 
 OutputKind = Literal["logits", "probabilities"]
 
@@ -182,14 +182,15 @@ def probabilities(output: Tensor, classes: int, kind: OutputKind) -> Tensor:
     tensor([[0.5000, 0.5000]])
     """
     if classes == 2 and is_single(output):
-        one = output.reshape(-1, 1)
+        one = unrounded(output.reshape(-1, 1))
         return both(one.sigmoid() if kind == "logits" else one)
     if output.ndim < 2 or output.shape[1] != classes:
         raise ValueError(
             f"Expected an output of shape (B, {classes}, ...), got {tuple(output.shape)}. Give the "
             "prior as many classes as the network has outputs."
         )
-    return output.softmax(dim=1) if kind == "logits" else output
+    values = unrounded(output)
+    return values.softmax(dim=1) if kind == "logits" else values
 
 
 def mean_outputs(first: Tensor, second: Tensor, kind: OutputKind, *, single: bool) -> Tensor:

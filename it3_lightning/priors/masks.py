@@ -18,7 +18,7 @@ from it3_lightning.priors.classes import (
     probabilities,
     shares,
 )
-from it3_lightning.priors.prior import Neutral, Prior
+from it3_lightning.priors.prior import Neutral, Prior, unrounded
 
 
 class MaskPrior(Prior):
@@ -83,6 +83,7 @@ class MaskPrior(Prior):
         """Return ``(B, C, H, W)`` probabilities."""
         maps = output.unsqueeze(1) if output.ndim == 3 else output
         if maps.ndim == 4 and maps.shape[1] == 1 and self.channels <= 2:
+            maps = unrounded(maps)
             one = maps.sigmoid() if self.outputs == "logits" else maps
             return one if self.channels == 1 else both(one)
         if maps.ndim != 4 or self.channels == 1:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from it3_lightning.priors.prior import Gather, Neutral, Prior
+from it3_lightning.priors.prior import Gather, Neutral, Prior, unrounded
 
 _SETTLED = -1  # in the place of a count: there is nothing more to measure
 
@@ -124,7 +124,7 @@ class ValuePrior(Prior):
 
     def from_output(self, output: Tensor) -> Tensor:
         """Return ``(B, C)`` scaled values."""
-        return self._scaled(output)
+        return self._scaled(unrounded(output))
 
     def mean_output(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the mean of the values."""

@@ -9,10 +9,10 @@ bit for bit. Needs Linux, which tells resident memory. ``results.json`` has all 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -67,13 +67,16 @@ class Mark:
         mib: resident memory.
         objects: that the garbage collector knows, made since the run began.
         tensors: of them.
-        ms: of CPU time a batch, the lower quartile, which others on the machine disturb least.
+        ms: of CPU time a batch.
+        plain: the same of a plain forward and backward, run after each batch: a busy machine slows
+            both. Of both the lower quartile.
     """
 
     mib: float
     objects: int
     tensors: int
     ms: float
+    plain: float
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,15 @@ class Soak:
 
     @property
     def added(self) -> Mark:
-        """What the last tenth holds beyond the first; of the time, times as long."""
+        """What the last tenth holds beyond the first; of the times, times as long."""
         a, b = self.marks[0], self.marks[-1]
         grown = b.mib - a.mib, b.objects - a.objects, b.tensors - a.tensors
-        return Mark(*grown, b.ms / a.ms)
+        return Mark(*grown, b.ms / a.ms, b.plain / a.plain)
+
+    @property
+    def slower(self) -> float:
+        """How many times as long a batch takes, where plain passes take as long as before."""
+        return self.added.ms / self.added.plain
 
     @property
     def faults(self) -> list[str]:
@@ -109,7 +117,7 @@ class Soak:
             "memory": added.mib > MOST_MIB,
             "objects": added.objects > MOST_OBJECTS,
             "tensors": added.tensors > MOST_TENSORS,
-            "time": added.ms > MOST_TIME,
+            "time": self.slower > MOST_TIME,
             "module": bool(self.left),
             "nothing moved": self.moved == 0,
         }
@@ -121,12 +129,16 @@ class Log:
 
     Args:
         batches: of the run, a multiple of ten.
+        network: a copy of it runs plain passes beside, on the images.
+        images: a batch.
     """
 
-    def __init__(self, batches: int) -> None:
+    def __init__(self, batches: int, network: nn.Module, images: Tensor) -> None:
         self.marks: list[Mark] = []
+        self._network, self._images = copy.deepcopy(network), images
         self._tenth = batches // TENTHS
-        self._times = [0.0] * self._tenth  # as long as it will be: the log must not grow
+        self._times = [0.0] * self._tenth  # as long as they will be: the log must not grow
+        self._plain = [0.0] * self._tenth
         self._seen = 0
         self._since = time.process_time()
 
@@ -142,7 +154,13 @@ class Log:
 
     def batch(self) -> None:
         """Note the end of a batch."""
-        self._times[self._seen % self._tenth] = time.process_time() - self._since
+        ended, place = time.process_time(), self._seen % self._tenth
+        self._times[place] = ended - self._since
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = self._network(self._images.clone()).square().mean()
+            torch.autograd.grad(loss, list(self._network.parameters()), allow_unused=True)
+            del loss
+        self._plain[place] = time.process_time() - ended
         self._seen += 1
         if self._seen % self._tenth == 0:
             self.marks.append(self._mark())
@@ -152,8 +170,8 @@ class Log:
         gc.collect()
         known = gc.get_objects()
         tensors = sum(issubclass(type(each), Tensor) for each in known)
-        ms = 1000 * statistics.quantiles(self._times, n=4)[0]
-        return Mark(resident_mib(), len(known) - len(self.marks), tensors, ms)
+        ms, plain = (1000 * sorted(t)[len(t) // 4] for t in (self._times, self._plain))
+        return Mark(resident_mib(), len(known) - len(self.marks), tensors, ms, plain)
 
 
 class Marks(Callback):
@@ -222,7 +240,7 @@ def under_engine(name: str, architecture: Architecture, batches: int, size: int)
         assert known is not None
         settings = {"gate": float(known.quantile(settings["gate"]))}
     before, engine = identity(subject.conditioned), Ours(subject, **settings)
-    with Log(batches) as log:
+    with Log(batches, subject.plain, subject.images(size)) as log:
         for images in Stream(batches, (size, *architecture.shape)):
             reliable = engine.adapt(images).reliable
             moved += 0 if reliable is None else int(reliable.sum())
@@ -233,7 +251,8 @@ def under_engine(name: str, architecture: Architecture, batches: int, size: int)
 
 def under_trainer(name: str, architecture: Architecture, batches: int, size: int) -> Soak:
     """Let a Trainer predict a stream."""
-    module, settings = module_of(Subject.of(architecture, "late", _CPU)), TRAINER[name]
+    subject, settings = Subject.of(architecture, "late", _CPU), TRAINER[name]
+    module = module_of(Subject.of(architecture, "late", _CPU))
     published = Idempotence(reliability=None)
     adapting = IT3TestTimeCallback(objective=published, **settings or {})
     callbacks = [adapting] if settings is not None else []
@@ -244,7 +263,7 @@ def under_trainer(name: str, architecture: Architecture, batches: int, size: int
     _trainer(*callbacks).validate(module, loader(16), verbose=False)  # calibrates a gate
     _trainer().predict(module, loader(1))  # what Lightning itself keeps on a module
     before = identity(module)
-    with Log(batches) as log:
+    with Log(batches, subject.plain, subject.images(size)) as log:
         trainer = _trainer(*callbacks, Marks(log))
         trainer.predict(module, loader(batches), return_predictions=False)
     share = None if settings is None else adapting.summary.reliable / (batches * size)
@@ -278,7 +297,7 @@ def soaked(
 
 def table(found: Sequence[Soak]) -> Table:
     """Return a table of the runs, the last tenth of each beside its first."""
-    made = Table(title="Last tenth of each run beside its first", title_justify="left", box=SIMPLE)
+    made = Table(title="The last tenth of each run beside the first", box=SIMPLE, padding=(0, 0))
     made.add_column("case", no_wrap=True)
     for title in ("MiB", "added", "objects", "tensors", "ms", "times", "module", "verdict"):
         made.add_column(title, justify="left" if title in ("module", "verdict") else "right")
@@ -291,7 +310,7 @@ def table(found: Sequence[Soak]) -> Table:
             f"{added.objects:+}",
             f"{added.tensors:+}",
             f"{first.ms:.2f}",
-            f"{added.ms:.2f}",
+            f"{soak.slower:.2f}",
             "changed" if soak.left else "bitwise",
             ", ".join(soak.faults) or "flat",
         )

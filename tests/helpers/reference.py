@@ -19,12 +19,32 @@ Predict: TypeAlias = Callable[[nn.Module, Any, Tensor | None], Tensor]
 Weights: TypeAlias = dict[str, Tensor]
 
 EPS = 1e-12
+
+
+class Polyak(torch.optim.Optimizer):
+    """Takes theta <- theta - min(lr L / |g|^2, |theta| / (1000 |g|)) g, norms over all weights."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Callable[[], Tensor]) -> None:  # type: ignore[override]
+        """Take a step; the closure returns the loss L."""
+        (group,) = self.param_groups
+        moving = [p for p in group["params"] if p.grad is not None]
+        square = sum(float(p.grad.square().sum()) for p in moving)
+        norm = sum(float(p.detach().square().sum()) for p in group["params"]) ** 0.5
+        scale = min(group["lr"] * float(closure().detach()) / square, norm / square**0.5 / 1000)
+        for p in moving:
+            p.data -= scale * p.grad
+
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": partial(torch.optim.AdamW, weight_decay=0.0),
     "rmsprop": torch.optim.RMSprop,
     "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "polyak": Polyak,
 }
 
 
@@ -180,7 +200,7 @@ def adapt_stream(
             torch.autograd.backward(loss)  # loss.backward(), which torch leaves untyped
             if grad_clip is not None:
                 nn.utils.clip_grad_norm_(selected, grad_clip)
-            opt.step()
+            opt.step(lambda loss=loss: loss)  # type: ignore[misc]
             if anchor == "ema":
                 _follow(second, net, ema_decay)
         after = measure(distance, *pair(net, second, x)).detach()
