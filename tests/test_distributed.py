@@ -1,34 +1,64 @@
-"""Two CPU processes: each adapts to its own batches, logs are reduced and gradients shared."""
+"""Two CPU processes: each adapts to its own batches, logs are reduced and gradients shared.
+
+``IT3_ALL_PROCESSES=1 python -m pytest tests/test_distributed.py`` also kills spawned processes.
+"""
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.distributed_run import post_hoc, stream
+from helpers.distributed_run import ODD, post_hoc, stream
 from helpers.toy import adapting, doubles, loader, net, quiet
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 HERE = Path(__file__).parent
+
+
+KILLED = ["ddp_spawn"] if os.environ.get("IT3_ALL_PROCESSES") else []
+
+
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the helper as a script; what hangs is ended, and fails."""
+    paths = os.pathsep.join((str(HERE), str(HERE.parent)))
+    return subprocess.run(
+        [sys.executable, str(HERE / "helpers" / "distributed_run.py"), *arguments],
+        cwd=HERE,
+        env={**os.environ, "PYTHONPATH": paths},
+        check=False,
+        timeout=240,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run on two processes wrote."""
     folder = tmp_path_factory.mktemp("two")
-    paths = os.pathsep.join((str(HERE), str(HERE.parent)))
-    subprocess.run(
-        [sys.executable, "-m", "helpers.distributed_run", str(folder)],
-        cwd=HERE,
-        env={**os.environ, "PYTHONPATH": paths},
-        check=True,
-        timeout=120,
-        capture_output=True,
-    )
+    done = started("ddp_fork", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """What a script wrote that Lightning started twice, and how it ended."""
+    folder = tmp_path_factory.mktemp("script")
+    return folder, started("ddp", str(folder))
+
+
+@pytest.fixture(scope="module")
+def spawned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What spawned processes wrote."""
+    folder = tmp_path_factory.mktemp("spawned")
+    done = started("ddp_spawn", str(folder))
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -125,3 +155,73 @@ def test_targets_are_measured_over_the_samples_of_all_processes(run: Any) -> Non
     assert run[0]["measured"]["it3_prior.mean"].item() == pytest.approx(expected.mean().item())
     spread = expected.std(correction=0).item()
     assert run[0]["measured"]["it3_prior.std"].item() == pytest.approx(spread)
+
+
+# Predictions that are written by each process and merged
+
+
+def merged(folder: Path, name: str) -> tuple[Tensor, list[list[int]]]:
+    """Return the predictions of all samples in order, and the numbers in each batch."""
+    found, batches = {}, []
+    for rank in range(2):
+        predictions, indices = torch.load(folder / f"{name}-{rank}.pt")
+        for outputs, numbers in zip(predictions, indices[0], strict=True):
+            batches.append(numbers)
+            found.update(zip(numbers, outputs, strict=True))
+    return torch.stack([found[number] for number in sorted(found)]), batches
+
+
+def alone(indices: Sequence[int] = range(ODD), **given: Any) -> Tensor:
+    """Predict these samples as one batch on one process."""
+    data: Any = DataLoader(Subset(stream(count=ODD).dataset, indices), batch_size=len(indices))
+    (found,) = quiet(callbacks=[adapting(**given)]).predict(net(), data) or []
+    assert isinstance(found, Tensor)
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+def test_written_predictions_of_each_sample_are_those_of_one_process(
+    strategy: str, request: pytest.FixtureRequest
+) -> None:
+    made = request.getfixturevalue("script" if strategy == "ddp" else "spawned")
+    folder = made[0] if strategy == "ddp" else made
+    outputs, batches = merged(folder, f"{strategy}-sample")
+    assert sorted(number for batch in batches for number in batch) == list(range(ODD))
+    torch.testing.assert_close(outputs, alone(scope="sample", backend="loop"))
+
+
+def test_written_predictions_of_a_batch_are_those_of_one_process(script: Any) -> None:
+    outputs, batches = merged(script[0], "ddp-batch")
+    assert sorted(number for batch in batches for number in batch) == list(range(ODD))
+    for batch in batches:
+        torch.testing.assert_close(outputs[batch], alone(batch))
+
+
+def test_samples_that_the_sampler_repeats_are_predicted_alike(script: Any) -> None:
+    parts = [torch.load(path) for path in sorted(script[0].glob("odd-?-?.pt"))]
+    numbers = torch.cat([part["numbers"] for part in parts])
+    assert sorted(numbers.tolist()) == sorted([*range(ODD), 0])  # each process has seven
+    logits = torch.cat([part["logits"] for part in parts])
+    torch.testing.assert_close(logits, alone(scope="sample", backend="loop")[numbers])
+
+
+def test_carried_weights_are_refused_in_each_process_of_a_script(script: Any) -> None:
+    for rank in range(2):
+        refused = torch.load(script[0] / f"refused-{rank}.pt")
+        assert refused.startswith("MisconfigurationException: reset='never' carries weights")
+        assert "2 processes would each carry their own" in refused
+
+
+def test_a_process_that_is_killed_ends_the_run_of_the_other_with_a_message(script: Any) -> None:
+    done = script[1]
+    assert done.returncode != 0
+    ours = "of 2 processes another one has ended before" in done.stderr
+    lightnings = "terminated with code -9" in done.stderr  # which kills the other at once
+    assert ours or lightnings, done.stderr
+
+
+@pytest.mark.parametrize("strategy", KILLED)
+def test_a_spawned_process_that_is_killed_ends_the_run(strategy: str, tmp_path: Path) -> None:
+    done = started(strategy, str(tmp_path), "killed")
+    assert done.returncode != 0
+    assert "terminated with signal SIGKILL" in done.stderr

@@ -48,6 +48,25 @@ def check_trainer(
         rank_zero_warn("norm_stats='batch' has no effect: the module has no BatchNorm layer.")
 
 
+def wait_for_all(trainer: Trainer) -> None:
+    """Wait until every process has predicted its batches: Lightning misses none that was killed.
+
+    Raises:
+        RuntimeError: another process has ended, or is later than the process group's timeout.
+    """
+    if trainer.world_size == 1:
+        return
+    try:
+        trainer.strategy.barrier("it3_predicted")
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Process {trainer.global_rank} has predicted all its batches, but of "
+            f"{trainer.world_size} processes another one has ended before (killed, out of memory, "
+            "failed), or is later than the timeout of DDPStrategy(timeout=...). Its predictions "
+            "are missing: see its output, and predict again."
+        ) from error
+
+
 def check_strategy(trainer: Trainer) -> None:
     """Refuse sharded weights.
 

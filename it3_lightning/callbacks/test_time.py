@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from it3_lightning.callbacks.checks import check_trainer
+from it3_lightning.callbacks.checks import check_trainer, wait_for_all
 from it3_lightning.callbacks.gate import Gate
 from it3_lightning.callbacks.source import SourceData
 from it3_lightning.callbacks.summary import Recorder, Summary
@@ -210,8 +210,9 @@ class TestTimeCallback(Callback):
         self._finish(trainer)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give ``predict_step`` back."""
+        """Give ``predict_step`` back; fail where another process has not come to its end."""
         self._finish(trainer)
+        wait_for_all(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -1,10 +1,17 @@
-"""Fits, tests and refuses on two CPU processes, and saves what came of it: run by a test."""
+"""Fits, tests and refuses on two CPU processes, and saves what came of it: run by a test.
 
+Started as users do: ``python distributed_run.py STRATEGY FOLDER``. Lightning runs the script again
+for the second process of ``ddp``; those of ``ddp_spawn`` and ``ddp_fork`` are its own.
+"""
+
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -12,6 +19,8 @@ from helpers.toy import IT3Net, LitNet, adapting, loader, net, parts, quiet, sam
 from it3_lightning import DualPass, IT3Mixin, ValuePrior
 
 TWO: dict[str, Any] = {"devices": 2, "strategy": "ddp_fork"}
+ODD = 13  # samples, of which the sampler of a test serves one twice
+BATCHES_BEFORE_DEATH = 1
 
 
 class Writes(IT3Net):
@@ -68,8 +77,73 @@ def targets() -> Any:
     return DataLoader(TensorDataset(samples(12)[0], torch.arange(12.0) ** 2), batch_size=2)
 
 
+class Writer(BasePredictionWriter):
+    """Writes the predictions of each process, with the numbers of their samples."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__("epoch")
+        self.folder = folder
+        self.name = name
+
+    def write_on_epoch_end(
+        self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any
+    ) -> None:
+        name = f"{self.name}-{trainer.global_rank}.pt"
+        torch.save((predictions, batch_indices), self.folder / name)
+
+
+class Doubles(Writes):
+    """In float64 in every process; the second one may be killed."""
+
+    dies = False
+
+    def setup(self, stage: str) -> None:
+        torch.set_default_dtype(torch.float64)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        if self.dies and self.global_rank == 1 and batch_idx == BATCHES_BEFORE_DEATH:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self(batch[0])
+
+
+def model_of(folder: Path) -> Any:
+    """Make a module with seeded weights."""
+    model = net(Doubles)
+    model.folder, model.scope = folder, "odd"
+    return model
+
+
+def predict(folder: Path, strategy: str, scope: str) -> None:
+    """Predict an odd number of samples on two processes, which write what they predict."""
+    callbacks = [adapting(scope=scope, backend="loop"), Writer(folder, f"{strategy}-{scope}")]
+    trainer = quiet(callbacks=callbacks, devices=2, strategy=strategy)
+    trainer.predict(model_of(folder), stream(count=ODD), return_predictions=False)
+
+
+def killed(folder: Path, strategy: str) -> None:
+    """Predict until the second process is killed."""
+    model = model_of(folder)
+    model.dies = True
+    quiet(callbacks=[adapting()], devices=2, strategy=strategy).predict(model, stream(count=ODD))
+
+
+def script(folder: Path) -> None:
+    """What each of two processes runs that Lightning launches: all with one process group."""
+    for scope in ("batch", "sample"):
+        predict(folder, "ddp", scope)
+    two: dict[str, Any] = {"devices": 2, "strategy": "ddp"}
+    each = adapting(scope="sample", backend="loop")
+    quiet(callbacks=[each], **two).test(model_of(folder), stream(count=ODD), verbose=False)
+    online = quiet(callbacks=[adapting(reset="never")], **two)
+    try:
+        online.predict(model_of(folder), stream(count=ODD))
+    except Exception as error:
+        name = f"refused-{online.global_rank}.pt"
+        torch.save(f"{type(error).__name__}: {error}", folder / name)
+    killed(folder, "ddp")
+
+
 def main(folder: Path) -> None:
-    torch.set_default_dtype(torch.float64)
     model = net(Writes)
     model.folder, model.scope = folder, "batch"
     try:
@@ -92,4 +166,11 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_default_dtype(torch.float64)
+    strategy, where = sys.argv[1], Path(sys.argv[2])
+    if "killed" in sys.argv:
+        killed(where, strategy)
+    elif strategy == "ddp_spawn":
+        predict(where, strategy, "sample")
+    else:
+        {"ddp": script, "ddp_fork": main}[strategy](where)
