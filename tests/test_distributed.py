@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 HERE = Path(__file__).parent
 
 
-KILLED = ["ddp_spawn"] if os.environ.get("IT3_ALL_PROCESSES") else []
+long_run = pytest.mark.skipif(
+    "IT3_ALL_PROCESSES" not in os.environ, reason="takes long; IT3_ALL_PROCESSES=1 runs it"
+)
 
 
 def started(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -162,7 +164,8 @@ def test_targets_are_measured_over_the_samples_of_all_processes(run: Any) -> Non
 
 def merged(folder: Path, name: str) -> tuple[Tensor, list[list[int]]]:
     """Return the predictions of all samples in order, and the numbers in each batch."""
-    found, batches = {}, []
+    found: dict[int, Tensor] = {}
+    batches: list[list[int]] = []
     for rank in range(2):
         predictions, indices = torch.load(folder / f"{name}-{rank}.pt")
         for outputs, numbers in zip(predictions, indices[0], strict=True):
@@ -220,8 +223,8 @@ def test_a_process_that_is_killed_ends_the_run_of_the_other_with_a_message(scrip
     assert ours or lightnings, done.stderr
 
 
-@pytest.mark.parametrize("strategy", KILLED)
-def test_a_spawned_process_that_is_killed_ends_the_run(strategy: str, tmp_path: Path) -> None:
-    done = started(strategy, str(tmp_path), "killed")
+@long_run
+def test_a_spawned_process_that_is_killed_ends_the_run(tmp_path: Path) -> None:
+    done = started("ddp_spawn", str(tmp_path), "killed")
     assert done.returncode != 0
     assert "terminated with signal SIGKILL" in done.stderr

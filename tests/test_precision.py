@@ -92,6 +92,11 @@ def predicted(module: Any, precision: str, *callbacks: Any) -> Tensor:
     return torch.cat(found)
 
 
+def given_prior(module: Any, x: Tensor, prior: Tensor | None) -> Tensor:
+    outputs: Tensor = module.predict_with(x, prior)
+    return outputs
+
+
 def reference(module: Any, scope: str, **given: Any) -> list[Record]:
     """Adapt a copy in float64 to the same inputs, rounded as the module's weights are."""
     dtype = next(module.parameters()).dtype
@@ -99,7 +104,7 @@ def reference(module: Any, scope: str, **given: Any) -> list[Record]:
     return adapt_stream(
         copy.deepcopy(module).double(),
         [images.to(dtype).double() for images, _ in batches],
-        predict=lambda net, x, prior: net.predict_with(x, prior),
+        predict=given_prior,
         to_label=softmax_label,
         parameters=lambda name: not name.startswith("it3_"),
         **given,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
@@ -56,8 +57,8 @@ def test_what_it_prints_fits_a_hundred_columns(run: tuple[str, list[dict[str, An
     lines = [line.rstrip() for line in run[0].splitlines()]
     assert max(map(len, lines)) <= 100
     for row in run[1]:
-        (line,) = (each for each in lines if each.startswith(f"  {row['case']}  "))
-        assert "  bitwise  " in line
+        (line,) = (each for each in lines if re.match(rf" {row['case']} +\d", each))
+        assert " bitwise " in line
     assert f"13 runs of {BATCHES} batches" in run[0]
 
 
@@ -106,7 +107,7 @@ def leave_hook(net: nn.Linear) -> None:
 
 
 def leave_attribute(net: nn.Linear) -> None:
-    net.left = 1
+    vars(net)["left"] = 1
 
 
 @pytest.mark.parametrize("leave", [leave_weight, leave_mode, leave_hook, leave_attribute])
