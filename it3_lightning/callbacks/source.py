@@ -16,12 +16,14 @@ from it3_lightning.integration.batches import normal
 from it3_lightning.integration.module import IT3Module
 from it3_lightning.integration.module_adapter import adapter_of
 
+_KEPT = "it3_source"  # in a checkpoint: by what the methods are
+
 
 class SourceData:
     """Shows a method the validation batches of ``fit`` and ``validate``, and keeps what it took.
 
     It is kept as plain data, with a fingerprint of the weights: in the module's calibration, which
-    ``IT3Mixin`` puts into checkpoints, and in the callback's own state.
+    ``IT3Mixin`` puts into checkpoints, and in the callback, which puts it into those of a fit.
 
     Args:
         settings: of the adaptation.
@@ -79,6 +81,15 @@ class SourceData:
     def cancel(self) -> None:
         """See no more batches."""
         self._adapter = self._host = None
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Put what is kept into a checkpoint, of a module that has no calibration too."""
+        if self.kept:
+            checkpoint.setdefault(_KEPT, {})[self._by] = self.kept
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Take from a checkpoint what is kept there."""
+        self.kept = checkpoint.get(_KEPT, {}).get(self._by, {})
 
     def load(self, module: LightningModule) -> None:
         """Give the method what was kept of source data, with these weights.

@@ -224,14 +224,19 @@ class TestTimeCallback(Callback):
         if self._source is not None:
             self._source.cancel()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the method took from source data, for checkpoints."""
-        return {} if self._source is None else {"source": self._source.kept}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep what the method took from source data beside the weights."""
         if self._source is not None:
-            self._source.kept = state_dict.get("source", {})
+            self._source.save(checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take it back; Lightning asks for it where fitting goes on."""
+        if self._source is not None:
+            self._source.restore(checkpoint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the step back, whatever happened."""

@@ -307,9 +307,11 @@ def test_source_data_are_those_of_a_validation_and_what_was_seen_travels(tmp_pat
 def test_an_untouched_module_keeps_what_was_seen_in_the_callback() -> None:
     module: Any = seeded(Validates()).eval()
     callback = TestTimeCallback(Prototypes())
-    quiet(callbacks=[callback]).validate(module, loader(12), verbose=False)
-    fresh = TestTimeCallback(Prototypes())
-    fresh.load_state_dict(callback.state_dict())
+    trainer = quiet(callbacks=[callback])
+    trainer.validate(module, loader(12), verbose=False)
+    fresh, checkpoint = TestTimeCallback(Prototypes()), dict[str, Any]()
+    callback.on_save_checkpoint(trainer, module, checkpoint)
+    fresh.on_load_checkpoint(trainer, module, checkpoint)
     for each in (callback, fresh):
         found: Any = (quiet(callbacks=[each]).predict(module, loader(8)) or [])[0]
         mean = module.net(samples(12)[0]).softmax(1).mean(0).detach()
