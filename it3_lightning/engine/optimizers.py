@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from it3_lightning.utils.messages import unknown
 
-OptimizerName = Literal["adam", "adamw", "sgd", "rmsprop", "polyak"]
+OptimizerName = Literal["adam", "adamw", "sgd", "momentum", "rmsprop", "polyak"]
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -162,6 +162,7 @@ OPTIMIZERS: dict[str, Rule] = {
     "adam": _ADAM,
     "adamw": _ADAM,
     "sgd": Rule(partial(_fused, optim.SGD), _sgd_step, 0, write=_write_sgd),
+    "momentum": Rule(partial(_fused, optim.SGD, momentum=0.9), _sgd_step, 1, write=_write_sgd),
     "rmsprop": Rule(
         lambda parameters, lr: optim.RMSprop(parameters, lr=lr, foreach=True),
         partial(_signed_step, 0.1),  # sqrt(1 - 0.99)

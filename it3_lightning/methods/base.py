@@ -145,14 +145,17 @@ class TestTimeMethod(ABC):
     """Whether :meth:`loss` asks for ``y0`` and ``second`` only: many samples can go at once."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings that the paper uses, by the names of :class:`~it3_lightning.engine.Settings`."""
-    needs_source: ClassVar[bool] = False
-    """Whether it must have seen source data, in :meth:`fit_source`."""
     layers: Sequence[str] = ()
     """Names of the layers whose features it asks for."""
 
     @property
     def needs_batch(self) -> bool:
         """Whether it looks at several samples at once, so that one alone makes no sense."""
+        return False
+
+    @property
+    def needs_source(self) -> bool:
+        """Whether it must have seen source data, in :meth:`fit_source`."""
         return False
 
     @abstractmethod

@@ -213,7 +213,7 @@ def test_a_custom_optimizer_keeps_its_own_learning_rate() -> None:
     assert same([(own[1], named[1])])
 
 
-@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("name", ["adamw", "momentum", "rmsprop"])
 def test_named_optimizers_have_no_weight_decay(name: str) -> None:
     unused = "embed.weight"  # gets no gradient, so only decay could move it
     net = toy()

@@ -18,8 +18,8 @@ from it3_lightning.engine.optimizers import OPTIMIZERS as RULES
 from it3_lightning.engine.optimizers import OnlyStep
 from it3_lightning.methods import Idempotence
 
-Name = Literal["adam", "adamw", "sgd", "rmsprop"]
-NAMES: tuple[Name, ...] = ("adam", "adamw", "sgd", "rmsprop")
+Name = Literal["adam", "adamw", "sgd", "momentum", "rmsprop"]
+NAMES: tuple[Name, ...] = ("adam", "adamw", "sgd", "momentum", "rmsprop")
 CLOSE = {torch.float32: 1e-6, torch.float64: 1e-12}
 BIG = 400  # squared, more than the elements that are worked on at once
 
@@ -334,7 +334,7 @@ def test_a_batch_needs_little_more_than_its_weights_and_activations() -> None:
     assert peak <= 2 * weights + activations
     assert inside <= weights + activations / 10  # the activations are gone before the body
     assert after <= weights + activations / 10
-    for optimizer, moments in (("sgd", 0), ("adam", 2), ("rmsprop", 1)):  # weights, gradients
+    for optimizer, moments in (("sgd", 0), ("momentum", 1), ("adam", 2), ("rmsprop", 1)):  # weights, gradients
         peak, _, _ = extra_bytes(net, inputs, steps=2, optimizer=optimizer)
         scratch = weights if optimizer == "rmsprop" else 0  # over lists, not fused
         assert peak <= (2 + moments) * weights + scratch + activations

@@ -70,6 +70,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], int]] = {
     "one live step": ({"anchor": "live"}, 3),
     "adam": ({"steps": 3}, 5),
     "sgd": ({"steps": 3, "optimizer": "sgd"}, 3),
+    "momentum": ({"steps": 3, "optimizer": "momentum"}, 4),
     "polyak": ({"optimizer": "polyak", "lr": 0.5}, 3),
     "steps of polyak": ({"steps": 3, "optimizer": "polyak", "lr": 0.5}, 4),
     "rmsprop": ({"steps": 3, "optimizer": "rmsprop"}, 5),
