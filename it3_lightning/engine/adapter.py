@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -232,16 +232,24 @@ class BatchAdapter:
         return prediction
 
     def fit_source(self, inputs: Any) -> None:
-        """Show the method a batch of source data, inputs ``(B, ...)``; nothing else is changed."""
+        """Show the method a batch of source data, inputs ``(B, ...)``; nothing else is changed.
+
+        Its passes have the same statistics as in :meth:`adapted`. A batch that could not be adapted
+        to (see there) is not shown.
+        """
+        if self._settings.needs_batch and batch_size(inputs) < 2:
+            return
         with self.undo.begin() as undo:
+            kind, count = self._settings.norm_stats, self._settings.norm_prior
+            statistics = NormStatistics(self._module, kind, undo, count)
             undo.add((source := Snapshot(self._module)).restore)
             isolated = without_side_effects(source, self._isolation)
-            with torch.inference_mode(False), torch.enable_grad(), isolated:
+            with torch.inference_mode(False), torch.enable_grad(), isolated, suppress(Skip):
                 source.detach_parameters()
                 self._state()[0].enter()
                 self._method.fit_source(self._passes(inputs, _InPlace()))
-                self.network.restart()
-            undo.end(source.restore_weights)
+            self.network.restart()
+            undo.end(source.restore_weights, statistics.restore)
 
     def _keep_source(self, inputs: Any, answer: Answer | None, reason: str) -> Adaptation:
         """Return what a skipped batch gets: the source prediction, and why."""

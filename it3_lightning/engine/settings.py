@@ -35,9 +35,9 @@ class Settings:
             step is to take away. Default: 0.5 of ``"polyak"``, 1e-4 of the others.
         optimizer: ``"polyak"``: a step as long as the distance asks for, without a learning rate of
             a domain's own; ``"adam"``, ``"adamw"``, ``"sgd"``, ``"momentum"`` (SGD with momentum
-            0.9), ``"rmsprop"``; or a callable that takes the parameters. Default: ``"polyak"``; where
-            a learning rate is given, and with gradients clipped or a balance term, which do not go
-            with it, ``"adam"``.
+            0.9), ``"rmsprop"``; or a callable that takes the parameters. Default: ``"polyak"``;
+            where a learning rate is given, and with gradients clipped or a balance term, which do
+            not go with it, ``"adam"``.
         parameters: which parameters adapt; see :func:`~it3_lightning.engine.selection.select`.
         reset: when the weights go back to the source: ``"batch"`` (episodic: before every batch),
             ``"never"`` (online: they are carried along the stream), or before every ``N`` batches,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers.modules import same, stream, toy
+from helpers.modules import bits, changed, same, stream, toy
 from helpers.reference import OPTIMIZERS
 from helpers.toy import LitNet, differing, everything, loader, parts, quiet, samples, seeded
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -269,6 +269,21 @@ class Prototypes(TestTimeMethod):
 
     def load_source_dict(self, source: Mapping[str, Any]) -> None:
         self.seen = [source["seen"]] if source else []
+
+
+def test_source_data_are_seen_with_the_statistics_of_the_adaptation(net: nn.Module) -> None:
+    method, before = Prototypes(), bits(net)
+    adapter = adapter_of(net, method, norm_stats="batch")
+    bad = STREAM[1].clone()
+    bad[0] = torch.nan
+    for x in (STREAM[0], bad, STREAM[2][:1], STREAM[3]):  # a bad batch, and one of one sample
+        adapter.fit_source(x)
+        assert changed(before, net) == []
+    own = copy.deepcopy(net)
+    norm: Any = own.get_submodule("bn")
+    norm.running_mean = norm.running_var = None
+    expected = torch.cat([own(x).softmax(1) for x in (STREAM[0], STREAM[3])])
+    torch.testing.assert_close(torch.cat(method.seen), expected.detach(), rtol=0, atol=1e-12)
 
 
 class Validates(LitNet):
