@@ -27,7 +27,10 @@ from it3_lightning.engine import Adaptation, BatchAdapter, Settings, adapt
 from it3_lightning.engine.restore import Snapshot
 from it3_lightning.engine.selection import select
 from it3_lightning.methods import (
+    EATA,
     MEMO,
+    SAR,
+    DeYO,
     Entropy,
     Idempotence,
     Objective,
@@ -41,11 +44,14 @@ from it3_lightning.priors import ClassPrior, MaskPrior, Prior, ValuePrior
 from it3_lightning.training import DualPass, IT3Mixin
 
 __all__ = [
+    "EATA",
     "MEMO",
+    "SAR",
     "Adaptation",
     "BatchAdapter",
     "ClassPrior",
     "Conditioning",
+    "DeYO",
     "DualPass",
     "Entropy",
     "FeatureInjection",

@@ -95,9 +95,10 @@ class BatchAdapter:
         self.undo, self.drawn = Undo(), False  # whether the last passes drew random numbers
         self._module = module
         self._settings = settings
-        self._method = settings.method
         self._isolation = isolation
-        self._stateful = type(self._method).state_dict is not TestTimeMethod.state_dict
+        self._stateful = type(settings.method).state_dict is not TestTimeMethod.state_dict
+        with torch.inference_mode(False):  # a state is nobody else's, and may need a graph
+            self._method = copy.deepcopy(settings.method) if self._stateful else settings.method
         self._at_first = copy.deepcopy(self._method.state_dict()) if self._stateful else {}
         self.network = Network(
             module, self.selected, forward, to_label, enters, self._method.layers, inputs_in
@@ -248,6 +249,8 @@ class BatchAdapter:
                 source.detach_parameters()
                 self._state()[0].enter()
                 self._method.fit_source(self._passes(inputs, _InPlace()))
+                if self._stateful:
+                    self._settings.method.load_source_dict(self._method.source_dict())
             self.network.restart()
             undo.end(source.restore_weights, statistics.restore)
 

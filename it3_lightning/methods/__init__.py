@@ -14,13 +14,19 @@ from it3_lightning.methods.base import (
     TestTimeObjective,
     as_method,
 )
+from it3_lightning.methods.deyo import DeYO
+from it3_lightning.methods.eata import EATA
 from it3_lightning.methods.idempotence import Idempotence
 from it3_lightning.methods.memo import MEMO
+from it3_lightning.methods.sar import SAR
 from it3_lightning.methods.tent import Entropy, Tent
 from it3_lightning.methods.terms import agreeing, balance_term, confident
 
 __all__ = [
+    "EATA",
     "MEMO",
+    "SAR",
+    "DeYO",
     "Entropy",
     "Idempotence",
     "Objective",

@@ -1,6 +1,8 @@
-"""Interface of test-time methods: what a method sees of a batch, returns, and may override."""
+"""Interface of test-time methods: what a method sees of a batch, returns, and may override.
 
-from __future__ import annotations
+Annotations here are evaluated at once: the command line looks those of a subclass up among the
+names of the subclass's own file, which need not have these.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +51,7 @@ class Objective:
         mean = kept.sum() / weights.sum().clamp_min(1)
         return mean if self.batch_term is None else mean + self.batch_term
 
-    def detached(self) -> Objective:
+    def detached(self) -> "Objective":
         """Return measure and filter alone, without the graph."""
         measure = self.measure.detach()
         return replace(self, measure=measure, batch_term=None, sample_term=None)
@@ -92,7 +94,7 @@ class Passes(ABC):
         """Return what one of the method's :attr:`~TestTimeMethod.layers` put out in this pass."""
 
     @abstractmethod
-    def again(self) -> Passes:
+    def again(self) -> "Passes":
         """Return the passes over the same inputs with the weights as they are now."""
 
 

@@ -180,8 +180,13 @@ def _mean_of_positions(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
-def check_classes(what: str, y0: Tensor) -> None:
+def check_classes(what: str, y0: Tensor, *, maps: bool = True) -> None:
     """Check that predictions have several channels.
+
+    Args:
+        what: needs them.
+        y0: ``(B, C, ...)``.
+        maps: whether predictions may have positions, too.
 
     Raises:
         ValueError: they do not.
@@ -190,6 +195,11 @@ def check_classes(what: str, y0: Tensor) -> None:
         raise ValueError(
             f"{what} needs class probabilities (B, C, ...) with C >= 2, got {tuple(y0.shape)}. "
             "Leave it out for values and binary masks."
+        )
+    if y0.ndim > 2 and not maps:
+        raise ValueError(
+            f"{what} needs one class vector (B, C) of each sample, got maps {tuple(y0.shape)}. "
+            "For maps use SAR, Tent or Entropy, which average over positions."
         )
 
 

@@ -334,7 +334,8 @@ def test_a_batch_needs_little_more_than_its_weights_and_activations() -> None:
     assert peak <= 2 * weights + activations
     assert inside <= weights + activations / 10  # the activations are gone before the body
     assert after <= weights + activations / 10
-    for optimizer, moments in (("sgd", 0), ("momentum", 1), ("adam", 2), ("rmsprop", 1)):  # weights, gradients
+    moments_of = {"sgd": 0, "momentum": 1, "adam": 2, "rmsprop": 1}  # beside weights, gradients
+    for optimizer, moments in moments_of.items():
         peak, _, _ = extra_bytes(net, inputs, steps=2, optimizer=optimizer)
         scratch = weights if optimizer == "rmsprop" else 0  # over lists, not fused
         assert peak <= (2 + moments) * weights + scratch + activations

@@ -1,6 +1,7 @@
 """What methods are made of: objectives, steps, predictions, and what they take of source data."""
 
 import copy
+from argparse import ArgumentError
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from helpers.modules import bits, changed, same, stream, toy
+from helpers.online import from_yaml
 from helpers.reference import OPTIMIZERS
 from helpers.toy import LitNet, differing, everything, loader, parts, quiet, samples, seeded
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -34,6 +36,27 @@ def test_nothing_reliable_is_empty_unless_a_batch_term_remains() -> None:
     assert Objective(measure, none).loss().item() == 0.0
     assert not Objective(measure, none, torch.tensor(3.0)).empty
     assert Objective(measure, none, torch.tensor(3.0)).loss().item() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [("Idempotence", "sharpen"), ("Tent", "balance"), ("MEMO", "views"), ("EATA", "margin")],
+)
+def test_arguments_have_types_in_a_configuration(name: str, argument: str) -> None:
+    assert getattr(from_yaml(name, **{argument: 2}), argument) == 2
+    with pytest.raises(ArgumentError, match=f'(?s)"{argument}".*Got value: nonsense'):
+        from_yaml(name, **{argument: "nonsense"})
+
+
+def test_every_adapter_has_a_method_of_its_own_that_begins_anew(net: nn.Module) -> None:
+    method = Wanders()
+    alone = [run(adapter_of(net, Wanders()), x, net).outputs for x in STREAM[:1]]
+    first, second = adapter_of(net, method), adapter_of(net, method)
+    for x in STREAM:  # the third of one batch after the other goes back to the source
+        run(first, x, net)
+    found = [run(each, STREAM[0], net).outputs for each in (second, adapter_of(net, method))]
+    torch.testing.assert_close(found, alone * 2, rtol=0, atol=0)
+    assert method.state_dict() == {"batches": 0}
 
 
 # What a method may do with weights, predictions and source data
@@ -143,8 +166,7 @@ def test_weights_are_assigned_and_reset_and_a_bad_batch_takes_nothing_along(
     own, source = copy.deepcopy(net), copy.deepcopy(net)
     bad = STREAM[0].clone()
     bad[0] = torch.nan
-    method = Wanders()
-    adapter = adapter_of(net, method)
+    adapter = adapter_of(net, Wanders())
     batches = 0
     for x in (STREAM[0], bad, STREAM[1], bad, STREAM[2], STREAM[3]):
         found = run(adapter, x, net)
@@ -160,7 +182,7 @@ def test_weights_are_assigned_and_reset_and_a_bad_batch_takes_nothing_along(
         torch.testing.assert_close(found.outputs, own(x).detach(), rtol=0, atol=1e-10)
         mean = (own(x).softmax(1) + source(x).softmax(1)) / 2
         torch.testing.assert_close(found.prediction, mean.detach(), rtol=0, atol=1e-10)
-        assert method.batches == batches
+        assert adapter._method.state_dict() == {"batches": batches}
     assert same(zip(net.parameters(), source.parameters(), strict=True))
 
 
