@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from it3_lightning.priors.prior import Neutral, Prior, unrounded
+from it3_lightning.priors.prior import Neutral, Prior
 
 OutputKind = Literal["logits", "probabilities"]
 
@@ -191,6 +191,18 @@ def probabilities(output: Tensor, classes: int, kind: OutputKind) -> Tensor:
         )
     values = unrounded(output)
     return values.softmax(dim=1) if kind == "logits" else values
+
+
+def unrounded(output: Tensor) -> Tensor:
+    """Return outputs of half precision as float32, others as they are.
+
+    What is computed of them stays so: rounded again, probabilities would not add up to 1, and
+    distances of less than a few thousandths between them would be rounding, even below 0.
+
+    >>> unrounded(torch.zeros(1, dtype=torch.bfloat16)).softmax(0)
+    tensor([1.])
+    """
+    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 
 def mean_outputs(first: Tensor, second: Tensor, kind: OutputKind, *, single: bool) -> Tensor:

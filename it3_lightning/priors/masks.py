@@ -17,8 +17,9 @@ from it3_lightning.priors.classes import (
     outputs_of,
     probabilities,
     shares,
+    unrounded,
 )
-from it3_lightning.priors.prior import Neutral, Prior, unrounded
+from it3_lightning.priors.prior import Neutral, Prior
 
 
 class MaskPrior(Prior):

@@ -127,15 +127,3 @@ class Prior(nn.Module, ABC):
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments, for checkpoints and YAML."""
         return {"neutral": self.neutral, "neutral_value": self.neutral_value}
-
-
-def unrounded(output: Tensor) -> Tensor:
-    """Return outputs of half precision as float32, others as they are.
-
-    What is computed of them stays so: rounded again, probabilities would not add up to 1, and
-    distances of less than a few thousandths between them would be rounding, even below 0.
-
-    >>> unrounded(torch.zeros(1, dtype=torch.bfloat16)).softmax(0)
-    tensor([1.])
-    """
-    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output

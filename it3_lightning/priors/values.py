@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from it3_lightning.priors.prior import Gather, Neutral, Prior, unrounded
+from it3_lightning.priors.classes import unrounded
+from it3_lightning.priors.prior import Gather, Neutral, Prior
 
 _SETTLED = -1  # in the place of a count: there is nothing more to measure
 
