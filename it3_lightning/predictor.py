@@ -272,8 +272,7 @@ class IT3Predictor:
             gate: see :class:`IT3Predictor`.
             prediction: see :class:`IT3Predictor`.
             kwargs: of ``module_class.load_from_checkpoint``: arguments of the module that the
-                checkpoint does not hold; ``weights_only=True`` (Lightning 2.6 or newer) for a file
-                that may not be trusted.
+                checkpoint does not hold; ``weights_only=True`` for a file that may not be trusted.
 
         Raises:
             FileNotFoundError: there is no such file.

@@ -11,8 +11,12 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch import callbacks as pl_callbacks
-from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -456,8 +460,7 @@ def _still(module: FittedOnPriors) -> Callable[[str], bool]:
 
 def _averages(callback: Callback) -> bool:
     """Whether a callback averages all weights, and so writes into a frozen network by rounding."""
-    average = getattr(pl_callbacks, "WeightAveraging", StochasticWeightAveraging)  # Lightning 2.6
-    return isinstance(callback, StochasticWeightAveraging | average)
+    return isinstance(callback, StochasticWeightAveraging | WeightAveraging)
 
 
 def _warn_of_still_monitors(trainer: Trainer) -> None:

@@ -73,7 +73,8 @@ def test_averaged_weights_are_those_of_the_conditioning_alone(
     assert len(model.seen) >= 12
     assert [differing(state, source) for state in model.seen] == [[] for _ in model.seen]
     trainer.save_checkpoint(tmp_path / "averaged.ckpt")
-    kept = torch.load(tmp_path / "averaged.ckpt", weights_only=True)["state_dict"]
+    # The schedule of torch 2.6 for averages puts a function into checkpoints
+    kept = torch.load(tmp_path / "averaged.ckpt", weights_only=False)["state_dict"]
     assert differing(kept, source) == []
 
 

@@ -79,7 +79,7 @@ class _Run:
         state: notes what the network keeps on itself.
         entered: the layers where the prior has entered.
         disturbed: whether a module leaves to others what they would miss.
-        calls: of each module: one that runs several times is not reused.
+        calls: of each module, by its ``id``: one that runs several times is not reused.
     """
 
     entries: dict[nn.Module, bool]
@@ -87,7 +87,7 @@ class _Run:
     finished: list[tuple[nn.Module, _Output | None]] = field(default_factory=list)
     entered: set[nn.Module] = field(default_factory=set)
     disturbed: bool = False
-    calls: Counter[nn.Module] = field(default_factory=Counter)
+    calls: Counter[int] = field(default_factory=Counter)
 
 
 class ActivationCache:
@@ -171,7 +171,7 @@ class ActivationCache:
         kept: dict[nn.Module, _Output] = {}
         same = all(map(torch.equal, values, _values(self._module)))
         if run.entered == set(self._entries) and same and not differ(before, run.state()):
-            once = [(m, output) for m, output in run.finished if run.calls[m] == 1]
+            once = [(m, output) for m, output in run.finished if run.calls[id(m)] == 1]
             kept = {m: out for m, out in once if out is not None and m in reusable}
         self._plans[key] = () if run.disturbed else tuple(kept)
         self._outputs = {} if run.disturbed else kept
@@ -187,7 +187,7 @@ def _watch(run: _Run, module: nn.Module, own: Callable[..., Any], *args: Any, **
     versions = _versions(given)
     before = run.state() if early and _own_code(module) else None
     place = len(run.finished)
-    run.calls[module] += 1
+    run.calls[id(module)] += 1  # torch 2.6 compiles no counter of modules
     output = own(*args, **kwargs)
     if not run.entered:
         run.disturbed |= before is not None and differ(before, run.state())
