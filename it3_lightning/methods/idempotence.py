@@ -1,5 +1,7 @@
 """IT3: the distance between two predictions, the second of which was shown the first."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 

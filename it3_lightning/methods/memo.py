@@ -4,6 +4,8 @@ r"""MEMO: the entropy of the mean prediction over augmented views of one input, 
 :math:`\tilde x_i = a_i(x)` views of the input (Zhang, Levine and Finn, NeurIPS 2022, eq. 1 and 2).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -1,5 +1,7 @@
 """Tent: the entropy of the prediction, of the affine weights of norm layers, online."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
