@@ -4,6 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from unittest.mock import patch
 import grimp
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from it3_lightning.engine import OPTIMIZERS
 
@@ -81,6 +84,19 @@ def test_checks_are_the_same_everywhere() -> None:
     for command in (*CHECKS, TESTS):
         assert f"\n.venv/bin/{command}\n" in text(".ci/run")
     assert any(block.endswith(f".venv/bin/{TESTS}\n") for block in blocks("README.md", "sh"))
+    assert f"&& .oldest/bin/{TESTS}\n" in text("CONTRIBUTING.md")
+
+
+def test_the_oldest_versions_that_are_tested_are_the_bounds_that_are_stated() -> None:
+    lines = [line.partition("#")[0].strip() for line in text("tests/oldest.txt").splitlines()]
+    pinned = {line.partition("==")[0]: line.partition("==")[2] for line in filter(None, lines)}
+    assert pinned["lightning"] == pinned.pop("pytorch-lightning")  # the same, by two names
+    project = tomllib.loads(text("pyproject.toml"))["project"]
+    for stated in map(Requirement, project["dependencies"]):
+        (bound,) = stated.specifier
+        assert bound.operator == ">="
+        assert Version(bound.version) == Version(pinned.pop(stated.name))
+    assert pinned == {}
 
 
 def test_hooks_are_local_and_run_the_checks() -> None:
