@@ -1,0 +1,159 @@
+"""The laws that hold for every test-time method, each on a module that counts."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers.toy import (
+    Batch,
+    LitNet,
+    differing,
+    doubles,
+    ending,
+    everything,
+    loader,
+    quiet,
+    samples,
+    seeded,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from it3_lightning import TestTimeCallback
+from it3_lightning.methods import EATA, MEMO, SAR, DeYO, Entropy, Tent, TestTimeMethod
+from it3_lightning.methods.memo import crop_and_flip
+
+Make = Callable[[], TestTimeMethod]
+
+METHODS: dict[str, Make] = {
+    "DeYO": lambda: DeYO(tau_entropy=1.1, tau_plpd=-1.0, margin=1.1, patches=2),
+    "EATA": lambda: EATA(margin=1.1, epsilon=1.0, fisher_samples=4),
+    "ETA": lambda: EATA(margin=1.1, epsilon=1.0, fisher_weight=0),
+    "Entropy": Entropy,
+    "MEMO": lambda: MEMO(views=2, augment=crop_and_flip),
+    "SAR": lambda: SAR(margin=1.1, recovery=0.0),
+    "Tent": Tent,
+}
+"""With settings by which every sample counts: small networks are not sure of anything."""
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+class Counts(LitNet):
+    """Counts its passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+        self.fails: BaseException | None = None
+        self.dropout = nn.Dropout(0.0)
+        self.register_buffer("seen", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.seen += 1
+        logits: Tensor = self.dropout(self.net(x))
+        return logits
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self(batch[0])
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        if self.fails is not None and batch_idx == 1:
+            raise self.fails
+        return self(batch[0])
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    with doubles():
+        yield
+
+
+@pytest.fixture
+def module() -> Any:
+    made = seeded(Counts()).eval()
+    quiet().predict(made, loader(4))  # a Trainer leaves something of its own
+    return made
+
+
+def adapting(module: Any, name: str) -> TestTimeCallback:
+    """Make the callback of a method, which has seen source data where it needs them."""
+    callback = TestTimeCallback(METHODS[name](), lr=0.05)
+    if callback.settings.method.needs_source:
+        quiet(callbacks=[callback]).validate(module, loader(8, seed=5), verbose=False)
+    return callback
+
+
+def predicted(module: Any, callback: TestTimeCallback, data: Any = None) -> list[Tensor]:
+    found: Any = quiet(callbacks=[callback]).predict(module, loader() if data is None else data)
+    return list(found)
+
+
+def serving(images: Tensor, labels: Tensor) -> Any:
+    return DataLoader(TensorDataset(images, labels), batch_size=4)
+
+
+def noted(module: Any) -> dict[str, Any]:
+    """Note what a module is, but for what its own steps count."""
+    return {k: v for k, v in everything(module).items() if "seen" not in k}
+
+
+@every_method
+def test_it_adapts_or_predicts_by_itself(name: str, module: Any) -> None:
+    plain: Any = quiet().predict(module, loader())
+    pairs = zip(predicted(module, adapting(module, name)), plain, strict=True)
+    assert any(not torch.allclose(ours, theirs) for ours, theirs in pairs)
+
+
+@every_method
+def test_labels_never_reach_it(name: str, module: Any) -> None:
+    images, labels = samples()
+    callback = adapting(module, name)
+    found = predicted(module, callback, serving(images, labels))
+    other = predicted(module, callback, serving(images, labels.flip(0)))
+    assert all(torch.equal(a, b) for a, b in zip(found, other, strict=True))
+
+
+@every_method
+@pytest.mark.parametrize("error", [None, ValueError("of the step"), KeyboardInterrupt()])
+def test_nothing_is_left_behind(name: str, module: Any, error: BaseException | None) -> None:
+    callback = adapting(module, name)
+    method = callback.settings.method
+    before, state = noted(module), copy.deepcopy(method.state_dict())
+    module.fails = error
+    with ending(error):
+        predicted(module, callback)
+    module.fails = None
+    assert [each for each in differing(before, noted(module)) if each != "attributes "] == []
+    assert str(method.state_dict()) == str(state)
+
+
+@every_method
+def test_a_bad_batch_does_not_touch_the_next(name: str, module: Any) -> None:
+    images, labels = samples()
+    bad = images.clone()
+    bad[5] = torch.nan
+    callback = adapting(module, name)
+    with pytest.warns(UserWarning, match="non-finite"):
+        found = predicted(module, callback, serving(bad, labels))
+    without = torch.cat([images[:4], images[8:]]), torch.cat([labels[:4], labels[8:]])
+    first, last = predicted(module, callback, serving(*without))
+    torch.testing.assert_close(found[0], first, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[2], last, rtol=0, atol=1e-12)
+
+
+@every_method
+def test_the_same_seed_gives_the_same_bits_and_draws_nothing(name: str, module: Any) -> None:
+    callback = adapting(module, name)
+    torch.manual_seed(3)
+    found = predicted(module, callback)
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    plain: Any = quiet().predict(module, loader())
+    assert torch.equal(torch.rand(3), drawn)
+    assert len(plain) == len(found)
+    again = predicted(module, callback)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
