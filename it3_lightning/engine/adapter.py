@@ -131,7 +131,7 @@ class BatchAdapter:
         self.network.forwards = self.network.cache.hits = 0
         if self._sample_dims is not None:
             inputs = laid_out(inputs, self._sample_dims(inputs))
-        draws = partial(self.network.draws, inputs, self._method.needs_prior)
+        draws = partial(self.draws, inputs)
         with self.undo.begin() as undo:
             kind, count = self._settings.norm_stats, self._settings.norm_prior
             statistics = NormStatistics(self._module, kind, undo, count)
@@ -302,6 +302,10 @@ class BatchAdapter:
             self._method.load_state_dict(copy.deepcopy(self._at_first))
         given = self.selected, self._settings, self._method, self._only_step
         return State(*given, stateful=self._stateful), False
+
+    def draws(self, inputs: Any) -> frozenset[str] | None:
+        """Return the random generators that the method's passes draw from; ``None``: unknown."""
+        return self.network.draws(partial(self._measure, inputs, _InPlace()))
 
     def bytes_of_step(self, inputs: Any, count: Any) -> int:
         """Return ``count(run)`` of the passes of a step, as the bytes that they keep."""

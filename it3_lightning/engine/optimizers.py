@@ -473,10 +473,14 @@ class Updater:
         self._write()
 
     def assign(self, values: Sequence[Tensor | None]) -> None:
-        """Give the parameters other values; ``None``: they stay."""
-        for master, value in zip(self._masters, values, strict=True):
+        """Give the parameters other values; ``None``: they stay.
+
+        Elements that are given what they are keep what lies beneath their rounding.
+        """
+        for parameter, master, value in zip(self._parameters, self._masters, values, strict=True):
             if value is not None:
-                master.data.copy_(value)
+                same = torch.where(value == parameter, master, value)
+                master.data.copy_(value if master is parameter else same)
         self._write()
 
     def pull(self, towards: Sequence[Tensor], share: float) -> None:

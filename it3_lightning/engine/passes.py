@@ -128,30 +128,24 @@ class Network:
         )
         return outputs.detach(), answers
 
-    def draws(self, inputs: Any, needs_prior: bool) -> frozenset[str] | None:
-        """Return the random generators that its passes draw from; ``None``: it cannot be told.
+    def draws(self, run: Callable[[], object]) -> frozenset[str] | None:
+        """Return the random generators that passes draw from; ``None``: it cannot be told.
 
         Args:
-            inputs: to find out with.
-            needs_prior: whether there are passes with a prior.
+            run: runs the passes, and makes what they need, as views of inputs.
         """
         layers = list(self._module.modules())
         modes = tuple(layer.training for layer in layers)
         if modes not in self._draws:
             compiled = any(hasattr(layer, "_orig_mod") for layer in layers)
-            run = partial(self._all_passes, inputs, needs_prior)
+            self.restart()
             try:
                 self._draws[modes] = None if compiled else generators_drawn_by(run)
             except Exception:  # the pass itself raises what is wrong
                 return None
+            finally:
+                self.restart()
         return self._draws[modes]
-
-    @torch.no_grad()
-    def _all_passes(self, inputs: Any, needs_prior: bool) -> None:
-        """Run the first pass, and one with its prediction as the prior."""
-        outputs = self._forward(copied(inputs), None)
-        if needs_prior:
-            self._forward(copied(inputs), self.to_label(outputs))
 
     def _keep(self, name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -224,6 +218,11 @@ class NetworkPasses(Passes):
         """Run the neutral pass of the anchor on any inputs."""
         return self._network.other(inputs, self._weights.anchor)
 
+    @torch.no_grad()
+    def unadapted(self, inputs: Any) -> Tensor:
+        """Run the neutral pass of the source on any inputs."""
+        return self._network.other(inputs, self._weights.source)
+
     @property
     def weights(self) -> Mapping[str, Tensor]:  # type: ignore[override]
         """The adapting parameters."""
@@ -282,6 +281,10 @@ class FunctionalPasses(Passes):
     def anchor(self, inputs: Any) -> Tensor:
         """Refuse, as above."""
         return self.__getattr__("anchor")  # type: ignore[no-any-return]
+
+    def unadapted(self, inputs: Any) -> Tensor:
+        """Refuse, as above."""
+        return self.__getattr__("unadapted")  # type: ignore[no-any-return]
 
     def features(self, layer: str) -> Any:
         """Refuse: features are those of ordinary passes."""

@@ -294,7 +294,7 @@ class SampleAdapter:
         snapshot = Snapshot(self._module)
         self.undo.add(snapshot.restore)
         self.undo.add(partial(self._fast.release_switches, self._vectorised))
-        draws = partial(self._alone.network.draws, inputs, self._settings.method.needs_prior)
+        draws = partial(self._alone.draws, inputs)
         without = without_side_effects(snapshot, self._isolation, draws)
         with torch.inference_mode(False), torch.enable_grad(), without:
             snapshot.detach_parameters()

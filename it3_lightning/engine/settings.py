@@ -50,8 +50,8 @@ class Settings:
             ``"source"``; ``"batch"`` (Nado et al., 2020); ``"mixed"``: the source's, as if of
             ``norm_prior`` samples, and those of the batch (Schneider et al., NeurIPS 2020).
         norm_prior: samples ``N`` that the source's statistics count as.
-        weight_ensembling: share of the way back to the source that weights go after each step: 0.01
-            in ROID (Marsden et al., WACV 2024), where it is ``1 - momentum_src``.
+        weight_ensembling: share of the way back to the source that weights go after each step, by
+            whatever method: 0.01 in ROID (Marsden et al., WACV 2024), as ``1 - momentum_src``.
         grad_clip: largest total gradient norm, or ``None``.
         measure: also measure the distance of the source and of the adapted weights: two more
             forward passes a batch, four where weights are carried along.

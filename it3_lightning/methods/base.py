@@ -90,6 +90,10 @@ class Passes(ABC):
         """
 
     @abstractmethod
+    def unadapted(self, inputs: Any) -> Tensor:
+        """Return the neutral pass of the source weights, in label space, without a graph."""
+
+    @abstractmethod
     def features(self, layer: str) -> Any:
         """Return what one of the method's :attr:`~TestTimeMethod.layers` put out in this pass."""
 

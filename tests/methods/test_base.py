@@ -1,6 +1,7 @@
 """What methods are made of: objectives, steps, predictions, and what they take of source data."""
 
 import copy
+import threading
 from argparse import ArgumentError
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +41,13 @@ def test_nothing_reliable_is_empty_unless_a_batch_term_remains() -> None:
 
 @pytest.mark.parametrize(
     ("name", "argument"),
-    [("Idempotence", "sharpen"), ("Tent", "balance"), ("MEMO", "views"), ("EATA", "margin")],
+    [
+        ("Idempotence", "sharpen"),
+        ("Tent", "balance"),
+        ("MEMO", "views"),
+        ("EATA", "margin"),
+        ("CoTTA", "views"),
+    ],
 )
 def test_arguments_have_types_in_a_configuration(name: str, argument: str) -> None:
     assert getattr(from_yaml(name, **{argument: 2}), argument) == 2
@@ -205,6 +212,91 @@ def test_the_anchor_is_the_mean_teacher_where_it_follows(net: nn.Module) -> None
                 t.lerp_(w, 0.1)
         found = run(adapter, x, net).prediction
         torch.testing.assert_close(found, teacher(x).softmax(1).detach(), rtol=0, atol=1e-10)
+
+
+class Unadapted(TestTimeMethod):
+    """Weighs the entropy by the source's confidence, and predicts what the source does."""
+
+    def loss(self, passes: Passes) -> Objective:
+        found = Entropy().loss(passes)
+        sure = passes.unadapted(passes.inputs).amax(1)
+        assert not sure.requires_grad
+        return Objective(sure * found.measure, found.reliable)
+
+    def predict(self, passes: Passes) -> Tensor:
+        return passes.unadapted(passes.inputs)
+
+
+@pytest.mark.parametrize("anchor", ["frozen", "ema", "live"])
+def test_the_source_is_asked_whatever_the_anchor_is(net: nn.Module, anchor: Any) -> None:
+    own, source = copy.deepcopy(net), copy.deepcopy(net)
+    adapter = adapter_of(net, Unadapted(), anchor=anchor, ema_decay=0.5, steps=2)
+    for x in STREAM:
+        sure = source(x).softmax(1).amax(1).detach()
+        for _ in range(2):
+            p = own(x).softmax(1)
+            loss = -(sure * (p * p.log()).sum(1)).mean()
+            weights = list(own.parameters())
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            with torch.no_grad():
+                for w, g in zip(weights, gradients, strict=True):
+                    w.sub_(0 if g is None else 0.05 * g)
+        found = run(adapter, x, net)
+        torch.testing.assert_close(found.outputs, own(x).detach(), rtol=0, atol=1e-10)
+        expected = source(x).softmax(1).detach()
+        torch.testing.assert_close(found.prediction, expected, rtol=0, atol=1e-12)
+
+
+class Noisy(TestTimeMethod):
+    """Draws the inputs' noise itself; the network draws nothing."""
+
+    def loss(self, passes: Passes) -> Objective:
+        measure = passes.other(passes.inputs + torch.rand(())).amax(1)
+        return Objective(measure, torch.ones_like(measure, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_what_a_method_draws_is_put_back_though_other_threads_run(
+    net: nn.Module, others: bool
+) -> None:
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    adapter = adapter_of(net, Noisy())
+    if others:
+        thread.start()
+    try:
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        found = run(adapter, STREAM[0], net)
+        torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+        assert (found.forwards, found.backwards) == (4, 1)
+    finally:
+        done.set()
+        if others:
+            thread.join()
+
+
+def test_halves_that_are_assigned_what_they_are_keep_what_lies_beneath_their_rounding() -> None:
+    class Assigns(TestTimeMethod):
+        def loss(self, passes: Passes) -> Objective:
+            return Entropy().loss(passes)
+
+        def step(self, passes: Passes, state: Steps) -> Objective:
+            objective = super().step(passes, state)
+            state.assign(dict(state.weights))
+            return objective
+
+    nets = [toy().bfloat16().eval() for _ in range(2)]
+    found = []
+    for net, method in zip(nets, (Entropy(), Assigns()), strict=True):
+        adapter = adapter_of(net, method, lr=1e-4)
+        for x in STREAM * 5:
+            last = run(adapter, x.bfloat16(), net)
+        found.append(last.weights)
+    source = dict(nets[0].named_parameters())
+    assert not same((found[0][name], source[name]) for name in found[0])
+    assert same((found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
