@@ -6,19 +6,15 @@ r"""MEMO: the entropy of the mean prediction over augmented views of one input, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
-from torchvision.transforms import v2
 
 from it3_lightning.methods.base import Objective, Passes, TestTimeMethod
 from it3_lightning.methods.terms import check_classes, cross_entropy
-
-View = Callable[[Any], Any]
+from it3_lightning.methods.views import View, crop_and_flip
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class MEMO(TestTimeMethod):
     Args:
         views: number of augmented views ``B`` of each input.
         augment: makes a view of inputs ``(B, ...)``, as transforms of torchvision do. Default:
-            :func:`crop_and_flip`, for images.
+            :func:`~it3_lightning.methods.views.crop_and_flip`, for images.
 
     Raises:
         ValueError: fewer than one view.
@@ -61,21 +57,3 @@ class MEMO(TestTimeMethod):
         mean = torch.as_tensor(total) / self.views
         measure = cross_entropy(mean, mean)
         return Objective(measure, torch.ones_like(measure, dtype=torch.bool))
-
-
-def crop_and_flip(inputs: Any) -> Any:
-    """Return images moved by up to an eighth of their size, half of them mirrored.
-
-    Args:
-        inputs: images ``(B, C, H, W)``, possibly nested; other leaves are handed on.
-    """
-    return tree_map(_moved, inputs)
-
-
-def _moved(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor) or leaf.ndim != 4 or not leaf.is_floating_point():
-        return leaf
-    size = list(leaf.shape[-2:])
-    crop = v2.RandomCrop(size, padding=[side // 8 for side in reversed(size)])
-    moved: Tensor = v2.RandomHorizontalFlip()(crop(leaf))
-    return moved

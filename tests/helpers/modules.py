@@ -43,6 +43,22 @@ def stream(batches: int) -> list[Tensor]:
     return [images(seed=index) for index in range(batches)]
 
 
+SHIFTS = (-0.3, 0.0, 0.4)
+
+
+class Brighter:
+    """Views that anyone can repeat: the same few shifts of brightness, one after the other."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Make the next view."""
+        shift = SHIFTS[self.calls % len(SHIFTS)]
+        self.calls += 1
+        return images + shift
+
+
 def takes_prior(net: Callable[..., Any]) -> Forward:
     """Call a network whose forward takes the prior as its second argument."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.modules import SHIFTS, Brighter
 from helpers.reference import ToyNet
 from helpers.toy import LitNet, differing, everything, loader, quiet, samples, seeded
 from lightning.pytorch import LightningModule
@@ -12,21 +13,6 @@ from torch import Tensor, nn
 
 from it3_lightning import MEMO, TestTimeCallback
 from it3_lightning.engine import Settings, adapt
-from it3_lightning.methods.memo import crop_and_flip
-
-SHIFTS = (-0.3, 0.0, 0.4)
-
-
-class Brighter:
-    """Views that anyone can repeat: the same few shifts of brightness, one after the other."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, images: Tensor) -> Tensor:
-        shift = SHIFTS[self.calls % len(SHIFTS)]
-        self.calls += 1
-        return images + shift
 
 
 def by_hand(net: nn.Module, images: Tensor, lr: float, steps: int = 1) -> Tensor:
@@ -108,13 +94,6 @@ def test_a_sample_does_not_depend_on_its_batch_though_views_are_random() -> None
         return torch.cat(found)
 
     torch.testing.assert_close(predicted(6), predicted(1), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("leaf", [torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3), "mode"])
-def test_the_default_views_leave_what_are_no_images(leaf: Any) -> None:
-    moved = crop_and_flip([torch.rand(2, 1, 16, 16), leaf])
-    assert moved[1] is leaf
-    assert moved[0].shape == (2, 1, 16, 16)
 
 
 def test_bad_settings_are_refused() -> None:
