@@ -14,10 +14,13 @@ from it3_lightning.methods.base import (
     TestTimeObjective,
     as_method,
 )
+from it3_lightning.methods.cotta import CoTTA
 from it3_lightning.methods.deyo import DeYO
 from it3_lightning.methods.eata import EATA
 from it3_lightning.methods.idempotence import Idempotence
 from it3_lightning.methods.memo import MEMO
+from it3_lightning.methods.rdumb import RDumb
+from it3_lightning.methods.roid import ROID
 from it3_lightning.methods.sar import SAR
 from it3_lightning.methods.tent import Entropy, Tent
 from it3_lightning.methods.terms import agreeing, balance_term, confident
@@ -25,12 +28,15 @@ from it3_lightning.methods.terms import agreeing, balance_term, confident
 __all__ = [
     "EATA",
     "MEMO",
+    "ROID",
     "SAR",
+    "CoTTA",
     "DeYO",
     "Entropy",
     "Idempotence",
     "Objective",
     "Passes",
+    "RDumb",
     "SecondPass",
     "Steps",
     "Tent",
