@@ -478,9 +478,10 @@ class Updater:
         Elements that are given what they are keep what lies beneath their rounding.
         """
         for parameter, master, value in zip(self._parameters, self._masters, values, strict=True):
-            if value is not None:
-                same = torch.where(value == parameter, master, value)
-                master.data.copy_(value if master is parameter else same)
+            if value is not None and master is not parameter:
+                master.data.copy_(torch.where(value == parameter, master, value))
+            elif value is not None:
+                master.data.copy_(value)
         self._write()
 
     def pull(self, towards: Sequence[Tensor], share: float) -> None:
