@@ -22,12 +22,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from it3_lightning import TestTimeCallback
-from it3_lightning.methods import EATA, MEMO, SAR, DeYO, Entropy, Tent, TestTimeMethod
-from it3_lightning.methods.memo import crop_and_flip
+from it3_lightning.methods import (
+    EATA,
+    MEMO,
+    ROID,
+    SAR,
+    CoTTA,
+    DeYO,
+    Entropy,
+    RDumb,
+    Tent,
+    TestTimeMethod,
+)
+from it3_lightning.methods.views import crop_and_flip
 
 Make = Callable[[], TestTimeMethod]
 
 METHODS: dict[str, Make] = {
+    "CoTTA": lambda: CoTTA(views=2, confidence=1.0, augment=crop_and_flip),
+    "RDumb": lambda: RDumb(margin=1.1, epsilon=1.0),
+    "ROID": ROID,
     "DeYO": lambda: DeYO(tau_entropy=1.1, tau_plpd=-1.0, margin=1.1, patches=2),
     "EATA": lambda: EATA(margin=1.1, epsilon=1.0, fisher_samples=4),
     "ETA": lambda: EATA(margin=1.1, epsilon=1.0, fisher_weight=0),
@@ -44,6 +58,8 @@ every_method = pytest.mark.parametrize("name", METHODS)
 class Counts(LitNet):
     """Counts its passes."""
 
+    seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.passes = 0
@@ -53,7 +69,7 @@ class Counts(LitNet):
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes += 1
-        self.seen += 1
+        self.seen.add_(1)
         logits: Tensor = self.dropout(self.net(x))
         return logits
 
@@ -74,7 +90,7 @@ def double() -> Iterator[None]:
 
 @pytest.fixture
 def module() -> Any:
-    made = seeded(Counts()).eval()
+    made: Any = seeded(Counts()).eval()
     quiet().predict(made, loader(4))  # a Trainer leaves something of its own
     return made
 
@@ -88,6 +104,7 @@ def adapting(module: Any, name: str) -> TestTimeCallback:
 
 
 def predicted(module: Any, callback: TestTimeCallback, data: Any = None) -> list[Tensor]:
+    torch.manual_seed(3)
     found: Any = quiet(callbacks=[callback]).predict(module, loader() if data is None else data)
     return list(found)
 
@@ -148,7 +165,6 @@ def test_a_bad_batch_does_not_touch_the_next(name: str, module: Any) -> None:
 @every_method
 def test_the_same_seed_gives_the_same_bits_and_draws_nothing(name: str, module: Any) -> None:
     callback = adapting(module, name)
-    torch.manual_seed(3)
     found = predicted(module, callback)
     drawn = torch.rand(3)
     torch.manual_seed(3)
