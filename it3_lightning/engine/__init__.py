@@ -136,5 +136,8 @@ def adapt(
             "batches, or norm_stats='source' without a balance term."
         )
     made = adapter(module, forward, to_label, settings, enters=enters, sample_dims=sample_dims)
-    with made.adapted(inputs) as adaptation:
-        return adaptation
+    try:
+        with made.adapted(inputs) as adaptation:
+            return adaptation
+    finally:
+        made.restart()

@@ -65,7 +65,7 @@ class BatchAdapter:
         sample_dims: says which dimension of each tensor holds the samples; default: the first.
 
     Raises:
-        ValueError: the selection of parameters matches nothing.
+        ValueError: the selection of parameters matches nothing, or there is no layer of a name.
 
     >>> net, x = nn.Linear(1, 1, bias=False), torch.ones(2, 1)
     >>> _ = nn.init.ones_(net.weight)
@@ -110,6 +110,8 @@ class BatchAdapter:
         """Forget what was carried along: the next batch starts from the source."""
         self._carried: State | None = None
         self._batches = 0
+        if self._stateful:
+            self._method.load_state_dict(copy.deepcopy(self._at_first))
 
     @contextmanager
     def adapted(self, inputs: Any, answer: Answer | None = None) -> Iterator[Adaptation]:
@@ -297,7 +299,7 @@ class BatchAdapter:
         due = isinstance(reset, int) and self._batches % reset == 0
         if self._carried is not None and not due:
             self._carried.backwards = 0
-            return self._carried, True
+            return self._carried, self._carried.moved
         if self._stateful:
             self._method.load_state_dict(copy.deepcopy(self._at_first))
         given = self.selected, self._settings, self._method, self._only_step

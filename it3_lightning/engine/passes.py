@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import cmath
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import is_dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from it3_lightning.engine import fast
 from it3_lightning.engine.restore import generators_drawn_by
+from it3_lightning.engine.selection import layers_of
 from it3_lightning.engine.trees import Along, Shared, opened
 from it3_lightning.engine.types import (
     Answer,
@@ -26,9 +27,12 @@ from it3_lightning.engine.types import (
     ToLabel,
     Weights,
 )
-from it3_lightning.methods.base import Passes, SecondPass
+from it3_lightning.methods.base import Layers, Passes, SecondPass
 
 _Result = TypeVar("_Result")
+
+Features = dict[str, tuple[Any, Any]]
+"""What entered layers, and what they put out, by name."""
 
 
 class Network:
@@ -40,8 +44,11 @@ class Network:
         forward: ``(inputs, prior) -> outputs (B, ...)``, ``prior=None`` being the neutral one.
         to_label: brings outputs into label space.
         enters: the layers at whose input or output the prior enters.
-        layers: names of those whose features are asked for.
+        layers: those whose features are asked for.
         inputs_in: finds the network's inputs in what is given to a pass.
+
+    Raises:
+        ValueError: there is no such layer.
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class Network:
         forward: Forward,
         to_label: ToLabel,
         enters: Enters,
-        layers: Sequence[str] = (),
+        layers: Layers = (),
         inputs_in: InputsIn | None = None,
     ) -> None:
         self._module = module
@@ -61,8 +68,8 @@ class Network:
         self.inputs_in = inputs_in
         self.to_label = to_label
         self.cache = fast.cache_of(module, enters)
-        self._layers = [(name, module.get_submodule(name)) for name in layers] if layers else []
-        self.features: dict[str, Any] = {}
+        self.layers = layers_of(module, layers) if layers else {}
+        self.features: Features = {}
         self.forwards = 0
         self._draws: dict[tuple[bool, ...], frozenset[str] | None] = {}  # by the layers' modes
 
@@ -90,7 +97,7 @@ class Network:
         """Return ``f(x, 0)``, by the weights in place, which are of this version."""
         self.features = {}
         with ExitStack() as stack:
-            for name, layer in self._layers:
+            for name, layer in self.layers.items():
                 keep = self._keep(name)
                 stack.callback(layer.register_forward_hook(keep).remove)
             outputs: Tensor = self.cache.first(inputs, version, lambda: self.run(inputs, None))
@@ -111,11 +118,6 @@ class Network:
         """Return a neutral pass over other inputs in label space, by those in place or these."""
         run = partial(self.run, inputs, None)
         return self.to_label(run() if weights is None else self._sites.run_with(weights, run))
-
-    @property
-    def watches(self) -> bool:
-        """Whether a method asks for features of layers, which ordinary first passes alone give."""
-        return bool(self._layers)
 
     @torch.no_grad()
     def answer(self, inputs: Any, answer: Answer, version: int) -> tuple[Tensor, Any]:
@@ -148,8 +150,9 @@ class Network:
         return self._draws[modes]
 
     def _keep(self, name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            self.features[name] = output
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            entered = args[0] if args else None
+            self.features[name] = copied(entered), copied(output)  # what comes after may write
 
         return hook
 
@@ -189,14 +192,18 @@ class NetworkPasses(Passes):
         self._network = network
         self._weights = weights
         self._given = inputs
-        if outputs is None or network.watches:
-            outputs = network.first(inputs, weights.version)
-        self.outputs = outputs
+        self._features: Features | None = None
+        self.outputs = self._first() if outputs is None else outputs
         if not len(self.outputs):
             raise Skip  # no sample: nothing to adapt to, and nothing amiss
         if not all_finite(self.outputs):
             raise Skip("non-finite output")
         self.y0 = network.to_label(self.outputs)
+
+    def _first(self) -> Tensor:
+        outputs = self._network.first(self._given, self._weights.version)
+        self._features = self._network.features
+        return outputs
 
     @property
     def inputs(self) -> Any:
@@ -234,19 +241,27 @@ class NetworkPasses(Passes):
         known = self._weights.source
         return {n: p.detach() for n, p in self.weights.items()} if known is None else known
 
-    def features(self, layer: str) -> Any:
-        """Return what a layer put out in the first pass.
+    @property
+    def layers(self) -> Mapping[str, nn.Module]:  # type: ignore[override]
+        """The layers that the method asks for."""
+        return self._network.layers
+
+    def features(self, layer: str, *, entering: bool = False) -> Any:
+        """Return what a layer put out in the first pass, or what entered it.
 
         Raises:
             RuntimeError: it did not run by itself.
         """
-        if layer not in self._network.features:
+        if self._features is None:  # the outputs were known without a pass
+            self._first()
+        assert self._features is not None
+        if layer not in self._features:
             raise RuntimeError(
                 f"Expected the layer {layer!r} to run in the forward pass, and it did not, or in a "
                 "part that torch.compile has made, which runs no hooks that come after it. Name a "
                 "layer that runs by itself, or compile the network after that has been adapted."
             )
-        return self._network.features[layer]
+        return self._features[layer][0 if entering else 1]
 
     def again(self) -> NetworkPasses:
         """Run the first pass once more, with the weights as they are now."""
@@ -286,7 +301,7 @@ class FunctionalPasses(Passes):
         """Refuse, as above."""
         return self.__getattr__("unadapted")  # type: ignore[no-any-return]
 
-    def features(self, layer: str) -> Any:
+    def features(self, layer: str, *, entering: bool = False) -> Any:
         """Refuse: features are those of ordinary passes."""
         return self.__getattr__("features")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from it3_lightning.engine.types import Evaluation
-from it3_lightning.methods.base import Masked, TestTimeMethod
-from it3_lightning.utils.messages import closest
+from it3_lightning.methods.base import Layers, Masked, TestTimeMethod
+from it3_lightning.utils.messages import closest, unknown
 
 Predicate = Callable[[str, nn.Parameter], bool]
 
@@ -58,6 +58,34 @@ def select(module: nn.Module, selection: Selection) -> dict[str, nn.Parameter]:
     if not chosen:
         raise ValueError(_nothing(candidates, selection))
     return chosen
+
+
+def layers_of(module: nn.Module, wanted: Layers) -> dict[str, nn.Module]:
+    """Return the layers of these names; of ``"norm"``, the norm layers in the module's order.
+
+    Args:
+        module: that has them. Norm layers of modules named ``it3_*`` are not among them.
+        wanted: names, or ``"norm"``.
+
+    Raises:
+        ValueError: there is no layer of a name, or no norm layer.
+
+    >>> list(layers_of(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "norm"))
+    ['1']
+    """
+    if wanted == "norm":
+        named = module.named_modules()
+        norms: dict[str, nn.Module] = {
+            name: each for name, each in named if isinstance(each, _NORM_LAYERS) and not _own(name)
+        }
+        if not norms:
+            raise ValueError("Expected a module with norm layers, got one without. Name layers.")
+        return norms
+    layers = dict(module.named_modules(remove_duplicate=False))
+    for name in wanted:
+        if name not in layers:
+            raise ValueError(unknown("layer", name, layers))
+    return {name: layers[name] for name in wanted}
 
 
 def _own(name: str) -> bool:

@@ -8,13 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SecondPass = Callable[[Tensor], Tensor]
 """``y1 = F(x, prior)``, in label space."""
+
+Layers = Literal["norm"] | Sequence[str]
+"""Layers of a network by name; ``"norm"``: all its norm layers."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Passes(ABC):
         y0: the same in label space, ``(B, C, ...)``.
         weights: the adapting weights by name, as the passes use them: part of their graph.
         source: the same as training left them.
+        layers: that the method asks for, :attr:`TestTimeMethod.layers`, by name.
     """
 
     inputs: Any
@@ -73,6 +77,7 @@ class Passes(ABC):
     y0: Tensor
     weights: Mapping[str, Tensor]
     source: Mapping[str, Tensor]
+    layers: Mapping[str, nn.Module]
 
     @abstractmethod
     def second(self, prior: Tensor) -> Tensor:
@@ -94,8 +99,8 @@ class Passes(ABC):
         """Return the neutral pass of the source weights, in label space, without a graph."""
 
     @abstractmethod
-    def features(self, layer: str) -> Any:
-        """Return what one of the method's :attr:`~TestTimeMethod.layers` put out in this pass."""
+    def features(self, layer: str, *, entering: bool = False) -> Any:
+        """Return what one of :attr:`layers` put out in this pass, or what entered it."""
 
     @abstractmethod
     def again(self) -> "Passes":
@@ -151,8 +156,8 @@ class TestTimeMethod(ABC):
     """Whether :meth:`loss` asks for ``y0`` and ``second`` only: many samples can go at once."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings that the paper uses, by the names of :class:`~it3_lightning.engine.Settings`."""
-    layers: Sequence[str] = ()
-    """Names of the layers whose features it asks for."""
+    layers: Layers = ()
+    """The layers whose features it asks for."""
 
     @property
     def needs_batch(self) -> bool:

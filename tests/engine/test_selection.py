@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from it3_lightning.engine.selection import select
+from it3_lightning.engine.selection import layers_of, select
 
 
 def network() -> nn.Module:
@@ -89,3 +89,23 @@ def test_a_selection_of_nothing_is_refused(selection: Any, message: str) -> None
 def test_a_network_without_norm_layers_says_what_it_has() -> None:
     with pytest.raises(ValueError, match=r"has 2 parameters, 2 of them trainable: weight, bias\."):
         select(nn.Linear(2, 2), "norm")
+
+
+def test_layers_are_found_by_name_or_are_the_norm_layers() -> None:
+    outer = nn.ModuleDict({"model": network(), "it3_head": nn.LayerNorm(2)})
+    norms = [f"model.{name}" for name in ("bn", "instance", "plain", "gn", "ln", "rms")]
+    for wanted, names in (
+        ("norm", norms),
+        (["model.ln", "model.conv"], ["model.ln", "model.conv"]),
+    ):
+        found = layers_of(outer, wanted)
+        assert list(found) == names
+        assert all(layer is outer.get_submodule(name) for name, layer in found.items())
+    assert layers_of(outer, ()) == {}
+
+
+def test_layers_that_are_not_there_are_named() -> None:
+    with pytest.raises(ValueError, match=r"Unknown layer 'cnv'\. Did you mean 'conv'"):
+        layers_of(network(), ["bn", "cnv"])
+    with pytest.raises(ValueError, match="Expected a module with norm layers, got one without"):
+        layers_of(nn.Linear(1, 1), "norm")
