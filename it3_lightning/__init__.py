@@ -28,9 +28,12 @@ from it3_lightning.engine.restore import Snapshot
 from it3_lightning.engine.selection import select
 from it3_lightning.methods import (
     EATA,
+    LAME,
     MEMO,
     ROID,
     SAR,
+    T3A,
+    ActMAD,
     CoTTA,
     DeYO,
     Entropy,
@@ -38,6 +41,7 @@ from it3_lightning.methods import (
     Objective,
     RDumb,
     Tent,
+    TestTimeAugmentation,
     TestTimeMethod,
     TestTimeObjective,
 )
@@ -48,9 +52,12 @@ from it3_lightning.training import DualPass, IT3Mixin
 
 __all__ = [
     "EATA",
+    "LAME",
     "MEMO",
     "ROID",
     "SAR",
+    "T3A",
+    "ActMAD",
     "Adaptation",
     "BatchAdapter",
     "ClassPrior",
@@ -75,6 +82,7 @@ __all__ = [
     "Settings",
     "Snapshot",
     "Tent",
+    "TestTimeAugmentation",
     "TestTimeCallback",
     "TestTimeMethod",
     "TestTimeObjective",

@@ -5,6 +5,8 @@ does not know how weights move and come back, so another method is another file 
 the distances, filters and terms that methods share.
 """
 
+from it3_lightning.methods.actmad import ActMAD
+from it3_lightning.methods.augmentation import TestTimeAugmentation
 from it3_lightning.methods.base import (
     Objective,
     Passes,
@@ -18,18 +20,23 @@ from it3_lightning.methods.cotta import CoTTA
 from it3_lightning.methods.deyo import DeYO
 from it3_lightning.methods.eata import EATA
 from it3_lightning.methods.idempotence import Idempotence
+from it3_lightning.methods.lame import LAME
 from it3_lightning.methods.memo import MEMO
 from it3_lightning.methods.rdumb import RDumb
 from it3_lightning.methods.roid import ROID
 from it3_lightning.methods.sar import SAR
+from it3_lightning.methods.t3a import T3A
 from it3_lightning.methods.tent import Entropy, Tent
 from it3_lightning.methods.terms import agreeing, balance_term, confident
 
 __all__ = [
     "EATA",
+    "LAME",
     "MEMO",
     "ROID",
     "SAR",
+    "T3A",
+    "ActMAD",
     "CoTTA",
     "DeYO",
     "Entropy",
@@ -40,6 +47,7 @@ __all__ = [
     "SecondPass",
     "Steps",
     "Tent",
+    "TestTimeAugmentation",
     "TestTimeMethod",
     "TestTimeObjective",
     "agreeing",

@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import resize
 
 from it3_lightning.methods.base import Objective, Passes, Steps, TestTimeMethod
 from it3_lightning.methods.terms import check_classes, cross_entropy
+from it3_lightning.methods.views import is_images
 from it3_lightning.utils.messages import unknown
 
 Destruction = Literal["patch", "pixel", "occlusion"]
@@ -113,7 +114,7 @@ class DeYO(TestTimeMethod):
     def _destroyed(self, inputs: Any) -> Any:
         if callable(self.transform):
             return self.transform(inputs)
-        if not any(map(_is_image, tree_leaves(inputs))):
+        if not any(map(is_images, tree_leaves(inputs))):
             raise ValueError(
                 f"DeYO destroys objects in images (B, C, H, W) by transform={self.transform!r}, "
                 "and found none among the inputs. Give transform a callable that takes them."
@@ -121,7 +122,7 @@ class DeYO(TestTimeMethod):
         return tree_map(self._destroyed_leaf, inputs)
 
     def _destroyed_leaf(self, leaf: Any) -> Any:
-        if not _is_image(leaf):
+        if not is_images(leaf):
             return leaf
         if self.transform == "occlusion":
             return occluded(leaf)
@@ -179,7 +180,3 @@ def occluded(images: Tensor) -> Tensor:
     found = images.clone()
     found[..., rows, columns] = images.mean((2, 3), keepdim=True)
     return found
-
-
-def _is_image(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim == 4 and leaf.is_floating_point()

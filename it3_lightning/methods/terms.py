@@ -8,7 +8,7 @@ and averages over positions, so a mask of 512 x 512 pixels weighs as much as a c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -201,6 +201,33 @@ def check_classes(what: str, y0: Tensor, *, maps: bool = True) -> None:
             f"{what} needs one class vector (B, C) of each sample, got maps {tuple(y0.shape)}. "
             "For maps use SAR, Tent or Entropy, which average over positions."
         )
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """Return values in float32, or in float64 where they are.
+
+    >>> full_precision(torch.ones(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def samples_of(features: Any, layer: str, count: int) -> Tensor:
+    """Return what entered a layer or left it, one tensor of all samples, in full precision.
+
+    Raises:
+        ValueError: it is not ``(B, ...)``.
+
+    >>> samples_of(torch.ones(2, 3), "layer", 2).shape
+    torch.Size([2, 3])
+    """
+    if isinstance(features, Tensor) and features.ndim > 1 and len(features) == count:
+        return full_precision(features)
+    got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    raise ValueError(
+        f"Expected features (B, ...) of {count} samples at the layer {layer!r}, got {got}. Name a "
+        "layer that takes and puts out one tensor with the samples first."
+    )
 
 
 def check_settings(reliability: float | None, balance: float, sharpen: float = 0.0) -> None:

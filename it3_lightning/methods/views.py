@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -46,7 +48,9 @@ def jitter_and_warp(inputs: Any) -> Any:
 
 @contextmanager
 def drawn_by(seed: int, step: int, inputs: Any = None) -> Iterator[None]:
-    """Let what is drawn within depend on these numbers alone; torch's generators come back.
+    """Let what is drawn within depend on these numbers alone, and put the generators back.
+
+    They are those of torch, of Python and of NumPy.
 
     Args:
         seed: of a method.
@@ -61,19 +65,28 @@ def drawn_by(seed: int, step: int, inputs: Any = None) -> Iterator[None]:
     """
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_cuda]
     devices = sorted({tensor.get_device() for tensor in tensors})
-    with torch.random.fork_rng(devices):
-        of_devices = [torch.cuda.default_generators[device] for device in devices]
-        for generator in (torch.default_generator, *of_devices):
-            generator.manual_seed((seed * _LARGE_PRIME + step) % 2**32)  # it takes note of 32 bits
-        yield
+    number = (seed * _LARGE_PRIME + step) % 2**32  # torch's generator takes note of 32 bits
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            of_devices = [torch.cuda.default_generators[device] for device in devices]
+            for generator in (torch.default_generator, *of_devices):
+                generator.manual_seed(number)
+            random.seed(number)
+            np.random.seed(number)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
-def _is_image(leaf: Any) -> bool:
+def is_images(leaf: Any) -> bool:
+    """Whether a leaf of the inputs is images ``(B, C, H, W)``."""
     return isinstance(leaf, Tensor) and leaf.ndim == 4 and leaf.is_floating_point()
 
 
 def _moved(leaf: Any) -> Any:
-    if not _is_image(leaf):
+    if not is_images(leaf):
         return leaf
     size = list(leaf.shape[-2:])
     crop = v2.RandomCrop(size, padding=[side // 8 for side in reversed(size)])
@@ -81,7 +94,7 @@ def _moved(leaf: Any) -> Any:
 
 
 def _warped(leaf: Any) -> Any:
-    if not _is_image(leaf):
+    if not is_images(leaf):
         return leaf
     if leaf.numel() and (leaf.amin() < 0 or leaf.amax() > 1):
         raise ValueError(
