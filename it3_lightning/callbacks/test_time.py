@@ -371,7 +371,7 @@ class AdaptedStep:
         vars(self._module)[self._name] = self
 
     def give_back(self) -> None:
-        """Put back what batches have left, one that was cut short too, and the module's own step."""
+        """Put back what batches have left, also one cut short, and the module's own step."""
         self._runner.undo.run()
         if isinstance(self._runner, BatchStep):  # single samples leave nothing to the next run
             self._runner.adapter.restart()
