@@ -24,14 +24,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from it3_lightning import TestTimeCallback
 from it3_lightning.methods import (
     EATA,
+    LAME,
     MEMO,
     ROID,
     SAR,
+    T3A,
+    ActMAD,
     CoTTA,
     DeYO,
     Entropy,
     RDumb,
     Tent,
+    TestTimeAugmentation,
     TestTimeMethod,
 )
 from it3_lightning.methods.views import crop_and_flip
@@ -39,6 +43,10 @@ from it3_lightning.methods.views import crop_and_flip
 Make = Callable[[], TestTimeMethod]
 
 METHODS: dict[str, Make] = {
+    "ActMAD": ActMAD,
+    "LAME": LAME,
+    "T3A": lambda: T3A("net.head"),
+    "augmentation": TestTimeAugmentation,
     "CoTTA": lambda: CoTTA(views=2, confidence=1.0, augment=crop_and_flip),
     "RDumb": lambda: RDumb(margin=1.1, epsilon=1.0),
     "ROID": ROID,
