@@ -88,6 +88,14 @@ def test_one_conditioning_serves_one_network(kind: str) -> None:
         Model(conditioning)
 
 
+def test_a_layer_that_is_gone_is_missed_by_the_forward_pass() -> None:
+    conditioning, network = InputConcat("layer"), nn.Identity()
+    Model(conditioning)
+    conditioning.attach(network, ClassPrior(CLASSES))
+    with pytest.raises(RuntimeError, match="never ran"), conditioning.given(priors(5)):
+        network(torch.randn(5, 4))
+
+
 @pytest.mark.parametrize(
     "make",
     [

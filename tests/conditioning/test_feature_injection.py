@@ -63,6 +63,18 @@ class Permuted(nn.Module):
         return features
 
 
+class Transposed(nn.Module):
+    """Swaps two dimensions before and after a layer."""
+
+    def __init__(self, layer: nn.Module, first: int, second: int, *, back: bool = True) -> None:
+        super().__init__()
+        self.layer, self.axes, self.back = layer, (first, second), back
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = first(self.layer(x.transpose(*self.axes)))
+        return output.transpose(*self.axes) if self.back else output
+
+
 # layer, inputs, dimensions of batch and channels in the features
 LAYERS: dict[str, tuple[nn.Module, Tensor, tuple[int, int]]] = {
     "linear": (nn.Linear(4, 8), torch.randn(5, 4), (0, 1)),
@@ -92,6 +104,29 @@ LAYERS: dict[str, tuple[nn.Module, Tensor, tuple[int, int]]] = {
     "attention": (Attention(4, 2, batch_first=True), torch.randn(5, 7, 4), (0, 2)),
     "attention, sequence first": (Attention(4, 2), torch.randn(7, 5, 4), (1, 2)),
     "named tuple": (Wrapped(), torch.randn(5, 4), (0, 1)),
+    "lstm, sequence first, as many samples as channels": (
+        nn.LSTM(4, 5),
+        torch.randn(7, 5, 4),
+        (1, 2),
+    ),
+    "lstm, sequence first inside": (
+        Transposed(nn.LSTM(4, 8), 0, 1),
+        torch.randn(5, 7, 4),
+        (0, 2),
+    ),
+    "tokens, sequence first": (nn.Linear(4, 8), torch.randn(7, 5, 4), (1, 2)),
+    "patches, as many as channels": (
+        nn.Sequential(
+            nn.Conv2d(4, 8, 1), nn.Flatten(2), Transposed(nn.LayerNorm(8), 1, 2, back=False)
+        ),
+        torch.randn(5, 4, 2, 4),
+        (0, 2),
+    ),
+    "convolution and linear layer, as large as wide": (
+        nn.Sequential(nn.Conv2d(4, 8, 1), Transposed(nn.Linear(8, 8), 1, 3)),
+        torch.randn(5, 4, 8, 8),
+        (0, 1),
+    ),
     "transformer": (
         nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
         torch.randn(5, 7, 4),
@@ -217,9 +252,10 @@ def test_layers_inside_an_encoder_take_the_prior_with_and_without_gradients() ->
 
 def test_tokens_inside_a_sequence_first_encoder_are_not_taken_for_samples() -> None:
     encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)  # (T, B, C)
-    injection = attached(FeatureInjection("linear1"), encoder)
+    network = nn.Sequential(nn.Identity(), nn.Sequential(encoder))
+    injection = attached(FeatureInjection("1.0.linear1"), network)
     x, prior = torch.randn(5, 5, 8), priors(5)
-    assert_samples_as_alone(encoder, injection, x, prior)
+    assert_samples_as_alone(network, injection, x, prior)
 
 
 def test_tokens_outside_a_sequence_first_block_are_batch_first() -> None:
@@ -257,6 +293,7 @@ def test_priors_of_another_neutral_are_embedded_relative_to_it() -> None:
         found = network(x)
     by_hand = embedded(injection, "self", prior) - embedded(injection, "self", uniform)
     torch.testing.assert_close(found, plain + by_hand)
+    assert not any("neutral" in name for name in injection.state_dict())  # checkpoints hold weights
 
 
 def test_maps_of_priors_are_resized_to_the_features() -> None:
@@ -294,6 +331,18 @@ def test_maps_of_priors_are_averaged_where_features_have_no_positions(layer: str
     rows = embedded(injection, "0", maps.movedim(1, -1)).mean((1, 2))
     plain = first(network(x))
     torch.testing.assert_close(found, plain + laid_out(rows, plain, axes))
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv2d"])
+def test_signals_of_priors_are_averaged_where_features_are_laid_out_otherwise(layer: str) -> None:
+    module, x, axes = LAYERS[layer]
+    network = nn.Sequential(copy.deepcopy(module))
+    injection = attached(FeatureInjection("0"), network)
+    signal = torch.randn(5, CLASSES, 7).softmax(1)
+    with injection.given(signal):
+        found = network(x)
+    rows = embedded(injection, "0", signal.movedim(1, -1)).mean(1)
+    torch.testing.assert_close(found, network(x) + laid_out(rows, network(x), axes))
 
 
 @pytest.mark.parametrize(("layer", "axis"), [("conv1d", 1), ("tokens", 2)])
@@ -346,6 +395,13 @@ def test_features_that_do_not_fit_are_refused(channels: int | None, batch: int, 
     injection = attached(FeatureInjection("0", channels=channels), network)
     with pytest.raises(ValueError, match=got), injection.given(priors(batch)):
         network(torch.randn(5, 4))
+
+
+def test_features_of_one_dimension_are_refused() -> None:
+    network = nn.Sequential(nn.Flatten(0))
+    injection = attached(FeatureInjection("0", channels=8), network)
+    with pytest.raises(ValueError, match="does not fit"), injection.given(priors(8)):
+        network(torch.randn(8, 1))
 
 
 def test_features_that_are_no_tensor_are_refused() -> None:

@@ -111,6 +111,29 @@ def test_concat_lays_masks_over_the_image(size: int) -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("length", [1, 6, 3])
+def test_concat_lays_signals_over_the_positions(length: int) -> None:
+    layer, x = nn.Conv1d(4, 8, 3, padding=1), torch.randn(5, 4, 6)
+    concat = attached(InputConcat("0"), nn.Sequential(layer))
+    signal = torch.rand(5, CLASSES, length)
+    weight = torch.cat([layer.weight, concat.get_parameter("extra.0.weight")], dim=1)
+    full = F.interpolate(signal, 6, mode="linear")
+    with concat.given(signal):
+        found = layer(x)
+    expected = F.conv1d(torch.cat([x, full], dim=1), weight, layer.bias, padding=1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_concat_lays_signals_over_tokens() -> None:
+    layer, x = nn.Linear(4, 8), torch.randn(5, 7, 4)
+    concat = attached(InputConcat("0"), nn.Sequential(layer))
+    signal = torch.rand(5, CLASSES, 7)
+    with concat.given(signal):
+        found = layer(x)
+    term = F.linear(signal.transpose(1, 2), concat.get_parameter("extra.0.weight"))
+    torch.testing.assert_close(found, layer(x) + term)
+
+
 def test_concat_on_a_sequence_first_layer_keeps_samples_apart() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:

@@ -102,6 +102,18 @@ def test_maps_of_classes_become_one_channel_a_class(shape: tuple[int, ...]) -> N
     assert torch.equal(MaskPrior(3).from_target(prior), prior)
 
 
+def test_binary_masks_of_two_classes_are_background_and_foreground() -> None:
+    mask = torch.tensor([[[0, 1], [1, 1]]])
+    maps = MaskPrior(2).from_target(mask)
+    assert torch.equal(maps, torch.stack([1 - mask, mask], dim=1).float())
+    soft = torch.tensor([0.25, 0.75]).view(1, 2, 1, 1)
+    assert torch.equal(MaskPrior(2).from_target(soft), soft)
+
+
+def test_masks_may_be_one_pixel_high() -> None:
+    assert MaskPrior().from_target(torch.zeros(2, 1, 4)).shape == (2, 1, 1, 4)
+
+
 @pytest.mark.parametrize(
     ("prior", "target", "message"),
     [
@@ -109,6 +121,7 @@ def test_maps_of_classes_become_one_channel_a_class(shape: tuple[int, ...]) -> N
         (MaskPrior(3), torch.full((1, 2, 2), 255), r"in 0..2, got 255 to 255"),
         (MaskPrior(3), torch.full((1, 2, 2), 255), "or ignore_index to the label that the loss"),
         (MaskPrior(), torch.full((1, 2, 2), float("nan")), "in 0..1, got nan"),
+        (MaskPrior(), torch.full((1, 2, 2), 2), "in 0..1, got 2 to 2"),
         (MaskPrior(3), torch.ones(1, 3, 2, 2), "add up to 1"),
         (ClassPrior(2), torch.tensor([-1.0, 1.0]), "in 0..1, got -1 to 1"),
         (MaskPrior(3), torch.zeros(1, 2), r"\(B, H, W\) or \(B, 3, H, W\), got \(1, 2\)"),
@@ -221,6 +234,9 @@ def test_masks_from_logits() -> None:
     torch.testing.assert_close(
         MaskPrior(4).from_output(classes), classes.exp() / classes.exp().sum(1, keepdim=True)
     )
+    pair = classes[:, :2]
+    expected = pair.exp() / pair.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(MaskPrior(2).from_output(pair), expected)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +247,7 @@ def test_masks_from_logits() -> None:
         (MaskPrior(), torch.zeros(2, 2, 4, 4)),
         (MaskPrior(3), torch.zeros(2, 4, 4, 4)),
         (MaskPrior(3), torch.zeros(2, 4, 4)),
+        (MaskPrior(3), torch.zeros(2, 3)),
     ],
 )
 def test_outputs_of_another_width_are_refused(prior: Prior, output: Tensor) -> None:
@@ -252,7 +269,9 @@ def test_outputs_of_another_width_are_refused(prior: Prior, output: Tensor) -> N
 )
 def test_neutral_priors(neutral: Any, expected: list[float]) -> None:
     like = torch.zeros(1, dtype=torch.float64)
-    rows = ClassPrior(2, neutral=neutral, neutral_value=-7.0).neutral_input(3, like)
+    prior = ClassPrior(2, neutral=neutral, neutral_value=-7.0)
+    assert prior.neutral_is_zero == (expected == [0.0, 0.0])
+    rows = prior.neutral_input(3, like)
     assert rows.dtype == torch.float64
     assert rows.tolist() == [expected] * 3
     maps = MaskPrior(2, neutral=neutral, neutral_value=-7.0).neutral_input(3, like)
@@ -333,7 +352,14 @@ def test_perturbation_is_seeded_and_leaves_its_argument_alone(prior: Prior, rows
     generator_state()
     assert torch.equal(prior.perturb(rows), first)
     assert torch.equal(rows, before)
-    assert first.dtype == rows.dtype
+    assert first.shape == rows.shape
+    for dtype in (torch.float32, torch.bfloat16):
+        assert prior.perturb(rows.to(dtype)).dtype == dtype
+
+
+def test_values_may_be_perturbed_by_nothing() -> None:
+    rows = torch.randn(3, 1)
+    assert torch.equal(ValuePrior(mean=0.0, std=1.0, noise=0.0).perturb(rows), rows)
 
 
 @pytest.mark.parametrize(
@@ -380,6 +406,11 @@ def test_mean_output_means_the_mean_in_label_space(prior: Prior, shape: tuple[in
     assert mean.shape == first.shape
     expected = (prior.from_output(first) + prior.from_output(second)) / 2
     torch.testing.assert_close(prior.from_output(mean), expected)
+
+
+def test_the_mean_of_logits_is_the_logarithm_of_mean_probabilities() -> None:
+    mean = ClassPrior(3).mean_output(torch.randn(4, 3), torch.randn(4, 3))
+    torch.testing.assert_close(mean.exp().sum(1), torch.ones(4))
 
 
 def test_mean_of_extreme_logits_is_finite() -> None:
