@@ -71,7 +71,10 @@ class Mutant:
 
     def __str__(self) -> str:
         """Return the place and the change, in one line."""
-        old, new = (" ".join(ast.unparse(node).split())[:70] for node in (self.old, self.new))
+        old, new = (" ".join(ast.unparse(node).split()) for node in (self.old, self.new))
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False))
+        start = max(0, len(list(same)) - 30)  # what is before it is the same
+        old, new = old[start : start + 60], new[start : start + 60]
         return f"{os.path.relpath(self.file)}:{self.line}: {old}  ->  {new}"
 
     def put(self, node: ast.AST) -> None:

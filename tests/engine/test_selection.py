@@ -65,6 +65,15 @@ def test_tied_parameters_are_selected_once() -> None:
     assert list(select(net, "all")) == ["0.weight", "0.bias", "1.bias"]
 
 
+def test_layers_inside_a_norm_layer_are_no_norm_layers() -> None:
+    class Activated(nn.BatchNorm2d):
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.act = nn.PReLU()
+
+    assert list(select(nn.Sequential(Activated()), "norm")) == ["0.weight", "0.bias"]
+
+
 def test_parameters_of_whole_numbers_cannot_adapt() -> None:
     net = nn.Linear(2, 2)
     net.steps = nn.Parameter(torch.zeros(3, dtype=torch.long), requires_grad=False)

@@ -3,7 +3,7 @@
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from it3_lightning.engine import Settings, adapt, batch_size
-from it3_lightning.engine.trees import laid_out, taken
+from it3_lightning.engine.trees import divisible, laid_out, leaves_of, taken, told_dims
 
 drawing = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -253,6 +253,50 @@ def test_sequences_that_come_first_are_refused_until_told(time: int, size: int, 
     assert_close(adaptation_of(net, x, way, 1).outputs, torch.cat(one), 1e-9)
 
 
+@pytest.mark.parametrize("rows", [range(4), range(1, 3), range(0, 4, 2), range(3, 0, -1), range(0)])
+def test_rows_are_taken_by_any_range_without_a_copy_where_they_lie_together(rows: range) -> None:
+    x = torch.randn(4, 3)
+    part = taken(x, rows)
+    assert torch.equal(part, x[list(rows)])
+    together = rows.step == 1 and len(rows) > 0
+    assert (part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()) == together
+
+
+def test_packed_sequences_are_one_whole_and_taken_in_any_order() -> None:
+    parts = sequences([2, 5, 3])
+    whole = packed(parts)
+    (leaf,) = leaves_of({"x": [whole]})
+    assert leaf is whole
+    some, expected = taken(whole, [2, 1]), packed([parts[2], parts[1]])
+    assert torch.equal(some.data, expected.data)
+    assert torch.equal(some.batch_sizes, expected.batch_sizes)
+    assert some.sorted_indices is not None
+    assert torch.equal(some.sorted_indices, expected.sorted_indices)
+
+
+def test_samples_of_a_network_that_takes_sequences_first_are_in_doubt() -> None:
+    x = torch.zeros(2, 3)
+    assert divisible(x, 2, nn.Linear(3, 3))
+    assert not divisible(x, 2, nn.Sequential(nn.LSTM(3, 3)))
+
+
+class Pair(NamedTuple):
+    """Inputs by name."""
+
+    x: Tensor
+    mode: str
+
+
+def test_dimensions_are_told_of_tensors_alone_and_named_tuples_stay_such() -> None:
+    pair = Pair(torch.zeros(3, 2), "plain")
+    ((tensor, dim),) = told_dims(pair, (1, None))
+    assert tensor is not None
+    assert (tensor.shape, dim) == ((3, 2), 1)
+    made = laid_out(pair, (0, None))
+    assert isinstance(made, Pair)
+    assert made.x is pair.x
+
+
 @pytest.mark.filterwarnings("ignore:Sparse")  # CSR is beta, says torch
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 @drawing
@@ -334,6 +378,13 @@ def test_a_batch_of_no_samples_is_passed_on(way: str, steps: int) -> None:
     assert none.skipped.shape == (0,)
     assert none.reason is None
     assert_close(adapted(adapter, (x, extra, t)).outputs, first, 0)  # type: ignore[arg-type]
+
+
+def test_packed_sequences_and_tensors_hold_as_many_samples() -> None:
+    inputs = {"x": packed(sequences([2, 5, 3])), "t": torch.zeros(3)}
+    assert laid_out(inputs, 0)["x"] is inputs["x"]
+    with pytest.raises(ValueError, match=r"got 3 in inputs\['x'\], 4 in inputs\['t'\]"):
+        laid_out({**inputs, "t": torch.zeros(4)}, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Priors: label space from targets and outputs, the neutral prior, perturbation, refusals."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -143,6 +144,21 @@ def test_values_are_scaled_by_the_training_targets() -> None:
     assert prior.from_output(values.double()).dtype == torch.float64
 
 
+def test_statistics_may_be_whole_numbers() -> None:
+    prior = ValuePrior(mean=1, std=2)
+    assert prior.from_target(torch.tensor([2, 4])).flatten().tolist() == [0.5, 1.5]
+    assert prior.mean.dtype == torch.float32
+
+
+def test_a_batch_without_finite_targets_tells_nothing() -> None:
+    prior = ValuePrior(2)
+    prior.measure(torch.full((3, 2), torch.nan))
+    assert not prior.fitted
+    prior.measure(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    prior.measure(torch.full((3, 2), torch.inf))
+    assert (prior.mean.tolist(), prior.std.tolist()) == ([2.0, 3.0], [1.0, 1.0])
+
+
 def test_value_prior_measures_mean_and_spread_over_all_batches() -> None:
     prior, targets = ValuePrior(), [torch.tensor([1.0, 2.0]), torch.tensor([[6.0]])]
     assert not prior.fitted
@@ -158,6 +174,63 @@ def test_constant_targets_do_not_divide_by_zero() -> None:
     assert prior.from_target(torch.full((1,), 7.0)).tolist() == [[0.0]]
 
 
+def test_large_targets_that_are_all_the_same_have_a_spread_of_one() -> None:
+    prior = ValuePrior()
+    prior.fit([torch.full((count,), 1e9 / 7, dtype=torch.float64) for count in (3, 7)])
+    assert prior.std.item() == 1.0
+
+
+def test_values_are_measured_anew_and_no_more_afterwards() -> None:
+    prior = ValuePrior()
+    prior.settle()  # of nothing
+    assert prior.measuring
+    for targets in ([torch.tensor([1.0, 2.0, 3.0])], [torch.tensor([10.0, 20.0])]):
+        prior.fit(targets)
+        assert not prior.measuring
+    assert (prior.mean.item(), prior.std.item()) == (15.0, 5.0)
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_a_state_goes_on_measuring_unless_it_was_settled(settled: bool) -> None:
+    prior, other = ValuePrior(), ValuePrior()
+    prior.measure(torch.tensor([1.0]))
+    if settled:
+        prior.settle()
+    other.load_state_dict(prior.state_dict())
+    assert other.measuring != settled
+    if not settled:
+        other.measure(torch.tensor([3.0]))
+        assert other.mean.item() == 2.0
+
+
+@pytest.mark.parametrize(("mean", "measuring"), [(2.0, False), (float("nan"), True)])
+def test_a_state_of_version_0_1_0_has_no_count(mean: float, measuring: bool) -> None:
+    prior = ValuePrior()
+    prior.load_state_dict({"mean": torch.tensor([mean]), "std": torch.tensor([3.0])})
+    assert prior.measuring == measuring
+    assert prior.fitted != measuring
+
+
+class Centred(ValuePrior):
+    """A prior of one's own: knows the mean of the targets from :meth:`fit` alone."""
+
+    fitted = False
+    measuring = Prior.measuring
+    measure = Prior.measure
+
+    def fit(self, targets: Iterable[Tensor]) -> None:
+        self.mean.copy_(torch.cat(list(targets)).mean())
+        self.fitted = True
+
+
+def test_a_prior_of_ones_own_is_fitted_to_the_first_batch() -> None:
+    prior = Centred(mean=0.0, std=1.0)
+    assert prior.measuring
+    prior.measure(torch.tensor([1.0, 3.0]))
+    assert not prior.measuring
+    assert prior.mean.item() == 2.0
+
+
 def test_mean_and_spread_travel_in_the_state() -> None:
     prior, other = ValuePrior(2, mean=[1.0, 2.0], std=3.0), ValuePrior(2)
     other.load_state_dict(prior.state_dict())
@@ -171,6 +244,7 @@ def test_mean_and_spread_travel_in_the_state() -> None:
     [
         ({"mean": 1.0}, "both mean and std or neither"),
         ({"mean": [1.0, 2.0, 3.0], "std": 1.0}, r"mean to be a number or 2 of them, got \[1.0"),
+        ({"mean": [[1.0, 2.0]], "std": 1.0}, r"mean to be a number or 2 of them, got \[\[1.0"),
         ({"mean": 0.0, "std": [1.0, 0.0]}, r"std > 0, got \[1.0, 0.0\]"),
         ({"noise": -1.0}, "noise >= 0 standard deviations, got -1.0"),
         ({"neutral": "nothing"}, "none, zeros, uniform or constant, got 'nothing'"),

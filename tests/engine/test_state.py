@@ -1,0 +1,125 @@
+"""State: what a batch that fails leaves of the weights, the optimizer, the anchor, the method."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from helpers.adapters import PUBLISHED, batch_adapter
+from helpers.modules import images, same, stream, toy
+from helpers.reference import forward_predict
+from torch import Tensor, nn
+
+from it3_lightning.engine import Adaptation, BatchAdapter
+from it3_lightning.methods import Objective, Passes, TestTimeMethod
+from it3_lightning.methods.base import Steps
+
+
+class Falters(TestTimeMethod):
+    """Weighs each loss by the number of steps so far; some of the steps fail.
+
+    Args:
+        fails: numbers of these steps, in the order in which they are tried.
+        error: that they raise; ``None``: their loss is not finite.
+    """
+
+    needs_prior = True
+
+    def __init__(self, fails: list[int], error: BaseException | None = None) -> None:
+        self.fails, self.error = fails, error
+        self.taken, self.tried = 0, 0
+
+    def loss(self, passes: Passes) -> Objective:
+        return PUBLISHED(passes.y0, passes.second)
+
+    def step(self, passes: Passes, state: Steps) -> Objective:
+        objective, self.tried = self.loss(passes), self.tried + 1
+        fails = self.tried in self.fails
+        if fails and self.error is not None:
+            raise self.error
+        state.step(objective.loss() * (torch.nan if fails else 1 + self.taken))
+        self.taken += 1
+        return objective
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.taken = state.get("taken", 0)
+
+
+Found = tuple[Adaptation, list[Tensor]]
+
+
+def adapted(by: BatchAdapter, net: nn.Module, x: Tensor) -> Found:
+    """Adapt to a batch; return what came of it and the weights within."""
+    with by.adapted(x) as adaptation:
+        return adaptation, [p.detach().clone() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("anchor", ["frozen", "ema", "live"])
+@pytest.mark.parametrize("bad", [0, 2])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+def test_a_batch_whose_later_step_fails_is_as_if_it_had_not_been(
+    optimizer: str, anchor: str, bad: int, error: BaseException | None
+) -> None:
+    def run(method: Falters, batches: list[Tensor]) -> list[Found | None]:
+        net, found = toy(), list[Found | None]()
+        given: dict[str, Any] = {"optimizer": optimizer, "anchor": anchor, "ema_decay": 0.9}
+        by = batch_adapter(net, objective=method, steps=3, reset="never", **given)
+        source = [p.detach().clone() for p in net.parameters()]
+        for x in batches:
+            try:
+                found.append(adapted(by, net, x))
+            except KeyboardInterrupt:
+                found.append(None)
+            assert same(zip(net.parameters(), source, strict=True))
+        return found
+
+    batches = stream(4)
+    last = 3 * bad + 3  # step of the bad batch
+    found = run(Falters([last], error), batches)
+    expected = run(Falters([]), batches[:bad] + batches[bad + 1 :])
+    failed = found.pop(bad)
+    if error is None:
+        assert failed is not None
+        assert failed[0].reason == "non-finite loss"
+        assert torch.equal(failed[0].outputs, forward_predict(toy(), batches[bad], None))  # type: ignore[arg-type]
+    for good, alone in zip(found, expected, strict=True):
+        assert good is not None
+        assert alone is not None
+        assert same(zip(good[1], alone[1], strict=True))
+        pairs = [(good[0].outputs, alone[0].outputs)]
+        pairs += [(good[0].distance_adapted, alone[0].distance_adapted)]
+        assert same(pairs)
+
+
+@pytest.mark.parametrize("reset", ["batch", 2])
+def test_a_reset_takes_the_state_of_the_method_back(reset: Any) -> None:
+    net, method, taken = toy(), Falters([]), []
+    by = batch_adapter(net, objective=method, steps=2, reset=reset)
+    for x in stream(4):
+        adapted(by, net, x)
+        taken.append(method.taken)
+    assert taken == ([2, 2, 2, 2] if reset == "batch" else [2, 4, 2, 4])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_parameters_without_influence_are_refused_where_others_have_some(steps: int) -> None:
+    net, outside = toy(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        return forward_predict(net, x, prior) * outside
+
+    by = batch_adapter(net, forward, steps=steps, parameters=["embed.*"], anchor="frozen")
+    with pytest.raises(ValueError, match=r"influences the neutral prediction: embed.weight"):
+        adapted(by, net, images())
+
+
+def test_a_step_too_small_to_be_seen_is_no_matter_in_full_precision() -> None:
+    net = toy().float()
+    by = batch_adapter(net, optimizer="sgd", lr=1e-30)
+    found, weights = adapted(by, net, images().float())
+    assert found.reason is None
+    assert same(zip(weights, net.parameters(), strict=True))
