@@ -167,6 +167,7 @@ KEPT: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "nested": (lambda: {"train": {"count": [0]}}, lambda v: v["train"]["count"].append(1)),
     "in a tuple": (lambda: ([1], {}), lambda v: v[0].append(2)),
     "tensor": (lambda: torch.zeros(3), _write_tensor),
+    "transposed tensor": (lambda: torch.zeros(2, 3).T, _write_tensor),
     "tensor in a list": (lambda: [torch.zeros(3)], lambda v: _write_tensor(v[0])),
     "array": (lambda: np.zeros(3), lambda v: v.fill(1)),
     "torch.Generator": (lambda: torch.Generator().manual_seed(0), lambda v: v.manual_seed(1)),
@@ -222,10 +223,20 @@ def test_whatever_kind_is_written_into_is_put_back(kind: str, way: str) -> None:
 def test_long_containers_are_not_looked_into_and_large_data_is_not_copied() -> None:
     net: Any = nn.Linear(1, 1)
     net.results = [torch.zeros(1) for _ in range(1000)]
-    net.data = torch.zeros(5_000_000)
+    net.data, net.array = torch.zeros(5_000_000), np.zeros(5_000_000)
     kept = [each for each, _ in Snapshot(net)._contents]
     assert any(each is net.results for each in kept)
-    assert not any(isinstance(each, Tensor) for each in kept)
+    assert not any(isinstance(each, Tensor | np.ndarray) for each in kept)
+
+
+def test_what_cannot_be_written_into_is_left_alone() -> None:
+    net: Any = nn.Linear(1, 1)
+    net.register_buffer("expanded", torch.zeros(1).expand(2))
+    net.table = np.arange(3)
+    net.table.setflags(write=False)
+    with without_side_effects(Snapshot(net)):
+        pass
+    assert net.table.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "prune"])
@@ -253,7 +264,9 @@ def test_tables_of_inference_mode_are_ordinary_within_passes_and_come_back() -> 
         tables = [torch.ones(2) for _ in range(4)]
     net.table, net.tables, net.box = tables[0], {"a": tables[1]}, SimpleNamespace()
     net.register_buffer("buffer", tables[2], persistent=False)
+    net.ordinary = ordinary = torch.ones(2)
     with torch.enable_grad(), without_side_effects(Snapshot(net)):
+        assert net.ordinary is ordinary
         x = net(torch.ones(1, 2)) * net.table * net.tables["a"] * net.buffer
         torch.autograd.backward(x.sum())
     assert net.table is tables[0]

@@ -58,16 +58,24 @@ def adapted(by: BatchAdapter, net: nn.Module, x: Tensor) -> Found:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("anchor", ["frozen", "ema", "live"])
+@pytest.mark.parametrize(
+    ("anchor", "dtype"),
+    [
+        ("frozen", torch.float64),
+        ("ema", torch.float64),
+        ("ema", torch.bfloat16),
+        ("live", torch.float64),
+    ],
+)
 @pytest.mark.parametrize("bad", [0, 2])
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
 def test_a_batch_whose_later_step_fails_is_as_if_it_had_not_been(
-    optimizer: str, anchor: str, bad: int, error: BaseException | None
+    optimizer: str, anchor: str, dtype: torch.dtype, bad: int, error: BaseException | None
 ) -> None:
     def run(method: Falters, batches: list[Tensor]) -> list[Found | None]:
-        net, found = toy(), list[Found | None]()
-        given: dict[str, Any] = {"optimizer": optimizer, "anchor": anchor, "ema_decay": 0.9}
-        by = batch_adapter(net, objective=method, steps=3, reset="never", **given)
+        net, found = toy().to(dtype), list[Found | None]()
+        given: dict[str, Any] = {"optimizer": optimizer, "anchor": anchor, "ema_decay": 0.5}
+        by = batch_adapter(net, objective=method, steps=3, lr=0.1, reset="never", **given)
         source = [p.detach().clone() for p in net.parameters()]
         for x in batches:
             try:
@@ -77,15 +85,16 @@ def test_a_batch_whose_later_step_fails_is_as_if_it_had_not_been(
             assert same(zip(net.parameters(), source, strict=True))
         return found
 
-    batches = stream(4)
+    batches = [x.to(dtype) for x in stream(4)]
     last = 3 * bad + 3  # step of the bad batch
     found = run(Falters([last], error), batches)
     expected = run(Falters([]), batches[:bad] + batches[bad + 1 :])
     failed = found.pop(bad)
     if error is None:
         assert failed is not None
-        assert failed[0].reason == "non-finite loss"
-        assert torch.equal(failed[0].outputs, forward_predict(toy(), batches[bad], None))  # type: ignore[arg-type]
+        assert (failed[0].reason, failed[0].backwards) == ("non-finite loss", 0)
+        source = forward_predict(toy().to(dtype), batches[bad], None)
+        assert same([(failed[0].outputs, source)])
     for good, alone in zip(found, expected, strict=True):
         assert good is not None
         assert alone is not None
@@ -123,3 +132,18 @@ def test_a_step_too_small_to_be_seen_is_no_matter_in_full_precision() -> None:
     found, weights = adapted(by, net, images().float())
     assert found.reason is None
     assert same(zip(weights, net.parameters(), strict=True))
+
+
+def test_gradients_of_training_are_away_in_passes_and_back_afterwards() -> None:
+    net, seen = toy(), list[Tensor | None]()
+    gradients = [torch.ones_like(parameter) for parameter in net.parameters()]
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        seen.extend(parameter.grad for parameter in net.parameters())
+        return forward_predict(net, x, prior)
+
+    adapted(batch_adapter(net, forward, parameters=["head.*"]), net, images())
+    assert set(seen) == {None}
+    assert all(p.grad is g for p, g in zip(net.parameters(), gradients, strict=True))
