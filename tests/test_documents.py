@@ -19,7 +19,7 @@ from packaging.version import Version
 from it3_lightning.engine import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "RESULTS.md", "CONTRIBUTING.md", "docs/ttt_layers.md")
+DOCUMENTS = ("README.md", "RESULTS.md", "CONTRIBUTING.md", "docs/testing.md", "docs/ttt_layers.md")
 RUN = ("CONTRIBUTING.md", "docs/ttt_layers.md")  # their examples are whole programs
 TOP = ("it3_lightning", "configs", "tests", "examples", ".ci")  # folders
 PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(map(re.escape, TOP))})/[\w./-]*")

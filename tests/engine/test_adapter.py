@@ -157,6 +157,14 @@ def test_clipping_scales_gradients_that_share_memory_once() -> None:
     assert_agree(drawn(Shared()), BATCHES, optimizer="sgd", lr=1.0, grad_clip=1e-3)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_clipping_leaves_short_gradients_alone(steps: int) -> None:
+    given: dict[str, Any] = {"optimizer": "sgd", "steps": steps}
+    ((_, clipped, _),) = by_engine(toy(), BATCHES[:1], grad_clip=1e6, **given)
+    ((_, free, _),) = by_engine(toy(), BATCHES[:1], **given)
+    assert same([(clipped, free)])
+
+
 def test_clipping_takes_gradients_that_are_expanded() -> None:
     class Offset(nn.Module):
         def __init__(self) -> None:

@@ -423,3 +423,26 @@ def test_a_rule_from_outside_moves_the_weights_as_its_optimizer_does(
         assert name.startswith("embed") or not torch.equal(weight[0], net.get_parameter(name))
     with pytest.raises(ValueError, match="Unknown optimizer 'outside'"):
         Settings(**given)
+
+
+class Summed(nn.Module):
+    """Scales by a sum of parameters, whose gradient autograd expands from one number."""
+
+    def __init__(self, *, dense: bool) -> None:
+        super().__init__()
+        self.a, self.dense = nn.Parameter(torch.ones(3)), dense
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        out: Tensor = x.flatten(1)[:, :3] * (self.a * 1 if self.dense else self.a).sum()
+        return out if prior is None else out + prior
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_expanded_gradients_do_as_dense_ones(optimizer: str) -> None:
+    found = []
+    for dense in (False, True):
+        net = drawn(Summed(dense=dense))
+        by = any_adapter(net, "batch", optimizer=optimizer, lr=0.1)
+        found.append(adapted(by, images()).weights["a"].clone())
+        assert not torch.equal(found[-1], net.get_parameter("a"))
+    torch.testing.assert_close(found[0], found[1])

@@ -184,10 +184,15 @@ def test_values_are_measured_anew_and_no_more_afterwards() -> None:
     prior = ValuePrior()
     prior.settle()  # of nothing
     assert prior.measuring
-    for targets in ([torch.tensor([1.0, 2.0, 3.0])], [torch.tensor([10.0, 20.0])]):
+    prior.measure(torch.tensor([7.0]))
+    for targets in ([torch.tensor([1.0, 3.0])], [torch.tensor([10.0, 20.0])]):
         prior.fit(targets)
+        other = ValuePrior()
+        other.load_state_dict(prior.state_dict())
         assert not prior.measuring
-    assert (prior.mean.item(), prior.std.item()) == (15.0, 5.0)
+        assert not other.measuring
+        mean, std = targets[0].mean().item(), targets[0].std(correction=0).item()
+        assert (prior.mean.item(), prior.std.item()) == (mean, std)
 
 
 @pytest.mark.parametrize("settled", [True, False])
@@ -209,6 +214,9 @@ def test_a_state_of_version_0_1_0_has_no_count(mean: float, measuring: bool) -> 
     prior.load_state_dict({"mean": torch.tensor([mean]), "std": torch.tensor([3.0])})
     assert prior.measuring == measuring
     assert prior.fitted != measuring
+    if measuring:
+        prior.measure(torch.tensor([1.0, 3.0]))
+        assert prior.mean.item() == 2.0
 
 
 class Centred(ValuePrior):
