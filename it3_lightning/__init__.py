@@ -3,7 +3,7 @@
 ===============  =================================================================================
 ``priors``       label <-> prior: what is fed back
 ``conditioning`` prior -> network: how it enters, by hooks
-``training``     learning to use a prior: jointly or post-hoc
+``training``     learning to use a prior: jointly or post-hoc; an auxiliary task
 ``methods``      one file for each test-time method: what it minimises
 ``layers``       networks that train while they run: TTT layers, in plain torch
 ``engine``       how weights move and come back, in plain torch; ``adapter`` is the algorithm
@@ -33,22 +33,29 @@ from it3_lightning.methods import (
     ROID,
     SAR,
     T3A,
+    TTT,
+    TTTMAE,
     ActMAD,
+    Auxiliary,
+    Contrastive,
     CoTTA,
     DeYO,
     Entropy,
     Idempotence,
+    MaskedPatches,
     Objective,
     RDumb,
+    Rotation,
     Tent,
     TestTimeAugmentation,
     TestTimeMethod,
     TestTimeObjective,
+    TTTPlusPlus,
 )
 from it3_lightning.perturbations import RandomNoise
 from it3_lightning.predictor import IT3Predictor, Prediction
 from it3_lightning.priors import ClassPrior, MaskPrior, Prior, ValuePrior
-from it3_lightning.training import DualPass, IT3Mixin
+from it3_lightning.training import AuxiliaryMixin, DualPass, IT3Mixin
 
 __all__ = [
     "EATA",
@@ -57,12 +64,17 @@ __all__ = [
     "ROID",
     "SAR",
     "T3A",
+    "TTT",
+    "TTTMAE",
     "ActMAD",
     "Adaptation",
+    "Auxiliary",
+    "AuxiliaryMixin",
     "BatchAdapter",
     "ClassPrior",
     "CoTTA",
     "Conditioning",
+    "Contrastive",
     "DeYO",
     "DualPass",
     "Entropy",
@@ -74,13 +86,16 @@ __all__ = [
     "Idempotence",
     "InputConcat",
     "MaskPrior",
+    "MaskedPatches",
     "Objective",
     "Prediction",
     "Prior",
     "RDumb",
     "RandomNoise",
+    "Rotation",
     "Settings",
     "Snapshot",
+    "TTTPlusPlus",
     "Tent",
     "TestTimeAugmentation",
     "TestTimeCallback",

@@ -105,6 +105,38 @@ def test_scope_sample_and_gate_are_a_line_each(tmp_path: Path, idx_images: Path)
     assert "it3/gated/dataloader_idx_0" in logged
 
 
+AUXILIARY = """
+model:
+  class_path: it3_lightning.tasks.TTTClassifier
+  init_args:
+    network:
+      class_path: it3_lightning.networks.SmallCNN
+      init_args: {in_channels: 1, num_classes: 10, image_size: 8}
+    auxiliary:
+      class_path: it3_lightning.Contrastive
+      init_args: {layer: network.dense1, channels: 128}
+data:
+  class_path: it3_lightning.data.DigitsDataModule
+  init_args: {shifts: [contrast]}
+trainer:
+  callbacks:
+    class_path: it3_lightning.TestTimeCallback
+    init_args:
+      method: {class_path: it3_lightning.TTTPlusPlus, init_args: {queue: 64}}
+"""
+
+
+def test_an_auxiliary_task_is_learnt_and_stepped_on(tmp_path: Path) -> None:
+    file = tmp_path / "auxiliary.yaml"
+    file.write_text(AUXILIARY)
+    given = [f"--config={file}", *SMALL, f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *given])  # its validation shows the method source data
+    main(["test", *given, f"--ckpt_path={checkpoint(tmp_path)}"])
+    logged = "".join(path.read_text() for path in tmp_path.rglob("metrics.csv"))
+    assert "it3/auxiliary_loss_epoch" in logged
+    assert "it3/distance_adapted/dataloader_idx_0" in logged
+
+
 def test_fit_resumes(tmp_path: Path, idx_images: Path) -> None:
     run("fit", "digits", tmp_path, idx_images)
     path = checkpoint(tmp_path)

@@ -22,7 +22,7 @@ from it3_lightning.callbacks.summary import Recorder, Summary
 from it3_lightning.engine import Settings
 from it3_lightning.engine.optimizers import OptimizerName
 from it3_lightning.engine.selection import Selection
-from it3_lightning.engine.types import Anchor, NormStats, Reset
+from it3_lightning.engine.types import Anchor, Backend, NormStats, Reset, Scope
 from it3_lightning.integration.module import host_of
 from it3_lightning.integration.module_adapter import BatchStep, WhichPrediction, adapter_of
 from it3_lightning.integration.per_sample_step import PerSampleStep
@@ -50,6 +50,9 @@ class TestTimeCallback(Callback):
     Args:
         method: how to adapt: one of :mod:`it3_lightning.methods`, or a callable
             ``(y0, second) -> Objective``.
+        scope: whether a batch or each sample has its own weights. Default: the method's own, else
+            ``"batch"``.
+        backend: of scope ``"sample"``. Default: the method's own, else the faster one.
         steps: optimizer steps per batch; 0 adapts nothing. Default: the method's own, else 1.
         lr: learning rate; of ``"polyak"`` the share of the distance that a step is to take away.
             Default: the method's own, else that of the optimizer.
@@ -89,6 +92,8 @@ class TestTimeCallback(Callback):
         self,
         method: TestTimeMethod | TestTimeObjective | None = None,
         *,
+        scope: Scope | None = None,
+        backend: Backend | None = None,
         steps: int | None = None,
         lr: float | None = None,
         optimizer: OptimizerName | OptimizerCallable | None = None,
@@ -106,6 +111,8 @@ class TestTimeCallback(Callback):
         super().__init__()
         objective = Idempotence() if method is None else method
         given = {
+            "scope": scope,
+            "backend": backend,
             "steps": steps,
             "lr": lr,
             "optimizer": optimizer,

@@ -95,6 +95,8 @@ class BatchAdapter:
         self.undo, self.drawn = Undo(), False  # whether the last passes drew random numbers
         self._module = module
         self._settings = settings
+        if type(settings.method).check is not TestTimeMethod.check:
+            settings.method.check(module)
         self._isolation = isolation
         self._stateful = type(settings.method).state_dict is not TestTimeMethod.state_dict
         with torch.inference_mode(False):  # a state is nobody else's, and may need a graph

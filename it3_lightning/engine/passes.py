@@ -61,7 +61,7 @@ class Network:
         layers: Layers = (),
         inputs_in: InputsIn | None = None,
     ) -> None:
-        self._module = module
+        self.module = module
         self.selected = selected
         self._sites = Sites(module, selected)
         self._forward = forward
@@ -119,6 +119,10 @@ class Network:
         run = partial(self.run, inputs, None)
         return self.to_label(run() if weights is None else self._sites.run_with(weights, run))
 
+    def features_of(self, layer: str, inputs: Any) -> Any:
+        """Return what a layer puts out in a neutral pass over other inputs."""
+        return features_of(self.module, layer, lambda: self.run(inputs, None))
+
     @torch.no_grad()
     def answer(self, inputs: Any, answer: Answer, version: int) -> tuple[Tensor, Any]:
         """Run an answer with the weights in place, which are of this version."""
@@ -136,7 +140,7 @@ class Network:
         Args:
             run: runs the passes, and makes what they need, as views of inputs.
         """
-        layers = list(self._module.modules())
+        layers = list(self.module.modules())
         modes = tuple(layer.training for layer in layers)
         if modes not in self._draws:
             compiled = any(hasattr(layer, "_orig_mod") for layer in layers)
@@ -256,12 +260,20 @@ class NetworkPasses(Passes):
             self._first()
         assert self._features is not None
         if layer not in self._features:
-            raise RuntimeError(
-                f"Expected the layer {layer!r} to run in the forward pass, and it did not, or in a "
-                "part that torch.compile has made, which runs no hooks that come after it. Name a "
-                "layer that runs by itself, or compile the network after that has been adapted."
-            )
+            raise _never_ran(layer)
         return self._features[layer][0 if entering else 1]
+
+    def features_of(self, layer: str, inputs: Any) -> Any:
+        """Return what a layer puts out in a neutral pass over other inputs.
+
+        Raises:
+            RuntimeError: it did not run by itself.
+        """
+        return self._network.features_of(layer, inputs)
+
+    def submodule(self, name: str) -> nn.Module:
+        """Return a part of the module."""
+        return self._network.module.get_submodule(name)
 
     def again(self) -> NetworkPasses:
         """Run the first pass once more, with the weights as they are now."""
@@ -301,13 +313,54 @@ class FunctionalPasses(Passes):
         """Refuse, as above."""
         return self.__getattr__("unadapted")  # type: ignore[no-any-return]
 
+    def features_of(self, layer: str, inputs: Any) -> Any:
+        """Refuse: features are those of ordinary passes."""
+        return self.__getattr__("features_of")
+
     def features(self, layer: str, *, entering: bool = False) -> Any:
         """Refuse: features are those of ordinary passes."""
         return self.__getattr__("features")
 
+    def submodule(self, name: str) -> nn.Module:
+        """Refuse: its weights would not be those of the pass."""
+        return self.__getattr__("submodule")  # type: ignore[no-any-return]
+
     def again(self) -> Passes:
         """Refuse: there is one pass for each step."""
         return self.__getattr__("again")  # type: ignore[no-any-return]
+
+
+def features_of(module: nn.Module, layer: str, run: Callable[[], object]) -> Any:
+    """Return what a layer of a module puts out while something runs, the last time.
+
+    Raises:
+        RuntimeError: it did not run by itself.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 1))
+    >>> features_of(net, "0", lambda: net(torch.ones(1, 2, 2)))
+    tensor([[1., 1., 1., 1.]])
+    """
+    found: dict[str, Any] = {}
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        found[layer] = output
+
+    handle = module.get_submodule(layer).register_forward_hook(keep)
+    try:
+        run()
+    finally:
+        handle.remove()
+    if not found:
+        raise _never_ran(layer)
+    return found[layer]
+
+
+def _never_ran(layer: str) -> RuntimeError:
+    return RuntimeError(
+        f"Expected the layer {layer!r} to run in the forward pass, and it did not, or in a part "
+        "that torch.compile has made, which runs no hooks that come after it. Name a layer that "
+        "runs by itself, or compile the network after that has been adapted."
+    )
 
 
 Site = tuple[nn.Module, str, str]

@@ -16,6 +16,7 @@ from it3_lightning.conditioning import Conditioning, Shown
 from it3_lightning.engine.selection import OWN
 from it3_lightning.integration import batches
 from it3_lightning.methods import TestTimeMethod
+from it3_lightning.methods.auxiliary import Auxiliary
 from it3_lightning.priors import Prior
 from it3_lightning.priors.classes import (
     OutputKind,
@@ -29,7 +30,7 @@ KEPT = "it3"  # what this library keeps in a checkpoint beside weights and hyper
 
 
 def plain(value: Any) -> Any:
-    """Return a prior or a conditioning as what would make it again; all else stays.
+    """Return a prior, a conditioning or a head as what would make it again; all else stays.
 
     So checkpoints hold plain data and load with ``weights_only=True``.
 
@@ -37,7 +38,7 @@ def plain(value: Any) -> Any:
     >>> plain(ClassPrior(3))["class_path"], plain(3)
     ('it3_lightning.priors.ClassPrior', 3)
     """
-    return spec(value) if isinstance(value, Prior | Conditioning) else value
+    return spec(value) if isinstance(value, Prior | Conditioning | Auxiliary) else value
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ the distances, filters and terms that methods share.
 
 from it3_lightning.methods.actmad import ActMAD
 from it3_lightning.methods.augmentation import TestTimeAugmentation
+from it3_lightning.methods.auxiliary import Auxiliary
 from it3_lightning.methods.base import (
     Objective,
     Passes,
@@ -16,14 +17,17 @@ from it3_lightning.methods.base import (
     TestTimeObjective,
     as_method,
 )
+from it3_lightning.methods.contrastive import Contrastive, TTTPlusPlus
 from it3_lightning.methods.cotta import CoTTA
 from it3_lightning.methods.deyo import DeYO
 from it3_lightning.methods.eata import EATA
 from it3_lightning.methods.idempotence import Idempotence
 from it3_lightning.methods.lame import LAME
+from it3_lightning.methods.masked_patches import TTTMAE, MaskedPatches
 from it3_lightning.methods.memo import MEMO
 from it3_lightning.methods.rdumb import RDumb
 from it3_lightning.methods.roid import ROID
+from it3_lightning.methods.rotation import TTT, Rotation
 from it3_lightning.methods.sar import SAR
 from it3_lightning.methods.t3a import T3A
 from it3_lightning.methods.tent import Entropy, Tent
@@ -36,16 +40,23 @@ __all__ = [
     "ROID",
     "SAR",
     "T3A",
+    "TTT",
+    "TTTMAE",
     "ActMAD",
+    "Auxiliary",
     "CoTTA",
+    "Contrastive",
     "DeYO",
     "Entropy",
     "Idempotence",
+    "MaskedPatches",
     "Objective",
     "Passes",
     "RDumb",
+    "Rotation",
     "SecondPass",
     "Steps",
+    "TTTPlusPlus",
     "Tent",
     "TestTimeAugmentation",
     "TestTimeMethod",

@@ -99,6 +99,14 @@ class Passes(ABC):
         """Return the neutral pass of the source weights, in label space, without a graph."""
 
     @abstractmethod
+    def features_of(self, layer: str, inputs: Any) -> Any:
+        """Return what a layer puts out in the neutral pass over other inputs."""
+
+    @abstractmethod
+    def submodule(self, name: str) -> nn.Module:
+        """Return a part of the module by name: a head that was trained for the method, say."""
+
+    @abstractmethod
     def features(self, layer: str, *, entering: bool = False) -> Any:
         """Return what one of :attr:`layers` put out in this pass, or what entered it."""
 
@@ -168,6 +176,9 @@ class TestTimeMethod(ABC):
     def needs_source(self) -> bool:
         """Whether it must have seen source data, in :meth:`fit_source`."""
         return False
+
+    def check(self, module: nn.Module) -> None:  # noqa: B027  # most need nothing
+        """Refuse, by a ``ValueError``, a module without what the method needs."""
 
     @abstractmethod
     def loss(self, passes: Passes) -> Objective:

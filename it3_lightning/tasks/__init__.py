@@ -1,6 +1,11 @@
-"""Ready LightningModules around a network: plain ones, and the same with priors."""
+"""Ready LightningModules around a network: plain ones, the same with priors, or with a head."""
 
-from it3_lightning.tasks.classification import AUROC, Classifier, IT3Classifier
+from it3_lightning.tasks.classification import (
+    AUROC,
+    Classifier,
+    IT3Classifier,
+    TTTClassifier,
+)
 from it3_lightning.tasks.regression import IT3Regressor, Regressor
 from it3_lightning.tasks.segmentation import (
     Completeness,
@@ -23,4 +28,5 @@ __all__ = [
     "Regressor",
     "RelaxedScore",
     "Segmenter",
+    "TTTClassifier",
 ]

@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
 
 from it3_lightning.tasks.supervised import Supervised
+from it3_lightning.training.auxiliary import AuxiliaryMixin
 from it3_lightning.training.mixin import IT3Mixin
 
 
@@ -46,6 +47,10 @@ class Classifier(Supervised):
 
 class IT3Classifier(IT3Mixin, Classifier):
     """The same with priors: see :class:`~it3_lightning.IT3Mixin`."""
+
+
+class TTTClassifier(AuxiliaryMixin, Classifier):
+    """The same with an auxiliary task: see :class:`~it3_lightning.AuxiliaryMixin`."""
 
 
 class AUROC(Metric):

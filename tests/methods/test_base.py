@@ -358,6 +358,30 @@ def test_mixed_statistics_go_with_scope_sample_and_one_image_at_a_time(net: nn.M
     torch.testing.assert_close(whole.outputs, singles, rtol=0, atol=1e-12)
 
 
+class Mirrored(TestTimeMethod):
+    """Asks for features of other inputs, and for a part of the module."""
+
+    def loss(self, passes: Passes) -> Objective:
+        features = passes.features_of("dense", passes.inputs.flip(3))
+        head = passes.submodule("head")
+        return Objective(head(features).square().sum(1), torch.ones(6, dtype=torch.bool))
+
+
+def test_features_of_other_inputs_have_a_graph_and_leave_nothing(net: nn.Module) -> None:
+    own: Any = copy.deepcopy(net)
+    adapter, before = adapter_of(net, Mirrored()), bits(net)
+    for x in STREAM:
+        dense = own.dense(own.bn(own.conv(x.flip(3))).relu().flatten(1))
+        loss = own.head(dense).square().sum(1).mean()
+        gradients = torch.autograd.grad(loss, list(own.parameters()), allow_unused=True)
+        with torch.no_grad():
+            for w, g in zip(own.parameters(), gradients, strict=True):
+                w.sub_(0.05 * (torch.zeros_like(w) if g is None else g))
+        found = run(adapter, x, net)
+        torch.testing.assert_close(found.outputs, own(x).detach(), rtol=0, atol=1e-10)
+    assert changed(before, net) == []
+
+
 # Under a Trainer
 
 

@@ -29,14 +29,21 @@ from it3_lightning.methods import (
     ROID,
     SAR,
     T3A,
+    TTT,
+    TTTMAE,
     ActMAD,
+    Auxiliary,
+    Contrastive,
     CoTTA,
     DeYO,
     Entropy,
+    MaskedPatches,
     RDumb,
+    Rotation,
     Tent,
     TestTimeAugmentation,
     TestTimeMethod,
+    TTTPlusPlus,
 )
 from it3_lightning.methods.views import crop_and_flip
 
@@ -56,9 +63,19 @@ METHODS: dict[str, Make] = {
     "Entropy": Entropy,
     "MEMO": lambda: MEMO(views=2, augment=crop_and_flip),
     "SAR": lambda: SAR(margin=1.1, recovery=0.0),
+    "TTT": TTT,
+    "TTT++": lambda: TTTPlusPlus(alignment=0.01, queue=6),
+    "TTT-MAE": lambda: TTTMAE(masks=2),
     "Tent": Tent,
 }
 """With settings by which every sample counts: small networks are not sure of anything."""
+
+HEADS: dict[str, Callable[[], Auxiliary]] = {
+    "TTT": lambda: Rotation("net.dense", 8),
+    "TTT++": lambda: Contrastive("net.dense", 8),
+    "TTT-MAE": lambda: MaskedPatches("net.conv", 2, image_channels=1, patch=2),
+}
+"""What those of them need that step on the loss of an auxiliary head."""
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -105,6 +122,8 @@ def module() -> Any:
 
 def adapting(module: Any, name: str) -> TestTimeCallback:
     """Make the callback of a method, which has seen source data where it needs them."""
+    if name in HEADS and not hasattr(module, "it3_auxiliary"):
+        module.it3_auxiliary = seeded(HEADS[name]()).eval()
     callback = TestTimeCallback(METHODS[name](), lr=0.05)
     if callback.settings.method.needs_source:
         quiet(callbacks=[callback]).validate(module, loader(8, seed=5), verbose=False)
