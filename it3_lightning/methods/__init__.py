@@ -22,6 +22,7 @@ from it3_lightning.methods.cotta import CoTTA
 from it3_lightning.methods.deyo import DeYO
 from it3_lightning.methods.eata import EATA
 from it3_lightning.methods.idempotence import Idempotence
+from it3_lightning.methods.iterates import Iterates
 from it3_lightning.methods.lame import LAME
 from it3_lightning.methods.masked_patches import TTTMAE, MaskedPatches
 from it3_lightning.methods.memo import MEMO
@@ -49,6 +50,7 @@ __all__ = [
     "DeYO",
     "Entropy",
     "Idempotence",
+    "Iterates",
     "MaskedPatches",
     "Objective",
     "Passes",
