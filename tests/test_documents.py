@@ -20,7 +20,11 @@ from it3_lightning.engine import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "RESULTS.md", "CONTRIBUTING.md", "docs/testing.md", "docs/ttt_layers.md")
-RUN = ("CONTRIBUTING.md", "docs/ttt_layers.md")  # their examples are whole programs
+RUN = (
+    "CONTRIBUTING.md",
+    "docs/methods.md",
+    "docs/ttt_layers.md",
+)  # their examples are whole programs
 TOP = ("it3_lightning", "configs", "tests", "examples", ".ci")  # folders
 PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(map(re.escape, TOP))})/[\w./-]*")
 FILE = re.compile(r"`(\.?[\w-]+\.(?:md|toml|cff|yaml))`")  # at the top

@@ -2,10 +2,14 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.auxiliary import headed
+from helpers.modules import stream, takes_prior, toy
+from helpers.reference import softmax_label
 from helpers.toy import (
     Batch,
     LitNet,
@@ -21,7 +25,10 @@ from helpers.toy import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from it3_lightning import TestTimeCallback
+import it3_lightning
+from it3_lightning import Idempotence, Iterates, TestTimeCallback
+from it3_lightning.engine import BatchAdapter, Settings, adapter
+from it3_lightning.engine.types import Plain
 from it3_lightning.methods import (
     EATA,
     LAME,
@@ -70,7 +77,7 @@ METHODS: dict[str, Make] = {
 }
 """With settings by which every sample counts: small networks are not sure of anything."""
 
-HEADS: dict[str, Callable[[], Auxiliary]] = {
+TASKS: dict[str, Callable[[], Auxiliary]] = {
     "TTT": lambda: Rotation("net.dense", 8),
     "TTT++": lambda: Contrastive("net.dense", 8),
     "TTT-MAE": lambda: MaskedPatches("net.conv", 2, image_channels=1, patch=2),
@@ -122,8 +129,8 @@ def module() -> Any:
 
 def adapting(module: Any, name: str) -> TestTimeCallback:
     """Make the callback of a method, which has seen source data where it needs them."""
-    if name in HEADS and not hasattr(module, "it3_auxiliary"):
-        module.it3_auxiliary = seeded(HEADS[name]()).eval()
+    if name in TASKS and not hasattr(module, "it3_auxiliary"):
+        module.it3_auxiliary = seeded(TASKS[name]()).eval()
     callback = TestTimeCallback(METHODS[name](), lr=0.05)
     if callback.settings.method.needs_source:
         quiet(callbacks=[callback]).validate(module, loader(8, seed=5), verbose=False)
@@ -200,3 +207,55 @@ def test_the_same_seed_gives_the_same_bits_and_draws_nothing(name: str, module: 
     assert len(plain) == len(found)
     again = predicted(module, callback)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+COSTS: dict[str, Make] = {
+    "ActMAD": ActMAD,
+    "CoTTA": CoTTA,
+    "DeYO": lambda: DeYO(patches=2, tau_entropy=2.0, tau_plpd=-1.0, margin=2.0),
+    "EATA": lambda: EATA(margin=2.0, epsilon=1.0),
+    "Idempotence": lambda: Idempotence(reliability=None),
+    "Iterates": Iterates,
+    "LAME": LAME,
+    "MEMO": MEMO,
+    "RDumb": lambda: RDumb(margin=2.0, epsilon=1.0),
+    "ROID": ROID,
+    "SAR": lambda: SAR(margin=2.0, recovery=0.0),
+    "T3A": lambda: T3A("head"),
+    "TTT": TTT,
+    "TTTMAE": TTTMAE,
+    "TTTPlusPlus": TTTPlusPlus,
+    "Tent": Tent,
+    "TestTimeAugmentation": TestTimeAugmentation,
+}
+COST_HEADS: dict[str, Callable[[], Auxiliary]] = {
+    "TTT": lambda: Rotation("dense", 8),
+    "TTTMAE": lambda: MaskedPatches("conv", 2, 1, patch=2),
+    "TTTPlusPlus": lambda: Contrastive("dense", 8),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_passes_are_those_in_the_documents(name: str) -> None:
+    method, x = COSTS[name](), stream(1)[0]
+    net: Any = headed(COST_HEADS[name]()) if name in COST_HEADS else toy()
+    forward: Any = takes_prior(net) if method.needs_prior else lambda inputs, _: net(inputs)
+    settings = Settings(objective=method, measure=False, **method.defaults)
+    by = adapter(net, forward, softmax_label, settings)
+    if method.needs_source:
+        assert isinstance(by, BatchAdapter)
+        by.fit_source(x)
+    with by.adapted(x, Plain(forward)) as found:
+        assert found.reason is None
+    count = len(x) if settings.scope == "sample" else 1
+    table = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
+    each = " a sample" * (count > 1)
+    passes = f"{found.forwards / count:g} + {found.backwards / count:g}{each}"
+    assert row.split("|")[-2].strip() == passes
+
+
+def test_the_documents_list_every_method() -> None:
+    public = [value for value in vars(it3_lightning).values() if isinstance(value, type)]
+    methods = {m.__name__ for m in public if issubclass(m, TestTimeMethod)}
+    assert methods - {"TestTimeMethod", "Entropy"} == set(COSTS)
