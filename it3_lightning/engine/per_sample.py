@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from it3_lightning.engine import fast
 from it3_lightning.engine.adapter import BatchAdapter
 from it3_lightning.engine.passes import copied
-from it3_lightning.engine.restore import Snapshot, Undo, without_side_effects
+from it3_lightning.engine.restore import Snapshot, Undo, stop_watching, without_side_effects
 from it3_lightning.engine.result import Adaptation, merged, replaced
 from it3_lightning.engine.settings import Settings
 from it3_lightning.engine.trees import (
@@ -163,6 +163,7 @@ class SampleAdapter:
         """
         with self.undo as undo, torch.inference_mode(False), torch.no_grad():
             self.drawn = False  # samples taken out, in these modes, are ordinary tensors
+            undo.add(stop_watching)
             undo.add(self._alone.undo.run)
             adaptation = self._adapt(inputs, answer or Plain(self._forward))
         yield adaptation

@@ -26,7 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+)
 
 from it3_lightning.engine.types import Isolation, NormStats
 
@@ -156,6 +160,7 @@ class Snapshot:
             self.restore_parameters()
             self.restore_written()
         self.restore_random()
+        stop_watching()
         torch.clear_autocast_cache()
 
     def undo_passes(self) -> None:
@@ -479,6 +484,23 @@ def generators_drawn_by(run: Callable[[], object]) -> frozenset[str]:
         run()
     of_torch = {"torch", "cuda"}
     return before.drawn() - of_torch | (of_torch if watched.drawn else set())
+
+
+def stop_watching() -> None:
+    """Take off what watches the passes of this thread, where an interruption has left it on.
+
+    These are hooks for the tensors that autograd saves, and modes that see every operation; those
+    of others stay.
+    """
+    top = torch._C._autograd._top_saved_tensors_default_hooks
+    while (hooks := top(False)) is not None and _is_ours(hooks[1]):
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    while (modes := _get_current_dispatch_mode_stack()) and _is_ours(type(modes[-1])):
+        _pop_mode()
+
+
+def _is_ours(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
 
 
 class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]

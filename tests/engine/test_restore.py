@@ -15,11 +15,14 @@ from helpers.modules import bits, changed, toy
 from helpers.reference import ToyNet
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
+from it3_lightning.engine.fast.stacked_weights import _never
 from it3_lightning.engine.restore import (
     NormStatistics,
     Snapshot,
     Undo,
+    _Drawn,
     counted_once,
     generators_drawn_by,
     undisturbed_rng,
@@ -309,6 +312,21 @@ def test_what_interrupts_an_undoing_leaves_it_to_the_next() -> None:
         assert done == ["second", "second", "first"]
     undo.run()
     assert done == ["second", "second", "first"]
+
+
+def test_what_watches_passes_does_not_stay_and_that_of_others_does() -> None:
+    def theirs(tensor: Tensor) -> Tensor:
+        return tensor
+
+    outer = torch.autograd.graph.saved_tensors_hooks(theirs, theirs)
+    with outer, FlopCounterMode(display=False) as counted:
+        torch.autograd.graph.saved_tensors_hooks(theirs, _never).__enter__()  # and interrupted
+        _Drawn().__enter__()  # type: ignore[no-untyped-call]
+        Snapshot(nn.Linear(1, 1)).restore()
+        weight = torch.ones(2, 2, requires_grad=True)
+        torch.autograd.backward((weight @ weight).sum())
+        assert counted.get_total_flops() > 0
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
 def test_norm_statistics_are_registered_before_they_change() -> None:

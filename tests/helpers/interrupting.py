@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.modules.module as torch_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import it3_lightning
 
@@ -81,5 +82,7 @@ def process_state() -> dict[str, Any]:
         "flash": backends.cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
         "efficient": backends.cuda.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
         "dtype": torch.get_default_dtype(),
+        "saved": torch._C._autograd._top_saved_tensors_default_hooks(False),
+        "modes": len(_get_current_dispatch_mode_stack()),
         **hooks,
     }
