@@ -490,9 +490,9 @@ def stop_watching() -> None:
     """Take off what watches the passes of this thread, where an interruption has left it on.
 
     These are hooks for the tensors that autograd saves, and modes that see every operation; those
-    of others stay.
+    of others stay. Before torch 2.8 nothing tells which hooks there are.
     """
-    top = torch._C._autograd._top_saved_tensors_default_hooks
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
     while (hooks := top(False)) is not None and _is_ours(hooks[1]):
         torch._C._autograd._pop_saved_tensors_default_hooks()
     while (modes := _get_current_dispatch_mode_stack()) and _is_ours(type(modes[-1])):

@@ -64,6 +64,12 @@ def _traced(run: Callable[[], object], note: Callable[[Line], None]) -> None:
         sys.settrace(before)
 
 
+def saved_tensors_hooks() -> Any:
+    """Return the hooks for tensors that autograd saves; ``None`` too where torch does not tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+    return top(False)
+
+
 def process_state() -> dict[str, Any]:
     """Return the switches and hooks of the process that an interruption could leave."""
     backends = torch.backends
@@ -82,7 +88,7 @@ def process_state() -> dict[str, Any]:
         "flash": backends.cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
         "efficient": backends.cuda.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
         "dtype": torch.get_default_dtype(),
-        "saved": torch._C._autograd._top_saved_tensors_default_hooks(False),
+        "saved": saved_tensors_hooks(),
         "modes": len(_get_current_dispatch_mode_stack()),
         **hooks,
     }
