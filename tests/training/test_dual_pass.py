@@ -13,6 +13,7 @@ from helpers.reference import ToyNet
 from helpers.toy import Batch, IT3Net, LitNet, doubles, net, parts, quiet, seeded
 from helpers.toy import net as any_net
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.optimization.automatic import Closure
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -303,7 +304,9 @@ def test_dict_of_a_step_keeps_its_other_entries_from_the_neutral_pass() -> None:
     torch.testing.assert_close(kept[0], expected)
 
 
-def test_step_that_returns_none_skips_the_batch() -> None:
+def test_step_that_returns_none_skips_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Closure, "warning_cache", type(Closure.warning_cache)())  # said once
+
     class Skips(LitNet):
         def training_step(self, batch: Batch, batch_idx: int) -> Any:
             return None
