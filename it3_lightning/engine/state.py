@@ -34,7 +34,7 @@ class _Backup:
     weights: Weights
     average: Weights
     updater: tuple[dict[str, Any], list[Tensor]]
-    versions: tuple[int, int]
+    version: int
 
 
 class State(AnchoredWeights):
@@ -249,9 +249,8 @@ class State(AnchoredWeights):
 
     def _copied(self) -> _Backup:
         assert self._updater is not None
-        versions = self.version, self._latest
         return _Backup(
-            _cloned(self.weights), _cloned(self._average), self._updater.state(), versions
+            _cloned(self.weights), _cloned(self._average), self._updater.state(), self.version
         )
 
     def _to_source(self) -> None:
@@ -266,7 +265,7 @@ class State(AnchoredWeights):
         """Go back to a backup."""
         self._leave_source()  # a method may have gone back to it
         assert self._updater is not None
-        self.moved, self.version = True, backup.versions[0]
+        self.moved, self.version = True, backup.version
         with torch.no_grad():
             for into, values in ((self.weights, backup.weights), (self._average, backup.average)):
                 for name, tensor in into.items():

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from it3_lightning.methods.views import is_images
 from it3_lightning.utils.messages import unknown
 
 HEAD = "it3_auxiliary"  # what a module calls it
@@ -100,7 +101,7 @@ def images_of(task: Auxiliary, inputs: Any) -> Tensor:
     Raises:
         ValueError: they are something else.
     """
-    if isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point():
+    if is_images(inputs):
         return inputs
     got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
     raise ValueError(

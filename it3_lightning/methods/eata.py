@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from it3_lightning.methods.base import Objective, Passes, Steps, TestTimeMethod
 from it3_lightning.methods.terms import check_classes, cross_entropy
+from it3_lightning.priors.classes import unrounded
 
 _KEPT = 0.9  # share of the old mean, of which the paper adds 1 - 0.9 of the new
 
@@ -137,7 +138,7 @@ class EATA(TestTimeMethod):
             weights = [*passes.weights.values()]
             found = torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
             for name, gradient in zip(passes.weights, found, strict=True):
-                square = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
+                square = unrounded(gradient).square()
                 before = self._fisher.get(name, torch.zeros_like(square))
                 self._fisher[name] = before + (square - before) / self._seen
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from it3_lightning.methods.base import Objective, Passes, TestTimeMethod
 from it3_lightning.methods.tent import Entropy
-from it3_lightning.methods.terms import check_classes, full_precision, samples_of
+from it3_lightning.methods.terms import check_classes, samples_of
+from it3_lightning.priors.classes import unrounded
 from it3_lightning.utils.messages import unknown
 
 Affinity = Literal["knn", "rbf", "linear"]
@@ -74,7 +75,7 @@ class LAME(TestTimeMethod):
 
     def predict(self, passes: Passes) -> Tensor:
         """Return the assignments of the whole batch."""
-        y0 = full_precision(passes.y0)
+        y0 = unrounded(passes.y0)
         named = [(name, passes.features(name)) for name in self.layers]
         features = [samples_of(each, name, len(y0)).flatten(1) for name, each in named]
         return assignments(y0, self._weights(F.normalize(torch.cat(features or [y0], 1))))

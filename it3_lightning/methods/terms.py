@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from it3_lightning.priors.classes import unrounded
 from it3_lightning.utils.messages import unknown
 
 DistanceName = Literal["l2", "l1", "js", "kl", "cross_entropy"]
@@ -203,15 +204,6 @@ def check_classes(what: str, y0: Tensor, *, maps: bool = True) -> None:
         )
 
 
-def full_precision(values: Tensor) -> Tensor:
-    """Return values in float32, or in float64 where they are.
-
-    >>> full_precision(torch.ones(1, dtype=torch.bfloat16)).dtype
-    torch.float32
-    """
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def samples_of(features: Any, layer: str, count: int) -> Tensor:
     """Return what entered a layer or left it, one tensor of all samples, in full precision.
 
@@ -222,7 +214,7 @@ def samples_of(features: Any, layer: str, count: int) -> Tensor:
     torch.Size([2, 3])
     """
     if isinstance(features, Tensor) and features.ndim > 1 and len(features) == count:
-        return full_precision(features)
+        return unrounded(features)
     got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
     raise ValueError(
         f"Expected features (B, ...) of {count} samples at the layer {layer!r}, got {got}. Name a "

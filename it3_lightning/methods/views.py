@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ def drawn_by(seed: int, step: int, inputs: Any = None) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def is_images(leaf: Any) -> bool:
+def is_images(leaf: Any) -> TypeGuard[Tensor]:
     """Whether a leaf of the inputs is images ``(B, C, H, W)``."""
     return isinstance(leaf, Tensor) and leaf.ndim == 4 and leaf.is_floating_point()
 
