@@ -59,10 +59,10 @@ class Validates(LitNet):
         self(batch[0])
 
 
-def plain_module() -> Validates:
-    """Make an ordinary module in float64, that has been in a Trainer."""
+def plain_module(net: nn.Module | None = None) -> Validates:
+    """Make an ordinary module in float64 of this network, that has been in a Trainer."""
     module = Validates().double().eval()
-    module.net.load_state_dict(toy().state_dict())
+    module.net.load_state_dict((net or toy()).state_dict())
     quiet().predict(module, served(batches(1)))
     return module
 
@@ -85,7 +85,7 @@ def predicted(
 
 def from_yaml(name: str, **arguments: Any) -> Any:
     """Make a method as a configuration names it."""
-    parser = ArgumentParser()
+    parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--method", type=TestTimeMethod)
     named = {"class_path": f"it3_lightning.{name}", "init_args": arguments}
     return parser.instantiate_classes(parser.parse_object({"method": named})).method

@@ -4,24 +4,18 @@ import copy
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from helpers.modules import images, toy
+from helpers import method_runs
+from helpers.modules import toy
 from helpers.reference import ToyNet
-from helpers.toy import LitNet, differing, everything, quiet
+from helpers.toy import LitNet
 from it3_lightning import TestTimeCallback
 from it3_lightning.engine import Adaptation, BatchAdapter, Settings
 from it3_lightning.engine.types import Plain
 from it3_lightning.methods import TestTimeMethod
 
 LR = 0.05
-NEVER = 1000
-"""Batches after which weights go back: none has as many."""
-
-RESETS: dict[Any, int] = {"never": NEVER, "batch": 1, 2: 2}
-"""The setting, and the number of batches it stands for."""
 
 
 def network() -> ToyNet:
@@ -32,11 +26,6 @@ def network() -> ToyNet:
             layer.weight.mul_(2)
             layer.bias.zero_()
     return net
-
-
-def batches(count: int = 5, size: int = 8) -> list[Tensor]:
-    """Draw batches of images, some of them far out."""
-    return [images(size, seed=index) * (1 + index % 3) for index in range(count)]
 
 
 def with_bad_ones(stream: list[Tensor]) -> list[Tensor]:
@@ -90,38 +79,12 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
-class Validates(LitNet):
-    """Ordinary, with a validation."""
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Predict, as any does."""
-        self(batch[0])
-
-
-def plain_module() -> Validates:
-    """Make an ordinary module in float64, with that network, that has been in a Trainer."""
-    module = Validates().double().eval()
-    module.net.load_state_dict(network().state_dict())
-    quiet().predict(module, loader_of(batches(1)))
-    return module
-
-
-def loader_of(stream: list[Tensor]) -> DataLoader[Any]:
-    """Serve these batches, without labels."""
-    return DataLoader([[x] for x in stream], batch_size=None)  # type: ignore[arg-type]
+def plain_module() -> method_runs.Validates:
+    """Make an ordinary module with that network."""
+    return method_runs.plain_module(network())
 
 
 def predicted(callback: TestTimeCallback, module: LitNet, stream: list[Tensor]) -> list[Tensor]:
     """Predict under a Trainer, which leaves the module bitwise as it was."""
-    before = everything(module)
-    found: Any = quiet(callbacks=[callback]).predict(module, loader_of(stream))
-    assert differing(before, everything(module)) == []
-    return list(found)
-
-
-def from_yaml(name: str, **arguments: Any) -> Any:
-    """Make a method as a configuration names it."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--method", type=TestTimeMethod)
-    named = {"class_path": f"it3_lightning.{name}", "init_args": arguments}
-    return parser.instantiate_classes(parser.parse_object({"method": named})).method
+    (found,) = method_runs.predicted(callback, module, stream)
+    return found

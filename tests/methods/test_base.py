@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from helpers.method_runs import Validates, from_yaml
 from helpers.modules import bits, changed, same, stream, toy
-from helpers.online import from_yaml
 from helpers.reference import OPTIMIZERS
 from helpers.toy import LitNet, differing, everything, loader, parts, quiet, samples, seeded
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -422,11 +422,6 @@ def test_source_data_are_seen_with_the_statistics_of_the_adaptation(net: nn.Modu
     norm.running_mean = norm.running_var = None
     expected = torch.cat([own(x).softmax(1) for x in (STREAM[0], STREAM[3])])
     torch.testing.assert_close(torch.cat(method.seen), expected.detach(), rtol=0, atol=1e-12)
-
-
-class Validates(LitNet):
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self(batch[0])
 
 
 class IT3Validates(IT3Mixin, Validates):

@@ -11,14 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.method_runs import NEVER, RESETS, batches, from_yaml
 from helpers.modules import SHIFTS, Brighter
 from helpers.online import (
     LR,
-    NEVER,
-    RESETS,
     adapter_of,
-    batches,
-    from_yaml,
     network,
     of_batches,
     plain_module,

@@ -12,16 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.method_runs import NEVER, RESETS, batches, from_yaml, served
 from helpers.online import (
     LR,
-    NEVER,
-    RESETS,
     adapter_of,
     assert_close,
-    batches,
     entropies,
-    from_yaml,
-    loader_of,
     network,
     of_batches,
     outputs_of,
@@ -141,7 +137,7 @@ def test_an_untouched_module_learns_of_source_data_in_a_validation() -> None:
     with pytest.raises(MisconfigurationException, match="EATA must have seen source data"):
         predicted(callback, module, batches())
     before = everything(module)
-    quiet(callbacks=[callback]).validate(module, loader_of(seen), verbose=False)
+    quiet(callbacks=[callback]).validate(module, served(seen), verbose=False)
     assert differing(before, everything(module)) == []
     expected, counts = by_hand(module.net, batches(), fisher=importance(module.net, seen), beta=5.0)
     assert_close(predicted(callback, module, batches()), expected)

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.method_runs import batches, from_yaml
 from helpers.online import (
     LR,
     adapter_of,
     assert_close,
-    batches,
     entropies,
-    from_yaml,
     network,
     of_batches,
     outputs_of,

@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.method_runs import NEVER, RESETS, batches, from_yaml
 from helpers.online import (
     LR,
-    NEVER,
-    RESETS,
     adapter_of,
-    batches,
     entropies,
-    from_yaml,
     network,
     of_batches,
     plain_module,

@@ -13,16 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.method_runs import NEVER, RESETS, batches, from_yaml
 from helpers.modules import drawn
 from helpers.online import (
     LR,
-    NEVER,
-    RESETS,
     adapter_of,
     assert_close,
-    batches,
     entropies,
-    from_yaml,
     network,
     of_batches,
     outputs_of,
