@@ -164,6 +164,8 @@ class SampleAdapter:
         with self.undo as undo, torch.inference_mode(False), torch.no_grad():
             self.drawn = False  # samples taken out, in these modes, are ordinary tensors
             undo.add(stop_watching)
+            if self._fast is not None and self._vectorised is not None:
+                undo.add(partial(self._fast.release_switches, self._vectorised))
             undo.add(self._alone.undo.run)
             adaptation = self._adapt(inputs, answer or Plain(self._forward))
         yield adaptation
@@ -294,7 +296,6 @@ class SampleAdapter:
         assert self._fast is not None
         snapshot = Snapshot(self._module)
         self.undo.add(snapshot.restore)
-        self.undo.add(partial(self._fast.release_switches, self._vectorised))
         draws = partial(self._alone.draws, inputs)
         without = without_side_effects(snapshot, self._isolation, draws)
         with torch.inference_mode(False), torch.enable_grad(), without:
@@ -436,7 +437,7 @@ class SampleAdapter:
         if size != "auto":
             return size
         assert self._fast is not None
-        with self._fast.plain_attention(self._module):
+        with self._fast.plain_attention(self._module, self._vectorised):
             count = partial(self._fast.bytes_kept, module=self._module)
             kept = self._alone.bytes_of_step(taken(inputs, range(1)), count)
         return int(self._fast.samples_at_once(self._settings, self.selected.values(), kept))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.modules.module as torch_module
+from torch._dynamo import eval_frame  # loaded, so that compiled code is looked after
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import it3_lightning
@@ -90,5 +91,6 @@ def process_state() -> dict[str, Any]:
         "dtype": torch.get_default_dtype(),
         "saved": saved_tensors_hooks(),
         "modes": len(_get_current_dispatch_mode_stack()),
+        "compiled": str(eval_frame._stance),
         **hooks,
     }

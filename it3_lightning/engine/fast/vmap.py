@@ -89,13 +89,15 @@ class Switch:
         self._holders: set[object] = set()
         self._before = True
 
-    def off(self, holder: object) -> None:
-        """Turn it off for a holder."""
+    def off(self, holder: object) -> bool:
+        """Turn it off for a holder, and say whether it was not off for that one before."""
         with self._lock:
+            new = holder not in self._holders
             if not self._holders:
                 self._before = self._get()
             self._holders.add(holder)
             self._put(False)
+            return new
 
     def release(self, holder: object) -> None:
         """Put it back if nobody else needs it off; a holder may release it twice."""
@@ -141,18 +143,20 @@ def uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:
         yield
         return
-    holder = object()
+    holder, outermost = threading.get_ident(), True
     try:
-        _COMPILED.off(holder)
+        outermost = _COMPILED.off(holder)
         yield
     finally:
-        _COMPILED.release(holder)
+        if outermost:
+            _COMPILED.release(holder)
 
 
 def release_switches(holder: object) -> None:
-    """Put back what is off for a holder; it may be called twice."""
+    """Put back what is off for a holder, and for passes of this thread; it may be called twice."""
     for switch in (_WARNINGS, _MHA_FAST, *_FUSED_ATTENTION, *_FUSED_RECURRENT):
         switch.release(holder)
+    _COMPILED.release(threading.get_ident())
 
 
 @contextmanager
@@ -183,9 +187,13 @@ def vmappable(module: nn.Module, holder: object) -> Iterator[None]:
 
 
 @contextmanager
-def plain_attention(module: nn.Module, holder: object = None) -> Iterator[None]:
-    """Let the attention of a network on the CPU run unfused, as ``vmap`` needs it."""
-    holder = object() if holder is None else holder
+def plain_attention(module: nn.Module, holder: object) -> Iterator[None]:
+    """Let the attention of a network on the CPU run unfused, as ``vmap`` needs it.
+
+    Args:
+        module: the network.
+        holder: see :func:`vmappable`.
+    """
     on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
     switches = _MHA_FAST, *(_FUSED_ATTENTION if on_cpu else ())
     try:

@@ -155,7 +155,7 @@ def test_live_bytes_stay_within_the_memory(network: str) -> None:
             enters=enters,
         )
         weights = bytes_of_weights(alone.selected.values())
-        with plain_attention(net):
+        with plain_attention(net, object()):
             activations = alone.bytes_of_step(inputs[:1], partial(bytes_kept, module=net))
         memory = int(2.5 * (copies * weights + 2 * activations))
         adapter = adapter_of(net, enters, **given, memory=memory)

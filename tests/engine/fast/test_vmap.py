@@ -1,5 +1,6 @@
 """Vectorised samples: layers that torch.func takes; what it cannot take is looped."""
 
+import threading
 import warnings
 from typing import Any
 
@@ -11,8 +12,10 @@ from helpers.modules import images, same, toy
 from helpers.reference import adapt_stream, forward_predict, softmax_label
 from helpers.zoo import KINDS, rows
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 
 from it3_lightning.engine import Forward, SampleAdapter
+from it3_lightning.engine.fast.vmap import release_switches, uncompiled
 
 
 def two_steps(net: nn.Module, forward: Forward | None = None, **given: Any) -> SampleAdapter:
@@ -206,3 +209,34 @@ def test_wrong_numbers_are_noticed() -> None:
     with pytest.warns(UserWarning, match="outputs differ by .*, where .* may be rounding"):
         adapted(adapter, images())
     assert backend_of(adapter) == "loop"
+
+
+def test_compiled_code_runs_as_written_until_the_outermost_user_is_done() -> None:
+    def stance() -> str:
+        return str(eval_frame._stance.stance)
+
+    before, other = stance(), []
+    with uncompiled():
+        with uncompiled():
+            assert stance() == "force_eager"
+        assert stance() == "force_eager"
+        thread = threading.Thread(target=lambda: other.append(run_within()))
+        thread.start()
+        thread.join()
+        assert stance() == "force_eager"  # this thread still needs it
+    assert other == ["force_eager"]
+    assert stance() == before
+
+
+def run_within() -> str:
+    with uncompiled():
+        return str(eval_frame._stance.stance)
+
+
+def test_what_an_interruption_left_off_is_let_go_by_the_holder() -> None:
+    before = eval_frame._stance
+    lost = uncompiled()
+    lost.__enter__()  # and its end never comes
+    assert eval_frame._stance != before
+    release_switches(object())
+    assert eval_frame._stance == before
