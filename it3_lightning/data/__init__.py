@@ -31,7 +31,7 @@ from it3_lightning.data.roads import (
     RoadScenesDataModule,
     ShiftedMasks,
 )
-from it3_lightning.data.sampling import Batch, unequal_stream
+from it3_lightning.data.sampling import Batch, correlated_stream, unequal_stream
 from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Shift
 from it3_lightning.data.table_sets import (
     AdultDataModule,
@@ -85,6 +85,7 @@ __all__ = [
     "ShiftedTables",
     "TabularShift",
     "UTKFaceDataModule",
+    "correlated_stream",
     "mean_corruption_error",
     "unequal_stream",
 ]

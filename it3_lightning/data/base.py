@@ -21,11 +21,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from it3_lightning.data.sampling import DrawSampler, S, Views, chosen, held_out, seeded, whole_batch
+from it3_lightning.data.sampling import (
+    Chained,
+    DrawSampler,
+    S,
+    Views,
+    chosen,
+    held_out,
+    seeded,
+    streamed,
+    whole_batch,
+)
 from it3_lightning.data.shifts import SEVERITIES, Severity, check_severity
 from it3_lightning.utils.messages import undefined, unknown
 
-Stream = Literal["equal", "unequal"]
+Stream = Literal["equal", "unequal", "correlated", "continual"]
 Split = Literal["test", "validation"]
 _AGAIN = "Delete it and fetch it again."
 
@@ -49,7 +59,9 @@ class ShiftedData(LightningDataModule):
             on.
         stream: ``"equal"`` keeps the samples and their order; ``"unequal"`` makes some classes, or
             some tenths of the values, ten times as frequent, see
-            :func:`~it3_lightning.data.unequal_stream`.
+            :func:`~it3_lightning.data.unequal_stream`; ``"correlated"`` has neighbours of few
+            classes, see :func:`~it3_lightning.data.correlated_stream`; ``"continual"`` has all
+            shifts one after another in one loader, ``"continual"``, beside the clean one.
         evaluate_on: ``"validation"`` has the test loaders hold the validation samples, for
             choosing settings without a look at the test samples.
         val_size: Samples to validate on; None for a tenth of those to train on, or for all that
@@ -116,7 +128,12 @@ class ShiftedData(LightningDataModule):
     @property
     def test_names(self) -> list[str]:
         """Names of the test and prediction loaders, in their order: clean first."""
-        return ["clean", *self.wanted()]
+        return ["clean", *(["continual"] if self.stream == "continual" else self.shifted_names)]
+
+    @property
+    def shifted_names(self) -> list[str]:
+        """Names of the sets of shifted samples, in their order."""
+        return list(self.wanted())
 
     def wanted(self) -> dict[str, tuple[str, Any]]:
         """Return name and severity of every shift to test on, by the name of its loader."""
@@ -131,16 +148,16 @@ class ShiftedData(LightningDataModule):
         raise undefined(self, "split(self) -> dict[str, Samples]", "Return the samples by use.")
 
     def shifted(self, name: str) -> Any:
-        """Return what one of the ``test_names`` after the first stands for."""
+        """Return what one of the ``shifted_names`` stands for."""
         raise undefined(self, "shifted(self, name: str) -> Samples", "Return shifted samples.")
 
     def change(self, name: str, severity: int) -> Any:
         """Return the function behind a shift's name; raise ValueError where it is unknown."""
         raise undefined(self, "change(self, name: str, severity: int)", "Return the shift.")
 
-    def frequent(self, samples: Any) -> Tensor:
-        """Return which samples, in which order, make a stream of unequal frequencies."""
-        raise undefined(self, "frequent(self, samples) -> Tensor", "Return indices (M,).")
+    def groups(self, samples: Any) -> Tensor:
+        """Return the classes of samples ``(N,)``, or what stands for these in streams of them."""
+        raise undefined(self, "groups(self, samples) -> Tensor", "Return classes (N,).")
 
     def source(self) -> tuple[object, ...]:
         """Return the settings of its own that the samples depend on."""
@@ -168,6 +185,8 @@ class ShiftedData(LightningDataModule):
         for name in ("num_workers", "seed"):
             check_integer(name, getattr(self, name), 0)
         check_choice("stream", self.stream, get_args(Stream))
+        if self.stream == "continual" and not self.shifts:
+            raise ValueError("Expected shifts for stream='continual', got none. Name some.")
         check_choice("evaluate_on", self.evaluate_on, get_args(Split))
         if self.severity not in (None, "all"):
             check_severity(self.severity)
@@ -194,7 +213,7 @@ class ShiftedData(LightningDataModule):
         key = repr((key, self.evaluate_on, *strength))
         if self._shifted_key != key:  # shifts of other settings make room
             self._shifted, self._shifted_key = {}, key
-        for name in self.test_names[1:]:
+        for name in self.shifted_names:
             if name not in self._shifted:
                 self._shifted[name] = self.shifted(name)
 
@@ -216,10 +235,14 @@ class ShiftedData(LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Return one loader for each of ``test_names``."""
         self.setup("test")
-        sets = [self._splits[self.evaluate_on], *(self._shifted[n] for n in self.test_names[1:])]
-        if self.stream == "unequal":
-            sets = [samples.select(self.frequent(samples)) for samples in sets]
-        return [self._loader(self.dataset(samples), self.eval_batch_size) for samples in sets]
+        sets = [self._splits[self.evaluate_on], *(self._shifted[n] for n in self.shifted_names)]
+        if self.stream in ("unequal", "correlated"):
+            orders = (streamed(self.groups(each), self.stream, self.seed) for each in sets)
+            sets = [samples.select(order) for samples, order in zip(sets, orders, strict=True)]
+        loaders = [self._loader(self.dataset(samples), self.eval_batch_size) for samples in sets]
+        if self.stream == "continual":
+            return [loaders[0], Chained(loaders[1:])]  # type: ignore[list-item]  # as good as one
+        return loaders
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """Return the loaders of ``test_dataloader``."""
@@ -303,8 +326,8 @@ def check_deviation(name: str, value: float, unit: str) -> None:
 
 
 def check_equal(stream: Stream, why: str) -> None:
-    """Refuse a stream of unequal classes on data that have none."""
-    if stream != "equal":
+    """Refuse a stream of unequal or correlated classes on data that have none."""
+    if stream in ("unequal", "correlated"):
         message = f"Expected stream='equal', got {stream!r}: {why}. "
         raise ValueError(message + "For the benchmark set streams: [equal].")
 

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from it3_lightning.data.base import ShiftedData, reading
 from it3_lightning.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
-from it3_lightning.data.sampling import Batch, Samples, Views, chosen, seeded, unequal_stream
+from it3_lightning.data.sampling import Batch, Samples, Views, chosen, seeded
 from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Severity, Shift
 from it3_lightning.utils.messages import undefined, unknown
 
@@ -386,6 +386,6 @@ class ShiftedImages(ShiftedData):
         held_out: Images = self._splits[self.evaluate_on]
         return held_out.shifted(self.change(kind, severity), self.seed)
 
-    def frequent(self, samples: Images) -> Tensor:
-        """Return an order of images in which three classes are ten times as frequent."""
-        return unequal_stream(samples.labels, self.seed)
+    def groups(self, samples: Images) -> Tensor:
+        """Return the labels."""
+        return samples.labels

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from it3_lightning.data.base import ShiftedData, check_choice, check_deviation, check_share
-from it3_lightning.data.sampling import Rows, held_out, seeded, unequal_stream
+from it3_lightning.data.sampling import Rows, held_out, seeded
 from it3_lightning.utils.messages import unknown
 
 LEVELS = 5
@@ -118,9 +118,9 @@ class RangedData(ShiftedData, ABC):
         generator = seeded(self.seed, name, self.evaluate_on)
         return Rows(self.perturbed(samples.inputs, name, generator), samples.targets)
 
-    def frequent(self, samples: Rows) -> Tensor:
-        """Return an order of samples in which three deciles are ten times as frequent."""
-        return unequal_stream(deciles(samples.targets[:, 0]), self.seed)
+    def groups(self, samples: Rows) -> Tensor:
+        """Return the tenths of the targets."""
+        return deciles(samples.targets[:, 0])
 
 
 def deciles(values: Tensor) -> Tensor:

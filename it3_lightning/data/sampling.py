@@ -9,8 +9,10 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
@@ -101,6 +103,73 @@ def unequal_stream(labels: Tensor, seed: int, *, frequent: int = 3, ratio: int =
     rows = ((labels == label).nonzero()[:, 0] for label in classes)
     chosen = torch.cat([found[::step] for found, step in zip(rows, steps, strict=True)])
     return chosen[torch.randperm(len(chosen), generator=generator)]
+
+
+def correlated_stream(
+    labels: Tensor, seed: int, *, concentration: float = 0.1, slot: int = 100
+) -> Tensor:
+    """Order samples so that neighbours are of few classes, as the frames of a video are.
+
+    The stream has a slot for about every ``slot`` samples. Each class divides its samples among the
+    slots by shares from a symmetric Dirichlet distribution, as in NOTE (Gong et al., NeurIPS 2022)
+    and LAME (Boudiaf et al., CVPR 2022); within a slot the order is random.
+
+    Args:
+        labels: ``(N,)`` integer classes.
+        seed: Picks shares and order.
+        concentration: Of the distribution; the smaller, the fewer classes in a slot.
+        slot: Samples for each slot.
+
+    Returns:
+        A permutation ``(N,)`` of the indices into ``labels``, int64.
+
+    Example:
+        >>> labels = torch.arange(10).repeat(100)
+        >>> batches = labels[correlated_stream(labels, seed=0)].view(-1, 100)
+        >>> sum(len(set(batch.tolist())) for batch in batches) / len(batches)
+        5.8
+    """
+    generator = seeded(seed, "correlated stream")
+    draws = np.random.default_rng(generator.initial_seed())
+    slots = max(1, len(labels) // slot)
+    place = torch.empty(len(labels), dtype=torch.float64)
+    for label in sorted(set(labels.tolist())):
+        rows = (labels == label).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        ends = np.cumsum(draws.dirichlet([concentration] * slots)) * len(rows)
+        place[rows] = torch.from_numpy(
+            np.searchsorted(ends, np.arange(len(rows)), "right")
+        ).double()
+    return (place + 0.9 * torch.rand(len(labels), generator=generator)).argsort()
+
+
+def streamed(labels: Tensor, stream: str, seed: int) -> Tensor:
+    """Choose and order samples for a stream of unequal or correlated classes.
+
+    Frequent in an unequal one are three of six or more classes, else half of them.
+
+    Args:
+        labels: ``(N,)`` integer classes.
+        stream: ``"unequal"`` or ``"correlated"``.
+        seed: See :func:`unequal_stream`, :func:`correlated_stream`.
+    """
+    if stream == "correlated":
+        return correlated_stream(labels, seed)
+    frequent = min(3, len(set(labels.tolist())) // 2)
+    return unequal_stream(labels, seed, frequent=max(1, frequent))
+
+
+@dataclass(eq=False)
+class Chained:
+    """Loaders one after another, as one: a stream whose shift changes."""
+
+    loaders: Sequence[DataLoader[Any]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.loaders))
+
+    def __iter__(self) -> Iterator[Any]:
+        return chain.from_iterable(self.loaders)
 
 
 class Samples(Dataset[Batch], ABC):

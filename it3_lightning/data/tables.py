@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from it3_lightning.data.base import ShiftedData, check_share
-from it3_lightning.data.sampling import Rows, held_out, seeded, unequal_stream
+from it3_lightning.data.sampling import Rows, held_out, seeded
 from it3_lightning.data.shifts import KindOfShift, Kinds, Severity
 from it3_lightning.utils.messages import undefined
 
@@ -334,25 +334,14 @@ class ShiftedTables(ShiftedData):
         features = self.change(kind, severity)(clean.inputs, self._layout, generator)
         return Rows(features, clean.targets)
 
-    def frequent(self, samples: Rows) -> Tensor:
-        """Return an order of rows in which some classes or values are ten times as frequent."""
-        return unequal_rows(samples.targets, self.seed)
+    def groups(self, samples: Rows) -> Tensor:
+        """Return the classes ``(N,)``; of values, the tenths between their deciles."""
+        return tenths(samples.targets)
 
 
-def unequal_rows(target: Tensor, seed: int) -> Tensor:
-    """Choose rows so that a few classes, or a few ranges of values, are ten times as frequent.
-
-    These are three of six or more classes, else half of them, chosen and shuffled as by
-    :func:`~it3_lightning.data.unequal_stream`. Of values, the tenths between their deciles count as
-    classes. ValueError where there are fewer than two.
-
-    Args:
-        target: ``(N,)`` classes or ``(N, 1)`` floating values.
-        seed: Picks the frequent ones and the order of the indices ``(M,)`` into ``target``.
-    """
-    labels = target
-    if target.is_floating_point():
-        values = target.flatten().double()
-        labels = torch.bucketize(values, values.quantile(_TENTHS), right=True)
-    frequent = min(3, len(set(labels.tolist())) // 2)
-    return unequal_stream(labels, seed, frequent=max(1, frequent))
+def tenths(target: Tensor) -> Tensor:
+    """Return classes ``(N,)`` as they are, and of values ``(N, 1)`` the tenth they belong to."""
+    if not target.is_floating_point():
+        return target
+    values = target.flatten().double()
+    return torch.bucketize(values, values.quantile(_TENTHS), right=True)

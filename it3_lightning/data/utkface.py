@@ -84,9 +84,9 @@ class UTKFaceDataModule(ShiftedImages):
     val_size: int = 2000
 
     @property
-    def test_names(self) -> list[str]:
-        """Names of the test and prediction loaders, in their order: clean first."""
-        return [*super().test_names, *([] if self.train_ages is None else [_UNSEEN])]
+    def shifted_names(self) -> list[str]:
+        """Names of the shifts, and of the unseen ages where there are some."""
+        return [*super().shifted_names, *([] if self.train_ages is None else [_UNSEEN])]
 
     def check(self) -> None:
         """Refuse settings out of their range, before any data is read."""

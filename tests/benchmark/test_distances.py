@@ -199,8 +199,8 @@ class WithOthers(DigitsDataModule):
     """Digits with one more test, on other samples, which has no severity."""
 
     @property
-    def test_names(self) -> list[str]:
-        return [*super().test_names, "unseen"]
+    def shifted_names(self) -> list[str]:
+        return [*super().shifted_names, "unseen"]
 
     def shifted(self, name: str) -> Images:
         return self._splits["validation"] if name == "unseen" else super().shifted(name)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from it3_lightning.data import ShiftedData, unequal_stream
+from it3_lightning.data import DigitsDataModule, ShiftedData, correlated_stream, unequal_stream
 from it3_lightning.data.sampling import Rows, subset
 
 
@@ -51,3 +51,42 @@ def test_a_split_parts_validation_from_training_samples() -> None:
 def test_rows_are_selected_in_order() -> None:
     rows = Rows(torch.zeros(3, 2), torch.arange(3.0)[:, None])
     assert rows.select(torch.tensor([2])).targets.tolist() == [[2.0]]
+
+
+def test_a_correlated_stream_holds_every_sample_once_among_few_classes() -> None:
+    labels = torch.arange(10).repeat(200)
+    order = correlated_stream(labels, seed=1)
+    assert sorted(order.tolist()) == list(range(2000))
+    assert torch.equal(order, correlated_stream(labels, seed=1))
+    assert not torch.equal(order, correlated_stream(labels, seed=2))
+    most = [float(b.bincount().max()) / len(b) for b in labels[order].view(-1, 100)]
+    assert sum(most) / len(most) > 0.5  # a shuffled batch has about 0.15
+    even = correlated_stream(labels, seed=1, concentration=1e6)
+    assert max(float(b.bincount().max()) for b in labels[even].view(-1, 100)) < 30
+
+
+def test_correlated_loaders_hold_all_samples_in_the_same_order_under_every_shift() -> None:
+    data = DigitsDataModule(shifts=("contrast", "fog"), severity=4, stream="correlated")
+    clean, contrast, fog = (torch.cat([y for _, y in d]) for d in data.test_dataloader())
+    assert torch.equal(clean, contrast)
+    assert torch.equal(clean, fog)
+    data.stream = "equal"
+    whole = torch.cat([y for _, y in data.test_dataloader()[0]])
+    assert torch.equal(clean.sort().values, whole.sort().values)
+    assert (clean.diff() == 0).float().mean() > 3 * (whole.diff() == 0).float().mean()
+
+
+def test_a_continual_stream_has_all_shifts_one_after_another_in_one_loader() -> None:
+    data = DigitsDataModule(shifts=("contrast", "fog"), severity=4, test_size=130)
+    separate = data.test_dataloader()
+    data.stream = "continual"
+    assert data.test_names == ["clean", "continual"]
+    clean, joined = data.test_dataloader()
+    assert len(joined) == len(separate[1]) + len(separate[2]) == 4
+    for loaders, one in ((separate[:1], clean), (separate[1:], joined)):
+        expected = [batch for loader in loaders for batch in loader]
+        for (x, y), (u, v) in zip(one, expected, strict=True):
+            assert torch.equal(x, u)
+            assert torch.equal(y, v)
+    with pytest.raises(ValueError, match="shifts for stream='continual', got none"):
+        DigitsDataModule(shifts=(), stream="continual")

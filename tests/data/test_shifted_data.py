@@ -240,7 +240,10 @@ def test_every_severity_has_a_loader_or_is_refused(case: Case, root: Path) -> No
         ({"shifts": ["fgo"]}, r"Unknown (shift|corruption) 'fgo'\..* Known: "),
         ({"shifts": "fog"}, r"shifts to be a list of different names, got 'fog'\. Write .*shifts="),
         ({"shifts": ["fog", "fog"]}, "shifts to be a list of different names"),
-        ({"stream": "uneven"}, "Unknown stream 'uneven'.* Known: equal, unequal"),
+        (
+            {"stream": "uneven"},
+            "Unknown stream 'uneven'.* Known: equal, unequal, corr",
+        ),
         ({"evaluate_on": "train"}, "Unknown evaluate_on 'train'.* Known: test, validation"),
     ],
 )
@@ -312,12 +315,12 @@ def test_a_module_with_loaders_of_its_own_needs_no_hook() -> None:
     assert OwnLoaders().shifts == ()
 
 
-@pytest.mark.parametrize("hook", ["split", "shifted", "change", "frequent"])
+@pytest.mark.parametrize("hook", ["split", "shifted", "change", "groups"])
 def test_a_hook_that_is_not_defined_is_named(hook: str) -> None:
     arguments: dict[str, tuple[Any, ...]] = {
         "shifted": ("x",),
         "change": ("x", 1),
-        "frequent": ("x",),
+        "groups": ("x",),
     }
     with pytest.raises(NotImplementedError, match=rf"OwnLoaders to define {hook}\(self"):
         getattr(OwnLoaders(), hook)(*arguments.get(hook, ()))

@@ -11,7 +11,8 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
 
 from it3_lightning.data import TABULAR_SHIFTS, TABULAR_TUNING_SHIFTS, ShiftedTables, TabularShift
-from it3_lightning.data.tables import Layout, Preprocessing, Schema, Table, unequal_rows
+from it3_lightning.data.sampling import streamed
+from it3_lightning.data.tables import Layout, Preprocessing, Schema, Table, tenths
 
 NAN = float("nan")
 COLOURS = ("blue", "green", "red")
@@ -292,13 +293,14 @@ def test_a_class_without_load_says_what_to_define() -> None:
 @pytest.mark.parametrize(("classes", "frequent"), [(2, 1), (3, 1), (5, 2), (6, 3), (10, 3)])
 def test_some_classes_become_ten_times_as_frequent(classes: int, frequent: int) -> None:
     labels = torch.arange(classes).repeat(100)
-    counts = labels[unequal_rows(labels, seed=1)].bincount().sort(descending=True).values
+    chosen = labels[streamed(tenths(labels), "unequal", seed=1)]
+    counts = chosen.bincount().sort(descending=True).values
     assert counts.tolist() == [100] * frequent + [10] * (classes - frequent)
 
 
 def test_some_tenths_of_the_values_become_ten_times_as_frequent() -> None:
     values = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0)).exp()
-    chosen = unequal_rows(values, seed=3)
+    chosen = streamed(tenths(values), "unequal", seed=3)
     edges = np.quantile(values.double().numpy(), np.arange(1, 10) / 10)
     counts = np.bincount(np.digitize(values[chosen, 0].double().numpy(), edges))
     assert sorted(counts.tolist()) == [10] * 7 + [100] * 3
@@ -315,7 +317,7 @@ def test_unequal_loaders_hold_the_same_rows_under_every_shift() -> None:
 
 def test_an_unequal_stream_of_a_single_class_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected more than 1 classes"):
-        unequal_rows(torch.zeros(10).long(), seed=0)
+        streamed(torch.zeros(10).long(), "unequal", seed=0)
 
 
 # --- shifts
@@ -460,5 +462,5 @@ def test_a_missing_number_becomes_the_median_of_training() -> None:
 
 def test_tenths_of_even_values_are_ten_times_as_frequent() -> None:
     values = torch.arange(200.0)[:, None]
-    tenths = values[unequal_rows(values, seed=0), 0].long() // 20
-    assert tenths.bincount().sort(descending=True).values.tolist() == [20] * 3 + [2] * 7
+    chosen = values[streamed(tenths(values), "unequal", seed=0), 0].long() // 20
+    assert chosen.bincount().sort(descending=True).values.tolist() == [20] * 3 + [2] * 7
