@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from it3_lightning.benchmark import Benchmark, Tuning
 from it3_lightning.benchmark.report import overview, show, show_tuning
-from it3_lightning.benchmark.run import quiet
+from it3_lightning.benchmark.scoring import quiet
 from it3_lightning.data import ShiftedData
 from it3_lightning.predictor import check_checkpoint
 

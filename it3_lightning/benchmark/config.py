@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import Trainer
 
+from it3_lightning.data.base import Stream
 from it3_lightning.engine import Settings
 from it3_lightning.engine.optimizers import OptimizerName
 from it3_lightning.engine.selection import Selection
-from it3_lightning.methods import Idempotence, TestTimeObjective
+from it3_lightning.methods import Auxiliary, Idempotence, TestTimeObjective
 from it3_lightning.methods.terms import DistanceName
 from it3_lightning.training.dual_pass import DualPass
 
@@ -131,7 +132,10 @@ class BenchmarkSettings:
         ckpt_path: an ordinary checkpoint to take instead of ordinary training.
         pretrained: whether the model comes with trained weights: then ordinary training is left
             out, and joint training starts from these weights.
-        streams: ``"equal"`` and ``"unequal"`` class frequencies.
+        streams: ``"equal"`` and ``"unequal"`` class frequencies, ``"correlated"`` neighbours, or
+            ``"continual"``: one shift after another without a reset; see
+            :class:`~it3_lightning.data.ShiftedData`. After a slash a size of batches of its own, as
+            ``"equal/16"``.
         metric: key that the module's ``test_step`` logs; the score.
         percent: multiply scores by 100.
         higher_is_better: whether a larger score is the better one; false for errors such as
@@ -140,6 +144,16 @@ class BenchmarkSettings:
         rows: ``"main"``: each training's unadapted rows and the default objective; ``"all"``: also
             the published objective, the balance term, filtered entropy, the mean prediction, and
             each sample by itself.
+        methods: ``"all"`` or names of methods from the literature that are rows too, as far as they
+            go with model and data: those of
+            :data:`~it3_lightning.benchmark.peers.PEERS`.
+        heads: auxiliary heads for the methods that need one, each in a training of its own.
+        rates: factors of each method's published learning rate, among which one is chosen on
+            validation samples under the data's tuning shifts by the rule of ``it3 tune``; such rows
+            are called *tuned*. Empty: the published ones alone.
+        rate_batches: batches of each loader to choose on, with the models of the first seed.
+        batches: the most of each loader in streams with a size of batches of their own.
+        alone: the most samples of each loader for methods in which each adapts by itself.
         recipe: settings that the rows share.
         distance_samples: samples of each split whose idempotence distances are measured; 0: none.
         joint: the dual pass of joint training; ``None``: the model's own.
@@ -162,6 +176,12 @@ class BenchmarkSettings:
     higher_is_better: bool = True
     decimals: int = 1
     rows: Literal["main", "all"] = "main"
+    methods: Literal["all"] | Sequence[str] = ()
+    heads: Sequence[Auxiliary] = ()
+    rates: Sequence[float] = (0.1, 1.0, 10.0)
+    rate_batches: int = 10
+    batches: int = 500
+    alone: int = 500
     recipe: Recipe = field(default_factory=Recipe)
     distance_samples: int = 1000
     joint: DualPass | None = None
@@ -180,9 +200,15 @@ class BenchmarkSettings:
             )
         if self.distance_samples < 0:
             raise ValueError(f"Expected distance_samples >= 0, got {self.distance_samples}.")
-        wrong = [stream for stream in self.streams if stream not in ("equal", "unequal")]
-        if wrong or not self.streams:
-            raise ValueError(f"Expected streams among equal, unequal, got {list(self.streams)}.")
+        if not self.streams:
+            raise ValueError("Expected at least one stream, got none: set streams: [equal].")
+        for stream in self.streams:
+            stream_and_size(stream)
+        for name in ("rate_batches", "batches", "alone"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected {name} >= 1, got {getattr(self, name)}.")
+        if any(rate <= 0 for rate in self.rates):
+            raise ValueError(f"Expected rates > 0, factors, got {list(self.rates)}.")
 
     @property
     def sign(self) -> int:
@@ -207,6 +233,23 @@ class BenchmarkSettings:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            limit_val_batches=0,
-            **arguments,
+            **{"limit_val_batches": 0, **arguments},
         )
+
+
+def stream_and_size(stream: str) -> tuple[str, int | None]:
+    """Return the name of a stream and its size of batches; ``None``: that of the data.
+
+    Raises:
+        ValueError: there is no such stream.
+
+    >>> stream_and_size("equal"), stream_and_size("equal/16")
+    (('equal', None), ('equal', 16))
+    """
+    name, slash, size = stream.partition("/")
+    if name not in get_args(Stream) or (slash and not (size.isdecimal() and int(size))):
+        raise ValueError(
+            f"Expected streams among {', '.join(get_args(Stream))}, or one of them with a size of "
+            f"batches as in 'equal/16', got {stream!r}."
+        )
+    return name, int(size) if slash else None

@@ -44,28 +44,36 @@ def keep_distances(
     rows: Iterable[Row],
     data: ShiftedData,
     fingerprint: str,
-) -> list[Distances]:
-    """Measure the distances of a seed on the benchmark's device and write them beside its scores.
+) -> tuple[list[Record], list[Distances]]:
+    """Measure separations and distances of a seed on the benchmark's device, and write them.
 
     Args:
         benchmark: settings.
         models: see :func:`measured`.
         rows: see :func:`measured`.
         data: see :func:`measured`.
-        fingerprint: of the scores.
+        fingerprint: of the settings.
     """
     device = benchmark.trainer().strategy.root_device
+    told = separations(models, data, Idempotence(benchmark.recipe.distance))
     found = measured(models, rows, data, benchmark.distance_samples, device)
-    content = {"fingerprint": fingerprint, "distances": [asdict(each) for each in found]}
+    content = {
+        "fingerprint": fingerprint,
+        "separations": [asdict(each) for each in told],
+        "distances": [asdict(each) for each in found],
+    }
     write_json(_file(Path(benchmark.output), data.seed), content)
-    return found
+    return told, found
 
 
-def kept_distances(folder: Path, seed: int, fingerprint: str) -> list[Distances] | None:
-    """Return the distances of a seed that were written; ``None`` where they are to be measured."""
+def kept_distances(
+    folder: Path, seed: int, fingerprint: str
+) -> tuple[list[Record], list[Distances]] | None:
+    """Return what was written for a seed; ``None`` where it is to be measured."""
 
-    def read(content: dict[str, Any]) -> list[Distances]:
-        return [rebuilt(Distances, saved) for saved in content["distances"]]
+    def read(content: dict[str, Any]) -> tuple[list[Record], list[Distances]]:
+        told = [rebuilt(Record, saved) for saved in content["separations"]]
+        return told, [rebuilt(Distances, saved) for saved in content["distances"]]
 
     return kept(_file(folder, seed), fingerprint, read)
 
@@ -153,7 +161,7 @@ def separations(
     return [
         record
         for training, model in models.items()
-        if training != "ordinary"
+        if training in ("joint", "post-hoc")
         for record in _of_model(model, training, data, objective)
     ]
 

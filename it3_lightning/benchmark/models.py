@@ -7,7 +7,7 @@ import json
 import platform
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -22,8 +22,11 @@ from torch import Tensor
 
 from it3_lightning.benchmark.config import BenchmarkSettings
 from it3_lightning.benchmark.kept import kept, mark_folder
+from it3_lightning.benchmark.peers import training_of
 from it3_lightning.benchmark.rows import Training
 from it3_lightning.data import ShiftedData
+from it3_lightning.methods import Auxiliary
+from it3_lightning.training.auxiliary import with_auxiliary
 from it3_lightning.training.dual_pass import DualPass
 from it3_lightning.training.mixin import IT3Mixin, Train
 from it3_lightning.training.post_hoc import load_source, network_weights
@@ -36,7 +39,7 @@ Models = dict[Training, IT3Mixin]
 _State = Mapping[str, Tensor]
 _MODES: Mapping[Training, Train] = MappingProxyType(
     {"ordinary": "off", "joint": "joint", "post-hoc": "conditioning"}
-)
+)  # any other training, beside an auxiliary task, is an ordinary one
 _NO_SETTINGS = ("seeds", "output", "threads", "higher_is_better", "decimals")  # change no score
 _SET_BY_RUN = ("seed", "stream")
 _TRAINED_BY = ("epochs", "posthoc_epochs", "pretrained", "joint", "posthoc", "precision")
@@ -51,7 +54,7 @@ def models_of(
     say: Say,
     training: Any,
 ) -> Models:
-    """Return the three trained models of a seed, from their file where that fits.
+    """Return the three trained models of a seed, and those beside an auxiliary task, from files.
 
     They are kept in ``models/seed_N.ckpt`` of the output folder: their states, and what the
     training depended on. Rows, recipes, shifts and splits to evaluate on are no part of that, so
@@ -73,14 +76,49 @@ def models_of(
         return _with_states(settings, seed, make_model, content["states"])
 
     models = kept(file, fingerprint, read, load_plain)
-    if models is not None:
+    if models is None:
+        models = _train_models(settings, seed, make_model, data, say)
+        mark_folder(Path(settings.output), training)
+        _keep(file, fingerprint, _states(models))
+    else:
         say(f"seed {seed}: models from {file}")
-        return models
-    models = _train_models(settings, seed, make_model, data, say)
-    mark_folder(Path(settings.output), training)
-    content = {"fingerprint": fingerprint, "states": _states(models)}
-    write(file, lambda stream: torch.save(content, stream))
+    for head in settings.heads if settings.methods else ():
+        models[training_of(head)] = _beside(head, settings, seed, make_model, data, say, training)
     return models
+
+
+def _beside(
+    head: Auxiliary,
+    settings: BenchmarkSettings,
+    seed: int,
+    make_model: MakeModel,
+    data: ShiftedData,
+    say: Say,
+    training: Any,
+) -> IT3Mixin:
+    """Return a model that has learnt an auxiliary task beside its own, kept in a file too."""
+    name = training_of(head)
+    file = Path(settings.output) / "models" / f"seed_{seed}_{name.replace(' ', '_')}.ckpt"
+    fingerprint = json.dumps({**training, "head": _plain(spec(head))}, sort_keys=True)
+    model = _fresh(settings, seed, make_model, "ordinary")
+    with_auxiliary(model, type(head)(**head.init_args()))
+
+    def read(content: dict[str, Any]) -> IT3Mixin:
+        model.load_state_dict(content["states"])
+        return model
+
+    found = kept(file, fingerprint, read, load_plain)
+    if found is None:
+        say(f"seed {seed}: training, {name}")
+        data.seed, data.stream = seed, "equal"
+        settings.trainer(max_epochs=2 * settings.epochs).fit(model, datamodule=data)
+        _keep(file, fingerprint, model.state_dict())
+    return model
+
+
+def _keep(file: Path, fingerprint: str, states: Any) -> None:
+    content = {"fingerprint": fingerprint, "states": states}
+    write(file, lambda stream: torch.save(content, stream))
 
 
 def _train_models(
@@ -161,7 +199,8 @@ def about(
         data: whose public attributes.
         configuration: what else the model was made from.
     """
-    own = asdict(benchmark)
+    heads = [spec(head) for head in benchmark.heads if benchmark.methods]
+    own = {**asdict(replace(benchmark, heads=())), "heads": heads}
     shared = {
         "model": _described(model),
         "configuration": configuration,

@@ -97,13 +97,16 @@ def headers(results: Results) -> list[str]:
         for stream in results.streams
         for title in (f"{stream}: clean", "shifts", "gain", "worst shift", *_error_title(results))
     ]
-    return ["training", "at test time", *per_stream, "ms/sample"]
+    return ["training", "at test time", *per_stream, "passes", "ms/sample"]
 
 
 def line(results: Results, row: Row) -> list[str]:
     """Return the cells of one row, as text."""
     cells, style = [row.training, row.name], f".{results.decimals}f"
     for stream in results.streams:
+        if not results.has(row, stream):
+            cells += [""] * (4 + len(_error_title(results)))
+            continue
         gain, worst = results.gain(row, stream), results.worst(row, stream)
         error = results.corruption_error(row, stream)
         cells += [
@@ -113,16 +116,18 @@ def line(results: Results, row: Row) -> list[str]:
             "" if worst is None else f"{worst[1]:+{style}} {worst[0]}",
             *([] if error is None else [format(error, style)]),
         ]
-    time = results.milliseconds(row)
-    return [*cells, f"{time:.2f}" if time >= 0.005 else ""]
+    forwards, backwards, time = results.cost(row)
+    return [*cells, f"{forwards:.3g} + {backwards:.3g}", f"{time:.2f}"]
 
 
 def by_shift(results: Results, stream: str) -> str:
     """Return a table in Markdown: the gain over the baseline on each shift, mean over seeds."""
-    titles = ["training", "at test time", *results.shifts]
-    rows = [titles]
+    shifts = ["clean", *results.shifts_of(stream)]
+    rows = [["training", "at test time", *shifts]]
     for row in results.rows:
-        gains = [results.gain(row, stream, shift) for shift in results.shifts]
+        if not results.has(row, stream):
+            continue
+        gains = [results.gain(row, stream, shift) for shift in shifts]
         cells = [f"{gain.mean:+.{results.decimals}f}" for gain in gains if gain is not None]
         if cells:
             rows.append([row.training, row.name, *cells])
@@ -188,15 +193,17 @@ def _plot(results: Results, stream: str) -> str:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="black", lw=0.8)
+    shifts = ["clean", *results.shifts_of(stream)]
     for row in results.rows:
-        if row.training == "joint" or "published" in row.name:
+        hidden = row.training == "joint" or "published" in row.name or "tuned" in row.name
+        if hidden or not results.has(row, stream):
             continue
-        gains = [results.gain(row, stream, shift) for shift in results.shifts]
+        gains = [results.gain(row, stream, shift) for shift in shifts]
         if None not in gains:
             means = [gain.mean for gain in gains if gain is not None]
-            style = {"ordinary": ":", "post-hoc": "-"}[row.training]
+            style = {"ordinary": ":", "post-hoc": "-"}.get(row.training, "--")
             label = f"{row.training}: {row.name}"
-            axes.plot(results.shifts, means, style, marker="o", ms=3, lw=1.4, label=label)
+            axes.plot(shifts, means, style, marker="o", ms=3, lw=1.4, label=label)
     axes.set_ylabel("gain over the unadapted model")
     axes.tick_params(axis="x", rotation=30)
     axes.grid(axis="y", alpha=0.3)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from it3_lightning.benchmark.rows import Row
+from it3_lightning.benchmark.rows import FEWER, Row
 from it3_lightning.data import mean_corruption_error
 from it3_lightning.data.shifts import SEVERITIES, parted
 from it3_lightning.utils.files import write, write_json
@@ -58,12 +58,14 @@ class Record:
     Args:
         training: which trained model.
         row: what happened at test time.
-        stream: ``"equal"`` or ``"unequal"`` classes.
+        stream: its name, with its own size of batches after a slash, as in ``"equal/16"``.
         seed: of training, split and shifts.
         shift: its name; ``"clean"`` for none.
         score: in the units of the metric.
-        ms_per_sample: milliseconds of adaptation per sample; 0 where nothing adapts.
+        ms_per_sample: milliseconds per sample, of the whole test: its loaders and metrics too.
         adapted: number of weights that adapt.
+        forwards: passes for each batch, or sample where each is by itself; the step's own too.
+        backwards: the same of backward passes.
     """
 
     training: str
@@ -74,6 +76,8 @@ class Record:
     score: float
     ms_per_sample: float
     adapted: int
+    forwards: float = 1.0
+    backwards: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,13 +159,23 @@ class Results:
 
     @property
     def streams(self) -> list[str]:
-        """Streams that have records, ``"equal"`` first."""
-        return sorted({record.stream for record in self.records})
+        """Streams that have records, in their order."""
+        return list(dict.fromkeys(record.stream for record in self.records))
 
     @property
     def shifts(self) -> list[str]:
         """Shifts in the order of the records, ``"clean"`` first."""
         return list(dict.fromkeys(record.shift for record in self.records))
+
+    def shifts_of(self, stream: str) -> list[str]:
+        """Shifts of the records of a stream, without ``"clean"``."""
+        found = dict.fromkeys(r.shift for r in self.records if r.stream == stream)
+        return [shift for shift in found if shift != "clean"]
+
+    def has(self, row: Row, stream: str) -> bool:
+        """Whether a row was scored on a stream."""
+        wanted = row.training, row.name, stream
+        return any((r.training, r.row, r.stream) == wanted for r in self.records)
 
     def scores(self, row: Row, stream: str, shifts: Iterable[str]) -> list[float]:
         """Return one score per seed: the mean over these shifts."""
@@ -179,7 +193,7 @@ class Results:
 
     def shifted(self, row: Row, stream: str) -> Cell:
         """Return the mean score over all shifts."""
-        return Cell.of(self.scores(row, stream, self._shifted()))
+        return Cell.of(self.scores(row, stream, self.shifts_of(stream)))
 
     def gain(self, row: Row, stream: str, shift: str | None = None) -> Cell | None:
         """Return the gain over the same model's strongest unadapted row, seed by seed.
@@ -196,7 +210,7 @@ class Results:
         base = self.baseline(row)
         if base is None:
             return None
-        shifts = self._shifted() if shift is None else [shift]
+        shifts = self.shifts_of(stream) if shift is None else [shift]
         mine, theirs = (self.scores(r, stream, shifts) for r in (row, base))
         sign = 1 if self.higher_is_better else -1
         return Cell.of(sign * (a - b) for a, b in zip(mine, theirs, strict=True))
@@ -206,7 +220,7 @@ class Results:
 
         See :func:`~it3_lightning.data.mean_corruption_error`; ``None`` without a baseline.
         """
-        if self.baseline_errors is None:
+        if self.baseline_errors is None or "continual" in self.shifts_of(stream):
             return None
         scores = {
             name: self.scores(row, stream, [f"{name}/{severity}" for severity in SEVERITIES])
@@ -220,16 +234,18 @@ class Results:
         """Return the shift with the smallest gain over the baseline, mean over seeds."""
         gains = [
             (shift, gain.mean)
-            for shift in self._shifted()
+            for shift in self.shifts_of(stream)
             if (gain := self.gain(row, stream, shift)) is not None
         ]
         return min(gains, key=lambda pair: pair[1]) if gains else None
 
     def baseline(self, row: Row) -> Row | None:
         """Return the unadapted row a row is compared with; ``None`` for such a row itself."""
-        if row.name in ("source", "batch statistics"):
+        if row.name in ("source", "batch statistics", FEWER):
             return None
         still = {r.name: r for r in self.rows if r.training == row.training}
+        if row.samples is not None:
+            return still.get(FEWER)
         return still["source"] if row.alone else still.get("batch statistics") or still["source"]
 
     def separation(self, training: str, name: str, shift: str) -> Cell:
@@ -237,12 +253,13 @@ class Results:
         wanted = (training, name, shift)
         return Cell.of(r.score for r in self.separations if (r.training, r.row, r.shift) == wanted)
 
-    def milliseconds(self, row: Row) -> float:
-        """Return milliseconds of adaptation per sample, mean over everything."""
-        mine = [
-            r.ms_per_sample for r in self.records if (r.training, r.row) == (row.training, row.name)
-        ]
-        return statistics.fmean(mine) if mine else 0.0
+    def cost(self, row: Row) -> tuple[float, float, float]:
+        """Return passes forward and backward, and milliseconds a sample, in the first stream."""
+        wanted = row.training, row.name, self.streams[0]
+        mine = [r for r in self.records if (r.training, r.row, r.stream) == wanted]
+        costs = [(r.forwards, r.backwards, r.ms_per_sample) for r in mine]
+        forwards, backwards, milliseconds = map(statistics.fmean, zip(*costs, strict=True))
+        return forwards, backwards, milliseconds
 
     def save(self, folder: Path) -> None:
         """Write ``results.csv`` and ``results.json``."""
@@ -262,9 +279,6 @@ class Results:
             "distances": [asdict(line) for line in lines(self.distances)],
         }
         write_json(folder / "results.json", content, indent=1)
-
-    def _shifted(self) -> list[str]:
-        return [shift for shift in self.shifts if shift != "clean"]
 
 
 def _name_of(split: str) -> str:
@@ -330,6 +344,8 @@ def lines(distances: Sequence[Distances]) -> list[Line]:
 def _summary(results: Results, row: Row) -> dict[str, Any]:
     summary: dict[str, Any] = {"training": row.training, "row": row.name}
     for stream in results.streams:
+        if not results.has(row, stream):
+            continue
         gain, error = results.gain(row, stream), results.corruption_error(row, stream)
         summary[stream] = {
             "clean": asdict(results.clean(row, stream)),
@@ -337,8 +353,8 @@ def _summary(results: Results, row: Row) -> dict[str, Any]:
             "gain": None if gain is None else asdict(gain),
             **({} if error is None else {"mean_corruption_error": asdict(error)}),
         }
-    summary["ms_per_sample"] = results.milliseconds(row)
-    return summary
+    costs = zip(("forwards", "backwards", "ms_per_sample"), results.cost(row), strict=True)
+    return {**summary, **dict(costs)}
 
 
 def _percent(true: Iterable[bool]) -> float:

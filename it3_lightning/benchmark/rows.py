@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
-from it3_lightning.benchmark.config import Recipe
+from it3_lightning.benchmark.config import Recipe, stream_and_size
 from it3_lightning.callbacks.test_time import IT3TestTimeCallback
 from it3_lightning.engine import Settings
 from it3_lightning.engine.restore import batch_norms
@@ -16,7 +15,9 @@ from it3_lightning.methods.terms import Distance, DistanceName
 from it3_lightning.priors import ClassPrior, MaskPrior, ValuePrior
 from it3_lightning.training.mixin import IT3Mixin
 
-Training = Literal["ordinary", "joint", "post-hoc"]
+Training = str
+"""``"ordinary"``, ``"joint"``, ``"post-hoc"``, or beside an auxiliary task: ``"with Rotation"``."""
+FEWER = "source, fewer samples"  # beside methods in which each sample adapts by itself
 _FURTHER = ("published", "balance", "filtered", "mean", "each sample")  # not in the short table
 
 
@@ -73,6 +74,8 @@ class Row:
         name: what happens at test time.
         settings: of the adaptation; ``None``: no callback at all.
         prediction: what is predicted; see :class:`~it3_lightning.IT3TestTimeCallback`.
+        samples: the most of each loader; ``None``: all.
+        published: whether it is a method from the literature, with the settings of its paper.
 
     Raises:
         ValueError: the settings have a gate, which is a distance; that of a callback is a share.
@@ -87,6 +90,8 @@ validation samples in a callback, which a benchmark does not calibrate. Leave it
     name: str
     settings: Settings | None = None
     prediction: Prediction = "first"
+    samples: int | None = None
+    published: bool = False
 
     def __post_init__(self) -> None:
         if self.settings is not None and self.settings.gate is not None:
@@ -105,6 +110,23 @@ validation samples in a callback, which a benchmark does not calibrate. Leave it
     def alone(self) -> bool:
         """Whether every sample is by itself, so that there are no batch statistics."""
         return self.settings is not None and self.settings.scope == "sample"
+
+    def goes_with(self, stream: str) -> bool:
+        """Whether it is scored on a stream: not, for orders or batches that make no difference.
+
+        Some rows need several samples in a batch.
+        """
+        name, size = stream_and_size(stream)
+        if self.alone or self.samples is not None:
+            return name in ("equal", "unequal") and size is None
+        return size != 1 or self.settings is None or not self.settings.method.needs_batch
+
+    def on(self, stream: str) -> Row:
+        """Return the row as it is on a stream: single images have no batch statistics."""
+        settings = self.settings
+        if stream_and_size(stream)[1] != 1 or settings is None or settings.norm_stats != "batch":
+            return self
+        return replace(self, settings=replace(settings, norm_stats="source"))
 
     def callback(self) -> IT3TestTimeCallback | None:
         """Return the callback that does it; ``None`` for the source row."""

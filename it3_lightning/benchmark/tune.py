@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from it3_lightning.benchmark.config import BenchmarkSettings, Recipe
-from it3_lightning.benchmark.kept import check_folder, kept, rebuilt
-from it3_lightning.benchmark.models import MakeModel, Models, about, models_of, with_priors
+from it3_lightning.benchmark.kept import check_folder
+from it3_lightning.benchmark.models import MakeModel, about, with_priors
+from it3_lightning.benchmark.peers import at_rate
 from it3_lightning.benchmark.results import Record
 from it3_lightning.benchmark.rows import Kind, Row, Training
-from it3_lightning.benchmark.run import Progress, quiet, scored, threads
+from it3_lightning.benchmark.scoring import Progress, Scoring, quiet, threads
 from it3_lightning.benchmark.tune_rules import Candidate, Gains, Grid, Rule, Verdict, is_clean
 from it3_lightning.data import ShiftedData
 from it3_lightning.engine import Settings
-from it3_lightning.utils.files import write_json
+from it3_lightning.training.mixin import IT3Mixin
 
 _Scores = dict[str, dict[str, list[float]]]
 """By row and by name of the samples, one for each seed."""
@@ -82,13 +83,13 @@ class Tuning:
             check_folder(Path(settings.output), facts["training"])
             still = _unadapted(self.training, kind)
             rounds = (len(still) + len(candidates)) * len(settings.streams)
-            with Progress(len(settings.seeds), rounds) as progress:
-                search = _Search(settings, make_model, data, facts, progress, self.batches)
-                unadapted = search.scores(still)
+            with Progress(len(settings.seeds) * rounds) as progress:
+                scoring = Scoring(settings, make_model, data, facts, progress, "tuning")
+                unadapted = _scores(scoring, still, self.batches)
                 base = max(still, key=lambda row: settings.sign * _shifted(unadapted[row.name]))
                 start = base.settings or Settings(steps=0, measure=False)
                 rows = [candidate.row(self.training, start) for candidate in candidates]
-                scores = search.scores(rows)
+                scores = _scores(scoring, rows, self.batches)
         before = unadapted[base.name]
         gains = [_gains(settings.sign, before, scores[row.name]) for row in rows]
         return self._judged(settings, data, candidates, base, before, gains)
@@ -233,85 +234,61 @@ class Tuned:
         return recipe
 
 
-@dataclass(frozen=True)
-class _Search:
-    """Scores rows on all seeds and streams, keeping what was scored before.
+def _scores(scoring: Scoring, rows: Sequence[Row], batches: int | None) -> _Scores:
+    """Return the scores of rows of one training, on all seeds and streams."""
+    found: _Scores = {row.name: {} for row in rows}
+    streams = scoring.settings.streams
+    for seed, stream, row in product(scoring.settings.seeds, streams, rows):
+        for record in scoring.records(row, seed, stream, batches=batches):
+            name = f"{record.shift}, {record.stream}" if len(streams) > 1 else record.shift
+            found[row.name].setdefault(name, []).append(record.score)
+    return found
+
+
+def at_chosen_rates(rows: Sequence[Row], model: IT3Mixin, scoring: Scoring) -> list[Row]:
+    """Return rows at the learning rate that the rule of tuning chooses; *tuned* in their names.
+
+    The choice is among factors of each row's own rate, ``benchmark.rates``, with the models of the
+    first seed, on validation samples under the data's tuning shifts. Where none gains without harm,
+    the row takes no step.
 
     Args:
-        settings: seeds, streams, metric and Trainer.
-        make_model: returns a fresh model with priors.
-        data: set to what is to be scored on, but for seed and stream.
-        facts: of :func:`~it3_lightning.benchmark.models.about`.
-        progress: is told.
-        batches: the most of each loader; ``None``: all.
+        rows: that take steps.
+        model: whose settings tell whether scores that are there still hold.
+        scoring: on the benchmark's data.
     """
-
-    settings: BenchmarkSettings
-    make_model: MakeModel
-    data: ShiftedData
-    facts: dict[str, Any]
-    progress: Progress
-    batches: int | None = None
-
-    def scores(self, rows: Sequence[Row]) -> _Scores:
-        """Return the scores of rows of one training."""
-        found: _Scores = {row.name: {} for row in rows}
-        for seed in self.settings.seeds:
-            kept = _Kept(self._file(seed), self._fingerprint())
-            models = None
-            for row, stream in ((r, s) for s in self.settings.streams for r in rows):
-                key = json.dumps([repr(row), stream, self.batches])
-                if key not in kept.records:
-                    models = models or self._models(seed)
-                    self.progress.say(f"seed {seed}, {stream} classes: {row.name}")
-                    self.data.seed, self.data.stream = seed, stream  # type: ignore[assignment]
-                    model = models[row.training]
-                    records = scored(self.settings, row, model, self.data, batches=self.batches)
-                    kept.add(key, records)
-                self.progress.advance()
-                for record in kept.records[key]:
-                    name = self._name(record)
-                    found[row.name].setdefault(name, []).append(record.score)
-        return found
-
-    def _models(self, seed: int) -> Models:
-        say, training = self.progress.say, self.facts["training"]
-        return models_of(self.settings, seed, self.make_model, self.data, say, training)
-
-    def _file(self, seed: int) -> Path:
-        return Path(self.settings.output) / "tuning" / f"seed_{seed}.json"
-
-    def _fingerprint(self) -> str:
-        """Return all that a score depends on besides its row."""
-        parts = {
-            "training": self.facts["training"],
-            "data": self.facts["settings"]["data"],
-            "metric": self.settings.metric,
-        }
-        return json.dumps(parts, sort_keys=True)
-
-    def _name(self, record: Record) -> str:
-        several = len(self.settings.streams) > 1
-        return f"{record.shift}, {record.stream}" if several else record.shift
+    settings, data = scoring.settings, scoring.data
+    seed, most, rule, found = settings.seeds[0], settings.rate_batches, Rule(), []
+    with _to_tune_on(data):
+        facts = {**scoring.facts, "settings": about(settings, model, data)["settings"]}
+        own = replace(scoring, facts=facts, folder="rates")
+        for row in rows:
+            still = _still(row)
+            tried = [still, *(at_rate(row, factor) for factor in settings.rates)]
+            scores = [own.records(each, seed, "equal", batches=most) for each in tried]
+            before, *after = map(_by_name, scores)
+            gains = [_gains(settings.sign, before, each) for each in after]
+            mean = statistics.fmean(settings.error(values[0]) for values in before.values())
+            tolerated = rule.tolerated(gains, mean)
+            chosen = rule.chosen([rule.verdict(each, tolerated) for each in gains])
+            best = still if chosen is None else tried[1 + chosen]
+            rate = (
+                f"lr {best.settings.lr:.2g}" if best.settings and chosen is not None else "no step"
+            )
+            name = f"{row.name}, tuned: {rate}"
+            found.append(replace(best, name=name, published=False))
+    return found
 
 
-class _Kept:
-    """Records of one seed by row and stream, in a file."""
-
-    def __init__(self, file: Path, fingerprint: str) -> None:
-        self._file, self._fingerprint = file, fingerprint
-        self.records = kept(file, fingerprint, _records) or {}
-
-    def add(self, key: str, records: list[Record]) -> None:
-        """Keep the records of a row, and write the file."""
-        self.records[key] = records
-        rows = {key: [asdict(record) for record in own] for key, own in self.records.items()}
-        write_json(self._file, {"fingerprint": self._fingerprint, "rows": rows})
+def _still(row: Row) -> Row:
+    """Return the row with the same statistics that takes no step."""
+    assert row.settings is not None
+    own = {name: getattr(row.settings, name) for name in ("scope", "norm_stats")}
+    return Row(row.training, row.name, Settings(steps=0, measure=False, **own), samples=row.samples)
 
 
-def _records(content: dict[str, Any]) -> dict[str, list[Record]]:
-    rows = content["rows"].items()
-    return {key: [rebuilt(Record, saved) for saved in records] for key, records in rows}
+def _by_name(records: Sequence[Record]) -> dict[str, list[float]]:
+    return {record.shift: [record.score] for record in records}
 
 
 @contextmanager

@@ -25,6 +25,10 @@ class Summary:
         reasons: how many samples were skipped for which reason.
         reliable: samples that moved the weights.
         milliseconds: time spent adapting.
+        batches: seen.
+        forwards: forward passes for adapting and measuring, views and iterates one by one; in scope
+            ``"sample"`` those of each sample.
+        backwards: the same of backward passes.
         distance_source: mean distance of the source weights, over the samples measured.
         distance_adapted: the same of the adapted weights.
         gated: samples whose distance lay within the gate.
@@ -51,6 +55,9 @@ class Summary:
     gated: int = 0
     backend: str = ""
     milliseconds: float = 0.0
+    batches: int = 0
+    forwards: int = 0
+    backwards: int = 0
     _source: tuple[float, int] = (0.0, 0)
     _adapted: tuple[float, int] = (0.0, 0)
     _distances: list[list[Tensor]] = field(default_factory=list)
@@ -65,6 +72,9 @@ class Summary:
         size = adaptation.skipped.numel()
         self.samples += size
         self.milliseconds += 1000 * adaptation.seconds
+        self.batches += 1
+        self.forwards += adaptation.forwards
+        self.backwards += adaptation.backwards
         skipped = int(adaptation.skipped.sum())
         self.skipped += skipped
         if adaptation.reason is not None:

@@ -150,5 +150,21 @@ class AuxiliaryMixin(LightningModule):
             raise MisconfigurationException(str(error)) from error
 
 
+def with_auxiliary(module: LightningModule, auxiliary: Auxiliary, weight: float = 1.0) -> None:
+    """Have a module that is there already learn an auxiliary task beside its own.
+
+    Its class becomes a subclass with :class:`AuxiliaryMixin`; what it holds stays.
+
+    Args:
+        module: any LightningModule.
+        auxiliary: the task.
+        weight: of its loss.
+    """
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (AuxiliaryMixin, kind), {})
+    module.it3_auxiliary = auxiliary
+    module.it3_auxiliary_weight = weight  # type: ignore[assignment]
+
+
 def _any(state: Mapping[str, Any], prefix: str) -> bool:
     return any(name.startswith(prefix) for name in state)

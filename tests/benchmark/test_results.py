@@ -87,7 +87,7 @@ def test_mean_corruption_error_is_the_errors_share_of_the_baselines() -> None:
     second = 100 * (35 / 64 + 45 / 84) / 2
     assert source.mean == pytest.approx((first + second) / 2)
     assert tent.mean == pytest.approx(100 * (26 / 64 + 36 / 84) / 2)
-    assert headers(results)[-2:] == ["mCE (lower is better)", "ms/sample"]
+    assert headers(results)[-3:] == ["mCE (lower is better)", "passes", "ms/sample"]
     assert line(results, rows[1])[-2] == f"{tent.mean:.1f} ± 0.0"
     assert headers(results)[-2] in markdown(results)
     assert "mCE" in page(results)
@@ -172,5 +172,5 @@ def test_distances_lie_beside_the_scores_with_their_summary_in_the_results(
     written = json.loads((folder / "results.json").read_text())["distances"]
     assert written == [asdict(line) for line in lines(results.distances)]
     fingerprint = json.dumps(results.about["settings"])
-    assert kept_distances(folder, 0, fingerprint) == results.distances
+    assert kept_distances(folder, 0, fingerprint) == (results.separations, results.distances)
     assert kept_distances(folder, 7, fingerprint) is None

@@ -2,17 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.benchmark_runs import benchmark, digits, make_model
 
 from it3_lightning import FeatureInjection, ValuePrior
-from it3_lightning.benchmark import Benchmark, Results
+from it3_lightning.benchmark import Benchmark, Results, Row, scoring
 from it3_lightning.benchmark.config import Recipe
 from it3_lightning.data import BundledDataModule, DigitsDataModule, ImageSet
 from it3_lightning.networks import MLP, SmallCNN
 from it3_lightning.tasks import IT3Regressor
-from it3_lightning.utils.files import read_json
 
 
 def test_every_row_is_scored_on_every_stream_and_shift(finished: tuple[Path, Results]) -> None:
@@ -34,13 +34,23 @@ def test_a_finished_seed_is_not_run_again(
     assert again.records == results.records
 
 
-def test_other_settings_are_run_again(tmp_path: Path) -> None:
-    benchmark(tmp_path, recipe=Recipe(tent_lr=1e-4)).run(make_model, digits())
-    other = r"seed_0\.json is of other settings: benchmark\.recipe\.tent_lr 0\.5 instead of 0\.0001"
-    with pytest.warns(UserWarning, match=other):
-        benchmark(tmp_path, recipe=Recipe(tent_lr=0.5)).run(make_model, digits())
-    settings = json.loads(read_json(tmp_path / "seed_0.json")["fingerprint"])
-    assert settings["benchmark"]["recipe"]["tent_lr"] == 0.5
+def test_a_row_of_other_settings_is_run_again_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = benchmark(tmp_path, recipe=Recipe(tent_lr=1e-4)).run(make_model, digits())
+    ran: list[str] = []
+    plain = scoring.scored
+
+    def noted(settings: Any, row: Row, *args: Any) -> Any:
+        ran.append(row.name)
+        return plain(settings, row, *args)
+
+    monkeypatch.setattr(scoring, "scored", noted)
+    with pytest.warns(UserWarning, match=r"distances_seed_0\.json is of other settings: .*tent_lr"):
+        after = benchmark(tmp_path, recipe=Recipe(tent_lr=0.5)).run(make_model, digits())
+    assert ran == ["Tent"]
+    same = [r for r in before.records if r.row != "Tent"]
+    assert [r for r in after.records if r.row != "Tent"] == same
 
 
 def test_the_same_seed_gives_the_same_scores(tmp_path: Path) -> None:

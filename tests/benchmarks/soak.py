@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from it3_lightning import Idempotence, IT3TestTimeCallback
-from it3_lightning.benchmark.run import quiet, threads
+from it3_lightning.benchmark.scoring import quiet, threads
 
 TENTHS = 10
 MOST_MIB, MOST_OBJECTS, MOST_TENSORS = 2.0, 32, 16  # that may be added, whatever the batches

@@ -26,7 +26,7 @@ from costs.page import page
 from costs.results import Results, machine
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from it3_lightning.benchmark.run import threads
+from it3_lightning.benchmark.scoring import threads
 
 
 def jobs(extent: Extent, device: torch.device) -> list[Job]:

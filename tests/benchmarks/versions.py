@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from it3_lightning.benchmark.run import threads
+from it3_lightning.benchmark.run import threads  # type: ignore[attr-defined]  # in old versions too
 
 NAME = "it3_lightning"
 Run = Callable[[Any], object]

@@ -1,0 +1,277 @@
+"""Scores of rows on data: each is kept in a file as it comes, so that a new row costs its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from it3_lightning.benchmark.config import BenchmarkSettings, stream_and_size
+from it3_lightning.benchmark.kept import kept, rebuilt
+from it3_lightning.benchmark.models import MakeModel, Models, models_of
+from it3_lightning.benchmark.results import Record
+from it3_lightning.benchmark.rows import Row
+from it3_lightning.callbacks.test_time import TestTimeCallback
+from it3_lightning.data import ShiftedData
+from it3_lightning.engine.selection import select
+from it3_lightning.training.mixin import IT3Mixin
+from it3_lightning.utils.files import write_json
+
+
+@dataclass
+class Scoring:
+    """Scores rows with the models of a seed.
+
+    Args:
+        settings: metric and Trainer.
+        make_model: returns a fresh model with priors.
+        data: clean and shifted samples; its seed, stream and batch size are set.
+        facts: of :func:`~it3_lightning.benchmark.models.about`.
+        progress: is told.
+        folder: of the benchmark's output, in which scores are kept.
+    """
+
+    settings: BenchmarkSettings
+    make_model: MakeModel
+    data: ShiftedData
+    facts: dict[str, Any]
+    progress: Progress
+    folder: str = "."
+    _models: dict[int, Models] = field(default_factory=dict)
+    _files: dict[int, _Kept] = field(default_factory=dict, init=False)
+
+    def models(self, seed: int) -> Models:
+        """Return the trained models of a seed; those of one seed at a time are in memory."""
+        if seed not in self._models:
+            say, training = self.progress.say, self.facts["training"]
+            found = models_of(self.settings, seed, self.make_model, self.data, say, training)
+            self._models = {seed: found}
+        return self._models[seed]
+
+    def records(
+        self, row: Row, seed: int, stream: str, *, batches: int | None = None
+    ) -> list[Record]:
+        """Return a record for each loader of the data, from the file where it has them.
+
+        Args:
+            row: which training, and what happens at test time.
+            seed: of the models and of the data.
+            stream: its name, with its own size of batches after a slash.
+            batches: the most of each loader; ``None``: all.
+        """
+        if seed not in self._files:
+            file = Path(self.settings.output) / self.folder / f"seed_{seed}.json"
+            self._files[seed] = _Kept(file, self._fingerprint())
+        scores, row = self._files[seed], row.on(stream)
+        key = json.dumps([repr(replace(row, name="")), stream, batches])  # names may change
+        if key not in scores.records:
+            self.progress.say(f"seed {seed}, {stream}: {row.training}, {row.name}")
+            model = self.models(seed)[row.training]
+            with streaming(self.data, seed, stream):
+                scores.add(key, scored(self.settings, row, model, self.data, stream, batches))
+        self.progress.advance()
+        return [replace(record, row=row.name) for record in scores.records[key]]
+
+    def _fingerprint(self) -> str:
+        """Return all that a score depends on besides its row and its stream."""
+        own = self.facts["settings"]["benchmark"]
+        parts = {
+            "training": self.facts["training"],
+            "data": self.facts["settings"]["data"],
+            "metric": self.settings.metric,
+            "heads": own["heads"],
+            "accelerator": own["accelerator"],
+        }
+        return json.dumps(parts, sort_keys=True)
+
+
+class _Kept:
+    """Records of one seed by row and stream, in a file."""
+
+    def __init__(self, file: Path, fingerprint: str) -> None:
+        self._file, self._fingerprint = file, fingerprint
+        self.records = kept(file, fingerprint, _records) or {}
+
+    def add(self, key: str, records: list[Record]) -> None:
+        """Keep the records of a row, and write the file."""
+        self.records[key] = records
+        rows = {key: [asdict(record) for record in own] for key, own in self.records.items()}
+        write_json(self._file, {"fingerprint": self._fingerprint, "rows": rows})
+
+
+def _records(content: dict[str, Any]) -> dict[str, list[Record]]:
+    rows = content["rows"].items()
+    return {key: [rebuilt(Record, saved) for saved in records] for key, records in rows}
+
+
+@contextmanager
+def streaming(data: ShiftedData, seed: int, stream: str) -> Iterator[None]:
+    """Let the data be those of a seed and a stream within, which may have a size of batches."""
+    before = data.seed, data.stream, data.eval_batch_size
+    name, size = stream_and_size(stream)
+    data.seed, data.stream = seed, name  # type: ignore[assignment]
+    data.eval_batch_size = size or data.eval_batch_size
+    try:
+        yield
+    finally:
+        data.seed, data.stream, data.eval_batch_size = before
+
+
+def scored(
+    settings: BenchmarkSettings,
+    row: Row,
+    model: IT3Mixin,
+    data: ShiftedData,
+    stream: str,
+    batches: int | None = None,
+) -> list[Record]:
+    """Return a record for each loader of the data.
+
+    Args:
+        settings: of the Trainer and of the metric.
+        row: what happens at test time.
+        model: of the row's training.
+        data: clean and shifted samples, with the stream and the seed set.
+        stream: what the records call it.
+        batches: the most of each loader; ``None``: all.
+    """
+    callback = row.callback()
+    callbacks = [] if callback is None else [callback]
+    if row.settings is not None and row.settings.method.needs_source:
+        seeing = settings.trainer(callbacks=callbacks, limit_val_batches=None)
+        seeing.validate(model, datamodule=data, verbose=False)
+    most = batches
+    if row.samples is not None:
+        most = min(batches or row.samples, -(-row.samples // data.eval_batch_size))
+    data.setup("test")  # shifts are made before the time is taken
+    trainer = settings.trainer(callbacks=callbacks, limit_test_batches=most)
+    start = time.perf_counter()
+    logged = trainer.test(model, datamodule=data, verbose=False)
+    milliseconds = 1000 * (time.perf_counter() - start)
+    samples = sum(trainer.num_test_batches) * data.eval_batch_size  # but for the last batches
+    adapts = row.settings is not None and row.settings.steps > 0
+    chosen = select(model, row.settings.parameters) if adapts and row.settings else {}
+    forwards, backwards = _passes(row, callback)
+    return [
+        Record(
+            row.training,
+            row.name,
+            stream,
+            data.seed,
+            shift,
+            _score_in(scores, settings.metric, percent=settings.percent),
+            milliseconds / max(samples, 1),
+            sum(p.numel() for p in chosen.values()),
+            forwards,
+            backwards,
+        )
+        for shift, scores in zip(data.test_names, logged, strict=True)
+    ]
+
+
+def _passes(row: Row, callback: TestTimeCallback | None) -> tuple[float, float]:
+    """Return forward and backward passes for each batch, or sample where each is by itself."""
+    own = 1.0 + (row.prediction != "first")  # the step's
+    if callback is None:
+        return own, 0.0
+    summary = callback.summary
+    count = max(summary.samples if row.alone else summary.batches, 1)
+    return own + summary.forwards / count, summary.backwards / count
+
+
+def _score_in(scores: Mapping[str, Any], metric: str, *, percent: bool) -> float:
+    """Return the score in what a loader's ``test_step`` logged.
+
+    Raises:
+        ValueError: it is not there.
+
+    >>> _score_in({"test_acc/dataloader_idx_1": 0.5}, "test_acc", percent=True)
+    50.0
+    """
+    for key, value in scores.items():
+        if key.partition("/dataloader_idx_")[0] == metric:
+            return float(value) * (100 if percent else 1)
+    raise ValueError(
+        f"test_step logged no {metric!r}, but {', '.join(scores)}. Set benchmark.metric "
+        "to one of them."
+    )
+
+
+class Progress:
+    """A bar over evaluations, with a line that says what is being done.
+
+    Args:
+        evaluations: rows times streams times seeds.
+    """
+
+    def __init__(self, evaluations: int) -> None:
+        self._bar = Bar(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._task = self._bar.add_task("starting", total=evaluations)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.say("done")
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Say what is being done."""
+        self._bar.update(self._task, description=text)
+
+    def advance(self) -> None:
+        """Count one evaluation."""
+        self._bar.advance(self._task)
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Let torch use this many threads on the CPU within; ``None``: as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's notices about every run of a Trainer out of the way."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        warnings.filterwarnings("ignore", ".*`tensorboardX` has been removed.*")
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
