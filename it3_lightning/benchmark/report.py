@@ -19,16 +19,20 @@ from it3_lightning.benchmark.tune_rules import Verdict, is_clean
 from it3_lightning.utils.files import read_json, write
 
 _TOLD = "Telling shifted from clean samples: area under the ROC curve, in percent; 50 is chance."
+_BY_STREAM = "Mean gain over the shifts by stream; of unadapted rows the score."
 _FILES = ("distances.svg", "page.html", "results.csv", "results.json", "table.md")
 _STREAMS = ("equal", "unequal")
 
 
 def show(results: Results, folder: Path) -> None:
-    """Print the table; write ``table.md``, ``page.html``, ``distances.svg`` into the folder."""
-    shown = table(results)
-    console = fitting(shown)
-    console.print(shown)
+    """Print the tables; write ``table.md``, ``page.html``, ``distances.svg`` into the folder."""
+    shown = [table(results)]
     parts = [f"{results.title}; a gain is an improvement.", markdown(results)]
+    if len(results.streams) > len(_detailed(results)):
+        shown.append(_as_table(by_stream(results), _BY_STREAM))
+        parts.append(f"{_BY_STREAM}\n\n{as_markdown(by_stream(results))}")
+    console = fitting(*shown)
+    console.print(*shown)
     parts += [f"Gain by shift, {s} classes:\n\n{by_shift(results, s)}" for s in results.streams]
     if told := separation(results):
         parts.append(f"{_TOLD}\n\n{as_markdown(told)}")
@@ -49,7 +53,10 @@ def page(results: Results) -> str:
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in line(results, row))
         body += f"<tr{' class=first' if row.training != before else ''}>{cells}</tr>\n"
         before = row.training
-    plots = "".join(
+    plots = ""
+    if len(results.streams) > len(_detailed(results)):
+        plots = f"<h2>{_BY_STREAM}</h2><div class=wide>{as_html(by_stream(results))}</div>"
+    plots += "".join(
         f"<h2>Gain by shift, {html.escape(stream)} classes</h2>"
         f"<div class=plot>{_plot(results, stream)}</div>"
         for stream in results.streams
@@ -73,16 +80,48 @@ def page(results: Results) -> str:
 
 def table(results: Results) -> Table:
     """Return the aligned table of all rows; gains are over the same model's batch statistics."""
-    shown = Table(title=f"{results.title}, mean ± std over seeds {results.seeds}")
-    for index, title in enumerate(headers(results)):
-        shown.add_column(title, justify="left" if index < 2 else "right", no_wrap=True)
+    rows = [headers(results), *(line(results, row) for row in results.rows)]
+    return _as_table(rows, f"{results.title}, mean ± std over seeds {results.seeds}")
+
+
+def _as_table(rows: Sequence[Sequence[str]], title: str) -> Table:
+    """Return rows, the head first, as a table in which each training is a section."""
+    shown = Table(title=title)
+    for index, head in enumerate(rows[0]):
+        shown.add_column(head, justify="left" if index < 2 else "right", no_wrap=True)
     before = ""
-    for row in results.rows:
-        if before and before != row.training:
+    for cells in rows[1:]:
+        if before and before != cells[0]:
             shown.add_section()
-        before = row.training
-        shown.add_row(*line(results, row))
+        before = cells[0]
+        shown.add_row(*cells)
     return shown
+
+
+def by_stream(results: Results) -> list[list[str]]:
+    """Return a table: the mean gain over the shifts in each stream, and its titles.
+
+    Of an unadapted row it is the score; empty where a row does not go with a stream.
+    """
+    style = f".{results.decimals}f"
+    rows = [["training", "at test time", *results.streams]]
+    for row in results.rows:
+        cells = [row.training, row.name]
+        for stream in results.streams:
+            gain = results.gain(row, stream) if results.has(row, stream) else None
+            if gain is not None:
+                cells.append(format(gain, f"+{style}"))
+            elif results.has(row, stream):
+                cells.append(format(results.shifted(row, stream), style))
+            else:
+                cells.append("")
+        rows.append(cells)
+    return rows
+
+
+def _detailed(results: Results) -> list[str]:
+    """Return the streams of the first table: more than two do not fit in one."""
+    return results.streams if len(results.streams) <= 2 else results.streams[:1]
 
 
 def markdown(results: Results) -> str:
@@ -94,7 +133,7 @@ def headers(results: Results) -> list[str]:
     """Return the column titles of the table."""
     per_stream = [
         title
-        for stream in results.streams
+        for stream in _detailed(results)
         for title in (f"{stream}: clean", "shifts", "gain", "worst shift", *_error_title(results))
     ]
     return ["training", "at test time", *per_stream, "passes", "ms/sample"]
@@ -103,7 +142,7 @@ def headers(results: Results) -> list[str]:
 def line(results: Results, row: Row) -> list[str]:
     """Return the cells of one row, as text."""
     cells, style = [row.training, row.name], f".{results.decimals}f"
-    for stream in results.streams:
+    for stream in _detailed(results):
         if not results.has(row, stream):
             cells += [""] * (4 + len(_error_title(results)))
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 
 from it3_lightning.benchmark.config import Recipe, stream_and_size
@@ -134,6 +135,7 @@ validation samples in a callback, which a benchmark does not calibrate. Leave it
             return None
         names = [field.name for field in fields(self.settings) if field.name != "gate"]
         settings = {name: getattr(self.settings, name) for name in names}
+        settings["objective"] = deepcopy(self.settings.objective)  # it may keep what it has seen
         return IT3TestTimeCallback(**settings, prediction=self.prediction)
 
 

@@ -56,7 +56,7 @@ class Benchmark(BenchmarkSettings):
                 decimals=self.decimals,
                 baseline_errors=self._baseline_errors(data),
             )
-            with Progress(self._evaluations(rows, len(moving))) as progress:
+            with Progress(self._evaluations(rows, moving)) as progress:
                 scoring = Scoring(self, make_model, data, facts, progress)
                 if self.rates and moving:
                     rows += at_chosen_rates(moving, probe, scoring)
@@ -84,10 +84,12 @@ class Benchmark(BenchmarkSettings):
         """Return what is scored."""
         return [(row, stream) for stream in self.streams for row in rows if row.goes_with(stream)]
 
-    def _evaluations(self, rows: Sequence[Row], moving: int) -> int:
-        """Return how many there are, those of choosing rates among them."""
-        chosen = moving * (1 + len(self.rates)) if self.rates else 0
-        return len(self.seeds) * (len(self._pairs(rows)) + moving * bool(self.rates)) + chosen
+    def _evaluations(self, rows: Sequence[Row], moving: Sequence[Row]) -> int:
+        """Return how many there are, those of choosing rates and at chosen rates among them."""
+        if not self.rates:
+            return len(self.seeds) * len(self._pairs(rows))
+        tuned = len(self.seeds) * len(self._pairs([*rows, *moving]))
+        return tuned + len(moving) * (1 + len(self.rates))
 
     def _baseline_errors(self, data: ShiftedData) -> dict[str, float] | None:
         """Return the errors that those of an accuracy in per cent are compared with, if any."""

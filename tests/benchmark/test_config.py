@@ -12,6 +12,11 @@ from helpers.benchmark_runs import benchmark
         ({"seeds": ()}, "at least one seed"),
         ({"epochs": 0}, "epochs >= 1"),
         ({"streams": ("odd",)}, "equal, unequal"),
+        ({"streams": ()}, r"streams: \[equal\]"),
+        ({"streams": ("equal/0",)}, "as in 'equal/16', got 'equal/0'"),
+        ({"streams": ("equal/",)}, "as in 'equal/16', got 'equal/'"),
+        ({"rates": (0.0,)}, "rates > 0"),
+        ({"alone": 0}, "alone >= 1"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(

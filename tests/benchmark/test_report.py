@@ -12,6 +12,7 @@ from it3_lightning.benchmark import Results
 from it3_lightning.benchmark.distances import CONFIDENCE, DISTANCE
 from it3_lightning.benchmark.report import (
     by_shift,
+    by_stream,
     headers,
     line,
     markdown,
@@ -47,6 +48,31 @@ def test_every_line_of_the_table_has_a_cell_for_every_title() -> None:
     assert all(len(line(results, row)) == len(headers(results)) for row in results.rows)
     assert markdown(results).count("\n") == len(results.rows) + 1
     assert "+4.0 ± 1.4" in markdown(results)
+
+
+def test_more_than_two_streams_have_a_table_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = toy_results()
+    for stream, less in (("correlated", 5.0), ("equal/4", 10.0)):
+        results.records += [
+            replace(r, stream=stream, score=r.score - less * (r.row == "Tent"))
+            for r in results.records
+            if r.stream == "equal" and (r.row != "source" or stream != "equal/4")
+        ]
+    assert headers(results)[2:] == ["equal: clean", "shifts", "gain", "worst shift", *COSTS]
+    assert by_stream(results) == [
+        ["training", "at test time", "equal", "correlated", "equal/4"],
+        ["ordinary", "source", "50.0 ± 0.0", "50.0 ± 0.0", ""],
+        ["ordinary", "batch statistics", *["60.0 ± 0.0"] * 3],
+        ["ordinary", "Tent", "+4.0 ± 1.4", "-1.0 ± 1.4", "-6.0 ± 1.4"],
+    ]
+    show(results, tmp_path)
+    assert all("-6.0 ± 1.4" in text for text in (capsys.readouterr().out, page(results)))
+    assert "| equal/4 |" in (tmp_path / "table.md").read_text().replace("    equal/4", " equal/4")
+
+
+COSTS = ["passes", "ms/sample"]
 
 
 def test_gains_by_shift_are_means_over_seeds_and_leave_unadapted_rows_out() -> None:
