@@ -261,6 +261,33 @@ def test_benchmark_writes_its_page(config: str, tmp_path: Path, idx_images: Path
     assert written <= names
 
 
+@pytest.mark.parametrize("config", ["digits", "fashion_mnist"])
+def test_benchmark_compares_methods(config: str, tmp_path: Path, idx_images: Path) -> None:
+    run(
+        "benchmark",
+        config,
+        tmp_path,
+        idx_images,
+        f"--benchmark.output={tmp_path}",
+        "--benchmark.methods=[Tent, TTT]",
+        "--benchmark.streams=[equal, continual, equal/2]",
+        "--benchmark.seeds=[0]",
+        "--benchmark.epochs=1",
+        "--benchmark.posthoc_epochs=1",
+        "--benchmark.rows=main",
+        "--benchmark.accelerator=cpu",
+        "--benchmark.distance_samples=0",
+        "--benchmark.rates=[1]",
+        "--benchmark.rate_batches=1",
+        "--benchmark.batches=1",
+        "--benchmark.alone=2",
+        "--data.eval_batch_size=4",
+        "--data.test_size=8",
+    )
+    report = (tmp_path / "table.md").read_text()
+    assert all(name in report for name in ("Tent, tuned: ", "with Rotation", "equal/2"))
+
+
 @pytest.mark.filterwarnings("ignore:The network cannot be vectorised.*graphs:UserWarning")
 @pytest.mark.parametrize(
     "config", ["airfoils_graph", "boston", "digits", "fashion_mnist", "roads_procedural"]

@@ -3,11 +3,13 @@
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from it3_lightning import IT3TestTimeCallback
-from it3_lightning.engine import Settings
-from it3_lightning.methods import Idempotence
+from it3_lightning.engine import OPTIMIZERS, Rule, Settings
+from it3_lightning.methods import LAME, T3A, Idempotence, Objective, Passes
+from it3_lightning.methods.base import Steps
 
 
 @pytest.mark.parametrize(
@@ -16,6 +18,7 @@ from it3_lightning.methods import Idempotence
         ({"steps": -1}, "steps >= 0, got -1"),
         ({"lr": -0.1}, "lr >= 0, got -0.1"),
         ({"lr": float("nan")}, "finite lr >= 0, got nan"),
+        ({"lr": float("inf")}, "finite lr >= 0, got inf"),
         ({"optimizer": "adan"}, "Unknown optimizer 'adan'. Did you mean 'adam'"),
         ({"reset": 0}, "'batch', 'never' or N >= 1, got 0"),
         ({"reset": True}, "'batch', 'never' or N >= 1, got True"),
@@ -38,8 +41,85 @@ def test_an_objective_that_does_not_say_whether_it_needs_a_batch_is_refused() ->
 
     with pytest.raises(TypeError, match=r"needs_batch, .* got function without"):
         Settings(objective=mine)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"needs_batch, .* got function without"):
+        Settings(objective=mine, optimizer="sgd", lr=0.1)  # type: ignore[arg-type]
     mine.needs_batch = False  # type: ignore[attr-defined]
     assert Settings(objective=mine).moves == ("polyak", 0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 0},
+        {"ema_decay": 0},
+        {"ema_decay": 1},
+        {"optimizer": "polyak", "lr": 0.01},
+        {"optimizer": "polyak", "lr": 2},
+        {"memory": 1},
+        {"gate": 0.1},
+        {"gate": float("inf")},
+        {"scope": "sample", "backend": "loop"},
+        {"scope": "sample", "compile": True},
+    ],
+)
+def test_settings_take_what_lies_on_the_limits(settings: dict[str, Any]) -> None:
+    made = Settings(**settings)
+    assert {name: getattr(made, name) for name in settings} == settings
+
+
+class Thrice(Idempotence):
+    """Takes steps of its own."""
+
+    def step(self, passes: Passes, state: Steps) -> Objective:
+        for _ in range(3):
+            objective = super().step(passes, state)
+        return objective
+
+
+def test_a_gate_does_not_go_with_steps_of_a_methods_own() -> None:
+    with pytest.raises(ValueError, match="Thrice takes steps of its own"):
+        Settings(objective=Thrice(), gate=0.1)
+    assert Settings(objective=Thrice()).gate is None
+
+
+@pytest.mark.parametrize("optimizer", ["polyak", "sgd", "adam", "rmsprop"])
+def test_one_step_of_a_named_optimizer_from_the_source_is_taken_in_closed_form(
+    optimizer: Any,
+) -> None:
+    assert Settings(optimizer=optimizer).single_step
+    assert Settings(optimizer=optimizer, anchor="live", reset=1).single_step
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 0},
+        {"steps": 2},
+        {"anchor": "ema"},
+        {"reset": "never"},
+        {"reset": 2},
+        {"weight_ensembling": 0.01},
+        {"grad_clip": 1.0},
+        {"objective": Thrice()},
+        {"optimizer": torch.optim.SGD},
+        {"optimizer": "without a closed form"},
+    ],
+)
+def test_all_else_needs_an_optimizer_with_a_state(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "without a closed form", Rule(torch.optim.Adagrad))
+    assert not Settings(**settings).single_step
+
+
+def test_a_rule_is_that_of_the_name() -> None:
+    assert Settings().rule is OPTIMIZERS["polyak"]
+    assert Settings(optimizer=torch.optim.SGD).rule is None
+
+
+def test_what_a_method_predicts_is_asked_for_where_it_may() -> None:
+    assert Settings(objective=LAME()).predicts is True
+    assert Settings().predicts is False
 
 
 def test_one_batch_is_an_episode() -> None:
@@ -52,6 +132,8 @@ def test_one_batch_is_an_episode() -> None:
     [
         ({"norm_stats": "batch"}, "each sample alone, but norm_stats='batch'"),
         ({"objective": Idempotence(balance=0.1)}, "balance terms need several"),
+        ({"weight_ensembling": 0.1}, "goes with neither weight_ensembling nor a method that"),
+        ({"objective": LAME()}, "a method that predicts by itself, as LAME may"),
         ({"reset": "never"}, "its own weights, but reset='never' carries them"),
         ({"reset": 2}, "its own weights, but reset=2 carries them"),
         ({"compile": True, "backend": "loop"}, "not backend='loop'"),
@@ -98,6 +180,7 @@ def test_polyak_is_the_default_where_no_learning_rate_is_given(
     [
         ({"lr": 1e-4}, r"share of the distance in \[0.01, 2\], .* got 0.0001"),
         ({"lr": 1e-3}, "share of the distance in .* got 0.001"),
+        ({"lr": 2.1}, r"share of the distance in \[0.01, 2\], .* got 2.1"),
         ({"grad_clip": 1.0}, "Leave out grad_clip"),
         ({"objective": Idempotence("js", balance=0.3)}, "cannot fall below 0"),
     ],

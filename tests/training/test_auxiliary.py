@@ -28,6 +28,7 @@ from it3_lightning import (
     TestTimeMethod,
     TTTPlusPlus,
 )
+from it3_lightning.training.auxiliary import with_auxiliary
 from it3_lightning.training.dual_pass import DualPass
 
 
@@ -240,6 +241,20 @@ def test_every_task_is_learnt_and_stepped_on_in_mixed_precision_and_when_served(
     assert served.outputs.isfinite().all()
     assert not served.skipped.any()
     assert (served.distance_adapted < served.distance).any()
+
+
+def test_a_module_that_is_there_learns_a_task_as_one_that_was_made_so() -> None:
+    module, made = seeded(LitNet()), seeded(TTTNet(auxiliary=head()))
+    with_auxiliary(module, seeded(head()), 0.3)
+    made.it3_auxiliary, made.it3_auxiliary_weight = seeded(head()), 0.3
+    made.net.load_state_dict(module.net.state_dict())
+    assert isinstance(module, AuxiliaryMixin)
+    assert isinstance(module, LitNet)
+    for each in (module, made):
+        quiet().fit(each, loader(12))
+    for name, value in made.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+    assert type(LitNet()) is LitNet  # others of its class do not
 
 
 class Manual(LitNet):
