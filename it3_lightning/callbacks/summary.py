@@ -24,7 +24,8 @@ class Summary:
         skipped: of them, those that got the source prediction.
         reasons: how many samples were skipped for which reason.
         reliable: samples that moved the weights.
-        milliseconds: time spent adapting.
+        milliseconds: time of the steps: adaptation, measuring, choice of the backend, and the
+            module's own step.
         batches: seen.
         forwards: forward passes for adapting and measuring, views and iterates one by one; in scope
             ``"sample"`` those of each sample.
@@ -62,16 +63,17 @@ class Summary:
     _adapted: tuple[float, int] = (0.0, 0)
     _distances: list[list[Tensor]] = field(default_factory=list)
 
-    def add(self, adaptation: Adaptation, loader: int = 0) -> None:
+    def add(self, adaptation: Adaptation, loader: int = 0, seconds: float | None = None) -> None:
         """Take one batch into account.
 
         Args:
             adaptation: to the batch.
             loader: which dataloader it comes from.
+            seconds: that all of it took; default: the adaptation alone.
         """
         size = adaptation.skipped.numel()
         self.samples += size
-        self.milliseconds += 1000 * adaptation.seconds
+        self.milliseconds += 1000 * (adaptation.seconds if seconds is None else seconds)
         self.batches += 1
         self.forwards += adaptation.forwards
         self.backwards += adaptation.backwards
@@ -105,7 +107,7 @@ class Summary:
 
     @property
     def ms_per_sample(self) -> float:
-        """Milliseconds of adaptation per sample."""
+        """Milliseconds per sample."""
         return self.milliseconds / max(self.samples, 1)
 
     def __str__(self) -> str:
@@ -165,12 +167,13 @@ class Recorder:
     adapter: Adapter
     logs: bool
 
-    def __call__(self, adaptation: Adaptation, loader: int = 0) -> None:
+    def __call__(self, adaptation: Adaptation, loader: int, seconds: float) -> None:
         """Add an adaptation to the summary, and log it.
 
         Args:
             adaptation: to a batch.
             loader: which dataloader the batch comes from.
+            seconds: that the whole step took.
         """
         if adaptation.reason is not None and adaptation.reason not in self.summary.reasons:
             what = "a batch" if self.settings.scope == "batch" else "a sample"
@@ -180,11 +183,11 @@ class Recorder:
             if not self.summary.backend:
                 rank_zero_info(f"IT3 takes {selection}")
             self.summary.backend = str(selection)
-        self.summary.add(adaptation, loader)
+        self.summary.add(adaptation, loader, seconds)
         if self.logs:
-            self._log(adaptation)
+            self._log(adaptation, seconds)
 
-    def _log(self, adaptation: Adaptation) -> None:
+    def _log(self, adaptation: Adaptation, seconds: float) -> None:
         """Log means over samples, and the number of skipped ones.
 
         Every process logs the same keys at every batch, or reducing them over processes would wait
@@ -211,4 +214,4 @@ class Recorder:
             within = 0.0 if gated is None else gated.float().sum() / least
             log("it3/gated", within, batch_size=weight)
         log("it3/skipped", float(adaptation.skipped.sum()), reduce_fx="sum", batch_size=weight)
-        log("it3/ms_per_sample", 1000 * adaptation.seconds / least, batch_size=weight)
+        log("it3/ms_per_sample", 1000 * seconds / least, batch_size=weight)

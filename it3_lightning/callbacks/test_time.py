@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
@@ -42,7 +44,9 @@ class TestTimeCallback(Callback):
     back; every dataloader starts from the source. Logged beside the step's own metrics:
     ``it3/distance_source``, ``it3/distance_adapted``, ``it3/reliable`` (share of samples that moved
     the weights), ``it3/skipped`` (their number), ``it3/gated`` (share within the gate, where there
-    is one) and ``it3/ms_per_sample``; all of them also in :attr:`summary`, in ``predict`` too.
+    is one) and ``it3/ms_per_sample`` (milliseconds a sample of the whole step: adaptation,
+    measuring, choice of the backend, the module's own step); all of them also in :attr:`summary`,
+    in ``predict`` too.
     Methods that need no prior run on any LightningModule as it is.
 
     Arguments not named here are those of :class:`~it3_lightning.engine.Settings`.
@@ -356,8 +360,15 @@ class AdaptedStep:
             self._runner.adapter.restart()
             self._loader = loader
         step = functools.partial(self._own, *args, **kwargs)
+        device = self._module.device
+        on_cuda = device.type == "cuda"  # where calls return before the work is done
+        if on_cuda:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
         output, adaptation = self._runner.run(self._inputs_of(batch), step)
-        self._record(adaptation, loader)
+        if on_cuda:
+            torch.cuda.synchronize(device)
+        self._record(adaptation, loader, time.perf_counter() - start)
         return output
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """What the callback logs and sums up: each sample once, its baseline beside it, per dataloader."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from helpers.toy import Batch, IT3Net, adapting, doubles, loader, net, quiet, sa
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassPrecision, MulticlassRecall
+
+from it3_lightning.callbacks import test_time
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +85,36 @@ def test_distance_that_is_never_measured_is_logged_as_nan() -> None:
         (logged,) = quiet(callbacks=[adapting()]).test(net(Bad), loader(), verbose=False)
     assert logged["it3/skipped"] == 12
     assert torch.tensor(logged["it3/distance_source"]).isnan()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 0},
+        {"steps": 0, "prediction": "second"},
+        {"steps": 0, "prediction": "mean", "norm_stats": "batch"},
+        {"steps": 2},
+        {"scope": "sample", "backend": "loop"},
+    ],
+    ids=str,
+)
+def test_the_time_is_that_of_all_passes(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+
+    class Slow(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            clock.now += 0.25
+            return super().forward(x)
+
+    monkeypatch.setattr(test_time, "time", clock)
+    callback = adapting(**settings)
+    (logged,) = quiet(callbacks=[callback]).test(net(Slow), loader(), verbose=False)
+    assert clock.now >= 0.25 * (2 if settings.get("prediction") else 1) * 3  # batches
+    assert callback.summary.milliseconds == pytest.approx(1000 * clock.now)
+    assert logged["it3/ms_per_sample"] == pytest.approx(1000 * clock.now / 12)
 
 
 def test_summary_holds_what_was_logged() -> None:

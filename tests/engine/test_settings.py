@@ -8,7 +8,7 @@ from torch import Tensor
 
 from it3_lightning import IT3TestTimeCallback
 from it3_lightning.engine import OPTIMIZERS, Rule, Settings
-from it3_lightning.methods import LAME, T3A, Idempotence, Objective, Passes
+from it3_lightning.methods import LAME, Idempotence, Objective, Passes
 from it3_lightning.methods.base import Steps
 
 
