@@ -19,6 +19,11 @@ from it3_lightning.benchmark.tune import at_chosen_rates
 from it3_lightning.data import ShiftedData
 from it3_lightning.training.mixin import IT3Mixin
 
+_MEASURED_BY = (
+    *("epochs", "posthoc_epochs", "ckpt_path", "pretrained", "joint", "posthoc"),
+    *("recipe", "distance_samples", "accelerator", "precision"),
+)  # what distances depend on
+
 
 @dataclass(kw_only=True)
 class Benchmark(BenchmarkSettings):
@@ -104,7 +109,10 @@ class Benchmark(BenchmarkSettings):
 
         They are measured last: what fails there costs no scores.
         """
-        fingerprint = json.dumps(scoring.facts["settings"], sort_keys=True)
+        settings = scoring.facts["settings"]
+        own = {name: settings["benchmark"][name] for name in _MEASURED_BY}
+        facts = {**settings, "benchmark": {**own, "stream": self.streams[0]}}
+        fingerprint = json.dumps(facts, sort_keys=True)
         found = kept_distances(Path(self.output), seed, fingerprint)
         if found is not None:
             return found

@@ -20,6 +20,7 @@ from rich.progress import Progress as Bar
 from it3_lightning.benchmark.config import BenchmarkSettings, stream_and_size
 from it3_lightning.benchmark.kept import kept, rebuilt
 from it3_lightning.benchmark.models import MakeModel, Models, models_of
+from it3_lightning.benchmark.peers import training_of
 from it3_lightning.benchmark.results import Record
 from it3_lightning.benchmark.rows import Row
 from it3_lightning.callbacks.test_time import TestTimeCallback
@@ -27,6 +28,7 @@ from it3_lightning.data import ShiftedData
 from it3_lightning.engine.selection import select
 from it3_lightning.training.mixin import IT3Mixin
 from it3_lightning.utils.files import write_json
+from it3_lightning.utils.specs import spec
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Scoring:
             file = Path(self.settings.output) / self.folder / f"seed_{seed}.json"
             self._files[seed] = _Kept(file, self._fingerprint())
         scores, row = self._files[seed], row.on(stream)
-        key = json.dumps([repr(replace(row, name="")), stream, batches])  # names may change
+        key = self._key(row, stream, batches)
         if key not in scores.records:
             self.progress.say(f"seed {seed}, {stream}: {row.training}, {row.name}")
             model = self.models(seed)[row.training]
@@ -83,15 +85,19 @@ class Scoring:
         self.progress.advance()
         return [replace(record, row=row.name) for record in scores.records[key]]
 
+    def _key(self, row: Row, stream: str, batches: int | None) -> str:
+        """Return what tells scores apart in the file: names are no part of it, and may change."""
+        heads = [spec(h) for h in self.settings.heads if training_of(h) == row.training]
+        plain = repr(replace(row, name="", published=False))
+        return json.dumps([plain, stream, batches, *heads])
+
     def _fingerprint(self) -> str:
         """Return all that a score depends on besides its row and its stream."""
-        own = self.facts["settings"]["benchmark"]
         parts = {
             "training": self.facts["training"],
             "data": self.facts["settings"]["data"],
             "metric": self.settings.metric,
-            "heads": own["heads"],
-            "accelerator": own["accelerator"],
+            "accelerator": self.settings.accelerator,
         }
         return json.dumps(parts, sort_keys=True)
 

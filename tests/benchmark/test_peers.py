@@ -159,6 +159,29 @@ def test_nothing_is_trained_or_scored_again(
     assert ran(folder).records == results.records
 
 
+def test_other_methods_cost_their_own_scores_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, str]] = []
+    plain = scoring.scored
+
+    def noted(settings: Any, row: Row, *args: Any) -> Any:
+        ran.append((row.training, row.name))
+        return plain(settings, row, *args)
+
+    monkeypatch.setattr(scoring, "scored", noted)
+    given: dict[str, Any] = {"rates": (), "distance_samples": 0}
+    benchmark(tmp_path, **given).run(make_model, digits())
+    ran.clear()
+    more = benchmark(tmp_path, methods=["Tent", "TTTPlusPlus"], heads=HEADS[1:2], **given)
+    more.run(make_model, digits())
+    head = "with Contrastive"
+    assert ran == [
+        ("ordinary", "Tent"),
+        *((head, name) for name in ("source", "batch statistics", "TTTPlusPlus")),
+    ]
+
+
 def test_single_images_have_the_statistics_of_the_source() -> None:
     row = Row("ordinary", "Tent", Settings(objective=Tent(), norm_stats="batch"))
     alone, pair = row.on("equal/1").settings, row.on("equal/2").settings

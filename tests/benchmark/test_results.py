@@ -162,7 +162,8 @@ def test_distances_lie_beside_the_scores_with_their_summary_in_the_results(
     with_distances: tuple[Path, Results],
 ) -> None:
     folder, results = with_distances
-    content = json.loads((folder / "distances_seed_0.json").read_text())["distances"]
+    kept = json.loads((folder / "distances_seed_0.json").read_text())
+    content, fingerprint = kept["distances"], kept["fingerprint"]
     assert [Distances(**{**c, "values": tuple(c["values"])}) for c in content] == results.distances
     assert {entry["split"] for entry in content} == {
         *("train", "validation", "clean"),
@@ -171,6 +172,5 @@ def test_distances_lie_beside_the_scores_with_their_summary_in_the_results(
     assert {len(entry["values"]) for entry in content} == {60, 100}  # at least a batch of 100
     written = json.loads((folder / "results.json").read_text())["distances"]
     assert written == [asdict(line) for line in lines(results.distances)]
-    fingerprint = json.dumps(results.about["settings"])
     assert kept_distances(folder, 0, fingerprint) == (results.separations, results.distances)
     assert kept_distances(folder, 7, fingerprint) is None
