@@ -29,9 +29,9 @@ def check_trainer(
     check_strategy(trainer)
     if trainer.world_size > 1 and not settings.episodic and not independent_ranks:
         raise MisconfigurationException(
-            f"reset={settings.reset!r} carries weights along the stream, and {trainer.world_size} "
-            "processes would each carry their own. Use reset='batch', one process, or "
-            "independent_ranks=True if that is what you want."
+            f"reset={settings.reset!r} carries weights, or an optimizer's state, along the stream, "
+            f"and {trainer.world_size} processes would each carry their own. Use reset='batch', "
+            "one process, or independent_ranks=True if that is what you want."
         )
     if trainer.world_size > 1 and settings.norm_stats == "batch" and _synchronised(module):
         raise MisconfigurationException(

@@ -301,6 +301,9 @@ class BatchAdapter:
         due = isinstance(reset, int) and self._batches % reset == 0
         if self._carried is not None and not due:
             self._carried.backwards = 0
+            if reset == "weights":
+                self._carried.return_to_source()
+                return self._carried, False
             return self._carried, self._carried.moved
         if self._stateful:
             self._method.load_state_dict(copy.deepcopy(self._at_first))

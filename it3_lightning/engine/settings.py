@@ -40,6 +40,8 @@ class Settings:
             not go with it, ``"adam"``.
         parameters: which parameters adapt; see :func:`~it3_lightning.engine.selection.select`.
         reset: when the weights go back to the source: ``"batch"`` (episodic: before every batch),
+            ``"weights"`` (before every batch, but the optimizer keeps its state, so that a step
+            follows the direction of the stream: what the notebooks published with IT3 do),
             ``"never"`` (online: they are carried along the stream), or before every ``N`` batches,
             skipped ones not counted.
         anchor: weights of the second pass: ``"frozen"`` (the source), ``"ema"`` (an exponential
@@ -104,8 +106,15 @@ class Settings:
         if not 0 <= lr < math.inf:
             raise ValueError(f"Expected a finite lr >= 0, got {lr}.")
         optimizer_factory(optimizer, lr)
-        if self.reset not in ("batch", "never") and not _positive(self.reset):
-            raise ValueError(f"Expected reset 'batch', 'never' or N >= 1, got {self.reset!r}.")
+        if self.reset not in ("batch", "weights", "never") and not _positive(self.reset):
+            raise ValueError(
+                f"Expected reset 'batch', 'weights', 'never' or N >= 1, got {self.reset!r}."
+            )
+        if self.reset == "weights" and self.anchor == "ema":
+            raise ValueError(
+                "Expected anchor 'frozen' or 'live' with reset='weights', got 'ema': there is no "
+                "average of weights that begin anew with every batch. Leave out the anchor."
+            )
         for name, value, choices in (
             ("anchor", self.anchor, get_args(Anchor)),
             ("norm_stats", self.norm_stats, get_args(NormStats)),
@@ -165,7 +174,7 @@ class Settings:
 
     @cached_property
     def episodic(self) -> bool:
-        """Whether every batch starts from the source."""
+        """Whether every batch starts from the source, optimizer and all."""
         return self.reset in ("batch", 1)
 
     @cached_property
@@ -247,8 +256,8 @@ class Settings:
             )
         if not self.episodic:
             raise ValueError(
-                f"scope='sample' gives each sample its own weights, but reset={self.reset!r} "
-                "carries them along. Use reset='batch', or scope='batch'."
+                f"scope='sample' gives each sample its own weights and optimizer, but "
+                f"reset={self.reset!r} carries them along. Use reset='batch', or scope='batch'."
             )
         if self.compile and self.backend == "loop":
             raise ValueError("compile=True compiles the vectorised step, not backend='loop'.")

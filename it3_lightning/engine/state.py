@@ -158,6 +158,13 @@ class State(AnchoredWeights):
         self._new_version()
         torch.clear_autocast_cache()
 
+    def return_to_source(self) -> None:
+        """Go back to the source weights; the optimizer keeps its state."""
+        if self.moved:
+            self.enter()
+            self.assign(self.source)
+            self.version = SOURCE  # passes of these weights are those of the source
+
     def reset(self) -> None:
         """Go back to the source, and to an optimizer without a state."""
         self._to_source()

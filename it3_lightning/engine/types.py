@@ -12,7 +12,7 @@ from torch import Tensor
 from it3_lightning.methods.base import Objective
 
 Anchor = Literal["frozen", "ema", "live"]
-Reset = Literal["batch", "never"] | int
+Reset = Literal["batch", "weights", "never"] | int
 Scope = Literal["batch", "sample"]
 Backend = Literal["auto", "vectorised", "loop"]
 NormStats = Literal["source", "batch", "mixed"]

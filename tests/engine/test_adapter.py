@@ -105,12 +105,16 @@ def assert_agree(net: nn.Module, batches: list[Tensor], **settings: Any) -> None
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("anchor", ["frozen", "ema", "live"])
-@pytest.mark.parametrize("reset", ["batch", "never", 2])
+@pytest.mark.parametrize("reset", ["batch", "weights", "never", 2])
 @pytest.mark.parametrize("others", OTHERS)
 def test_engine_equals_the_reference(
     optimizer: str, anchor: str, reset: Reset, others: str
 ) -> None:
     settings = {"optimizer": optimizer, "anchor": anchor, "reset": reset, **OTHERS[others]}
+    if (reset, anchor) == ("weights", "ema"):
+        with pytest.raises(ValueError, match="anchor 'frozen' or 'live' with reset='weights'"):
+            Settings(reset="weights", anchor="ema")
+        return
     assert_agree(toy(), BATCHES, **settings)
 
 
@@ -237,6 +241,7 @@ def test_named_optimizers_have_no_weight_decay(name: str) -> None:
         ({"steps": 3, "measure": False}, [6, 6], [3, 3]),
         ({"steps": 3, "reset": "never"}, [8, 10], [3, 3]),  # and two for the source
         ({"steps": 3, "reset": "never", "measure": False}, [6, 6], [3, 3]),
+        ({"steps": 3, "reset": "weights"}, [8, 8], [3, 3]),  # each batch begins with the source
         ({"steps": 0}, [2, 2], [0, 0]),
         ({"steps": 0, "measure": False}, [0, 0], [0, 0]),
         ({"steps": 3, "objective": Entropy()}, [4, 4], [3, 3]),
@@ -269,6 +274,18 @@ def test_without_measuring_the_weights_are_the_same() -> None:
             assert torch.equal(first, second)
             assert adaptation.outputs is None
             assert adaptation.distance_adapted is None
+
+
+def test_with_the_weights_back_the_optimizer_goes_on_but_for_skipped_batches() -> None:
+    given: dict[str, Any] = {"optimizer": "adam", "steps": 2}
+    bad = torch.full_like(BATCHES[1], torch.nan)
+    kept = by_engine(toy(), [BATCHES[0], bad, BATCHES[2]], reset="weights", **given)
+    without = by_engine(toy(), [BATCHES[0], BATCHES[2]], reset="weights", **given)
+    fresh = by_engine(toy(), [BATCHES[0], BATCHES[2]], **given)
+    assert kept[1][0].skipped.all()
+    assert all(torch.equal(kept[2][2][name], value) for name, value in without[1][2].items())
+    assert all(torch.equal(without[0][2][name], value) for name, value in fresh[0][2].items())
+    assert not torch.equal(without[1][2]["head.weight"], fresh[1][2]["head.weight"])
 
 
 def test_no_reliable_sample_leaves_weights_and_optimizer_alone() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from it3_lightning import IT3TestTimeCallback
 from it3_lightning.engine import OPTIMIZERS, Rule, Settings
-from it3_lightning.methods import LAME, Idempotence, Objective, Passes
+from it3_lightning.methods import LAME, T3A, Idempotence, Objective, Passes
 from it3_lightning.methods.base import Steps
 
 
@@ -20,8 +20,8 @@ from it3_lightning.methods.base import Steps
         ({"lr": float("nan")}, "finite lr >= 0, got nan"),
         ({"lr": float("inf")}, "finite lr >= 0, got inf"),
         ({"optimizer": "adan"}, "Unknown optimizer 'adan'. Did you mean 'adam'"),
-        ({"reset": 0}, "'batch', 'never' or N >= 1, got 0"),
-        ({"reset": True}, "'batch', 'never' or N >= 1, got True"),
+        ({"reset": 0}, "'batch', 'weights', 'never' or N >= 1, got 0"),
+        ({"reset": True}, "'batch', 'weights', 'never' or N >= 1, got True"),
         ({"anchor": "teacher"}, "anchor in frozen, ema, live, got 'teacher'"),
         ({"norm_stats": "test"}, "norm_stats in source, batch, mixed, got 'test'"),
         ({"norm_prior": 0}, "norm_prior N >= 1 samples, got 0"),
@@ -97,6 +97,7 @@ def test_one_step_of_a_named_optimizer_from_the_source_is_taken_in_closed_form(
         {"steps": 2},
         {"anchor": "ema"},
         {"reset": "never"},
+        {"reset": "weights"},
         {"reset": 2},
         {"weight_ensembling": 0.01},
         {"grad_clip": 1.0},
@@ -133,9 +134,10 @@ def test_one_batch_is_an_episode() -> None:
         ({"norm_stats": "batch"}, "each sample alone, but norm_stats='batch'"),
         ({"objective": Idempotence(balance=0.1)}, "balance terms need several"),
         ({"weight_ensembling": 0.1}, "goes with neither weight_ensembling nor a method that"),
-        ({"objective": LAME()}, "a method that predicts by itself, as LAME may"),
-        ({"reset": "never"}, "its own weights, but reset='never' carries them"),
-        ({"reset": 2}, "its own weights, but reset=2 carries them"),
+        ({"objective": T3A("head")}, "a method that predicts by itself, as T3A may"),
+        ({"reset": "never"}, "its own weights and optimizer, but reset='never' carries them"),
+        ({"reset": "weights"}, "its own weights and optimizer, but reset='weights' carries them"),
+        ({"reset": 2}, "its own weights and optimizer, but reset=2 carries them"),
         ({"compile": True, "backend": "loop"}, "not backend='loop'"),
         ({"scope": "batch", "compile": True}, "scope='batch' runs your network as it is"),
         ({"scope": "each"}, "scope in batch, sample, got 'each'"),

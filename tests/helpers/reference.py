@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Distance: TypeAlias = Literal["l2", "l1", "js", "kl", "cross_entropy"]
-Reset: TypeAlias = Literal["batch", "never"] | int
+Reset: TypeAlias = Literal["batch", "weights", "never"] | int
 Predict: TypeAlias = Callable[[nn.Module, Any, Tensor | None], Tensor]
 Weights: TypeAlias = dict[str, Tensor]
 
@@ -190,6 +190,10 @@ def adapt_stream(
             selected = [p for p in net.parameters() if p.requires_grad]
             second = net if anchor == "live" else copy.deepcopy(source)
             opt = OPTIMIZERS[optimizer](selected, lr=lr)
+        elif reset == "weights":  # and the optimizer goes on
+            with torch.no_grad():
+                for mine, first in zip(net.parameters(), source.parameters(), strict=True):
+                    mine.copy_(first)
         before = measure(distance, *pair(net, second, x)).detach()
         for _ in range(steps):
             p0, p1 = pair(net, second, x)
