@@ -3,8 +3,8 @@
 ``python tests/mutation.py it3_lightning/priors/*.py --tests it3_lightning/priors tests/priors``
 
 The tests are collected once. Each mutant is a fork of that process, in which the functions of the
-file get the code of the mutated source; it runs the tests that reach the mutated statement, quick
-ones first, until one fails. Needs a system with ``fork``.
+file get the code of the mutated source; it runs the tests that reach the mutated statement until
+one fails: first those that are quick for the mutants that they have found so far. Needs ``fork``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import ast
 import builtins
 import gc
 import itertools
+import math
+import mmap
 import multiprocessing
 import os
 import pickle
 import random
+import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,7 +238,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Reached:
-    """The time of a test, the statements that it reaches, and whether it passes."""
+    """The processor's time of a test, the statements that it reaches, and whether it passes."""
 
     name: str
     seconds: float
@@ -251,9 +255,16 @@ def ran(session: pytest.Session, items: list[pytest.Item]) -> Iterator[bool]:
 
 
 def forked(work: Callable[[], None], limit: float | None = None) -> bool:
-    """Do work in a fork that prints nothing; return whether it ends well, and in time."""
+    """Do work in a fork that prints nothing; return whether it ends well, and in time.
+
+    Args:
+        work: to do.
+        limit: seconds of the processor, so that a busy machine fails nothing; to wait, 20 times.
+    """
 
     def silent() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit)))
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, 1)
         os.dup2(nothing, 2)
@@ -261,29 +272,37 @@ def forked(work: Callable[[], None], limit: float | None = None) -> bool:
 
     process = multiprocessing.get_context("fork").Process(target=silent)
     process.start()
-    process.join(limit)
+    process.join(None if limit is None else 20 * limit)
     if process.is_alive():
         process.kill()
         process.join()
     return process.exitcode == 0
 
 
-def survives(
+def first_failing(
     mutant: Mutant,
     source: Source,
     session: pytest.Session,
     items: list[pytest.Item],
     limit: float,
-) -> bool:
-    """Whether all these tests pass with a mutant, within some seconds."""
+) -> int | None:
+    """Return the first of these tests that fails with a mutant, or is not done within some seconds.
+
+    ``None``: all pass.
+    """
+    done = mmap.mmap(-1, 4)  # shared with the fork
 
     def work() -> None:
         mutant.put(mutant.new)
         source.swap(source.tree)
-        if not all(ran(session, items)):
-            os._exit(1)
+        for count, passes in enumerate(ran(session, items), start=1):
+            if not passes:
+                os._exit(1)
+            done[:] = count.to_bytes(4, "little")
 
-    return not items or forked(work, limit)
+    if not items or forked(work, limit):
+        return None
+    return min(int.from_bytes(done[:], "little"), len(items) - 1)
 
 
 def say(text: str) -> None:
@@ -299,12 +318,17 @@ class Mutation:
         files: to be mutated.
         sample: how many mutants of each file are tried, drawn with seed 0; ``None``: all.
         seconds: that the tests of a mutant may need, without a mutant; quick ones come first.
+        again: what was said of mutants that survived; these alone are tried. ``None``: all.
     """
 
-    def __init__(self, files: list[Path], *, sample: int | None, seconds: float) -> None:
+    def __init__(
+        self, files: list[Path], *, sample: int | None, seconds: float, again: str | None
+    ) -> None:
         self.sources = [Source(file.resolve()) for file in files]
         self.sample = sample
         self.seconds = seconds
+        self.again = again
+        self.kills: Counter[int] = Counter()  # mutants that each test has found
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
@@ -337,12 +361,12 @@ class Mutation:
                 builtins.__reached__ = reached  # type: ignore[attr-defined]
                 for source in self.sources:
                     source.swap(Marked(source.file).visit(source.tree))
-                found, started = [], time.perf_counter()
+                found, started = [], time.process_time()
                 for item, passes in zip(session.items, ran(session, session.items), strict=True):
-                    seconds = time.perf_counter() - started
+                    seconds = time.process_time() - started
                     found.append(Reached(item.nodeid, seconds, frozenset(places), passes))
                     places.clear()
-                    started = time.perf_counter()
+                    started = time.process_time()
                 Path(file.name).write_bytes(pickle.dumps(found))
 
             forked(work)
@@ -353,6 +377,8 @@ class Mutation:
         found = list(mutants(source.file, source.tree))
         if self.sample is not None and self.sample < len(found):
             found = sorted(random.Random(0).sample(found, self.sample), key=lambda m: m.line)
+        if self.again is not None:
+            found = [mutant for mutant in found if f"{mutant}  (" in self.again]
         survivors = 0
         for mutant in found:
             place = (str(source.file), mutant.statement)
@@ -360,10 +386,15 @@ class Mutation:
             chosen.sort(key=lambda index: tests[index].seconds)
             sums = itertools.accumulate(tests[index].seconds for index in chosen)
             chosen = [i for i, total in zip(chosen, sums, strict=True) if total <= self.seconds]
-            limit = 20 + 10 * sum(tests[index].seconds for index in chosen)
-            if survives(mutant, source, session, [session.items[i] for i in chosen], limit):
+            chosen.sort(key=lambda index: tests[index].seconds / (1 + self.kills[index]))
+            limit = 10 + 5 * sum(tests[index].seconds for index in chosen)
+            items = [session.items[index] for index in chosen]
+            failing = first_failing(mutant, source, session, items, limit)
+            if failing is None:
                 survivors += 1
                 say(f"{mutant}  ({len(chosen)} tests)")
+            else:
+                self.kills[chosen[failing]] += 1
         name = os.path.relpath(source.file)
         say(f"{name}: {len(found)} mutants, {survivors} survive\n")
 
@@ -374,12 +405,14 @@ def main() -> int:
     parser.add_argument("files", nargs="+", type=Path, help="Python files that are mutated")
     parser.add_argument("--sample", type=int, help="mutants tried of each file; default: all")
     parser.add_argument("--seconds", type=float, default=20, help="of tests for a mutant at most")
+    parser.add_argument("--again", type=Path, help="output of a run: its survivors alone")
     parser.add_argument("--tests", nargs=argparse.REMAINDER, required=True, help="last: for pytest")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = folder
         options = "-q -s --no-header -p no:cacheprovider --override-ini addopts=--doctest-modules"
-        plugin = Mutation(given.files, sample=given.sample, seconds=given.seconds)
+        again = given.again and given.again.read_text()
+        plugin = Mutation(given.files, sample=given.sample, seconds=given.seconds, again=again)
         return int(pytest.main([*options.split(), *given.tests], plugins=[plugin]))
 
 
