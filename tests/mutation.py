@@ -379,24 +379,33 @@ class Mutation:
             found = sorted(random.Random(0).sample(found, self.sample), key=lambda m: m.line)
         if self.again is not None:
             found = [mutant for mutant in found if f"{mutant}  (" in self.again]
-        survivors = 0
-        for mutant in found:
-            place = (str(source.file), mutant.statement)
-            chosen = [index for index, test in enumerate(tests) if place in test.places]
-            chosen.sort(key=lambda index: tests[index].seconds)
-            sums = itertools.accumulate(tests[index].seconds for index in chosen)
-            chosen = [i for i, total in zip(chosen, sums, strict=True) if total <= self.seconds]
-            chosen.sort(key=lambda index: tests[index].seconds / (1 + self.kills[index]))
-            limit = 10 + 5 * sum(tests[index].seconds for index in chosen)
-            items = [session.items[index] for index in chosen]
-            failing = first_failing(mutant, source, session, items, limit)
-            if failing is None:
-                survivors += 1
-                say(f"{mutant}  ({len(chosen)} tests)")
-            else:
-                self.kills[chosen[failing]] += 1
-        name = os.path.relpath(source.file)
-        say(f"{name}: {len(found)} mutants, {survivors} survive\n")
+        tried = survivors = 0
+        try:
+            for mutant in found:
+                chosen, passes = self._run(mutant, source, session, tests)
+                tried, survivors = tried + 1, survivors + passes
+                if passes:
+                    say(f"{mutant}  ({chosen} tests)")
+        finally:  # it may be interrupted
+            name = os.path.relpath(source.file)
+            say(f"{name}: {tried} of {len(found)} mutants, {survivors} survive\n")
+
+    def _run(
+        self, mutant: Mutant, source: Source, session: pytest.Session, tests: list[Reached]
+    ) -> tuple[int, bool]:
+        """Run the tests that reach a mutant; return how many there are, and whether all pass."""
+        place = (str(source.file), mutant.statement)
+        chosen = [index for index, test in enumerate(tests) if place in test.places]
+        chosen.sort(key=lambda index: tests[index].seconds)
+        sums = itertools.accumulate(tests[index].seconds for index in chosen)
+        chosen = [i for i, total in zip(chosen, sums, strict=True) if total <= self.seconds]
+        chosen.sort(key=lambda index: tests[index].seconds / (1 + self.kills[index]))
+        limit = 10 + 5 * sum(tests[index].seconds for index in chosen)
+        items = [session.items[index] for index in chosen]
+        failing = first_failing(mutant, source, session, items, limit)
+        if failing is not None:
+            self.kills[chosen[failing]] += 1
+        return len(chosen), failing is None
 
 
 def main() -> int:

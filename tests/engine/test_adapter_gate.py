@@ -55,6 +55,18 @@ def assert_close(actual: Tensor | None, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("make", [batch_adapter, sample_adapter])
+def test_a_sample_whose_distance_is_the_gate_is_within(make: Any) -> None:
+    net, x = toy(), images()
+    measured, _ = adapted(make(net, steps=0), x)
+    assert measured.distance_source is not None
+    gate = float(measured.distance_source.median())
+    found, _ = adapted(make(net, gate=gate), x)
+    assert found.gated is not None
+    assert torch.equal(found.gated, measured.distance_source <= gate)
+    assert 0 < int((measured.distance_source < gate).sum()) < int(found.gated.sum()) < 6
+
+
 # Scope batch
 
 

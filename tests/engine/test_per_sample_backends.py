@@ -1,6 +1,7 @@
 """Backend selection: which backend a batch takes, and how many samples at once."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from helpers.reference import softmax_label
 from helpers.times import Times
 from torch import Tensor, nn
 
-from it3_lightning.engine import Adaptation, SampleAdapter, Settings, per_sample
+from it3_lightning.engine import Adaptation, SampleAdapter, Settings, fast, per_sample
 from it3_lightning.engine.fast import vmap
+from it3_lightning.methods import Idempotence
 
 
 def adapter_of(net: nn.Module, **given: Any) -> SampleAdapter:
@@ -88,6 +90,43 @@ def test_a_much_larger_batch_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> N
     assert backends[4:6] == [(11, "loop"), (12, "vectorised")]
 
 
+@pytest.mark.parametrize(
+    ("size", "chunk_size", "tried", "serves"),
+    [
+        (5, 10, 3, True),
+        (6, 10, 3, False),  # twice as many: time may be shared out otherwise
+        (6, 5, 3, True),  # but no more than a chunk are adapted to at once
+        (200, 100, 32, False),
+        (200, 100, 33, True),  # and 64 tell of any number
+    ],
+)
+def test_a_selection_serves_fewer_than_twice_the_samples_it_was_made_by(
+    size: int, chunk_size: int, tried: int, serves: bool
+) -> None:
+    selection = per_sample.BackendSelection("vectorised", chunk_size, tried, "as asked for")
+    assert selection.serves(size) is serves
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.5])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float64, 0.01), (torch.bfloat16, 0.5)])
+def test_backends_may_lie_apart_by_rounding_or_by_a_share_of_the_movement(
+    moved: float, dtype: torch.dtype, share: float
+) -> None:
+    source = torch.tensor([[0.0, 1.0], [2.0, 4.0], [9.0, 9.0]], dtype=dtype)
+    theirs = source + torch.tensor([[0.0, moved], [0.0, 0.0], [0.0, 0.0]], dtype=dtype)
+    mine = theirs - 0.25
+    mine[1, 0] = torch.nan  # tells nothing
+    some = adapted(adapter_of(toy(), backend="loop"), images(2))
+    first = replace(some, outputs=theirs[:2], source_outputs=source[:2])
+    found = replace(some, outputs=mine, skipped=torch.zeros(3, dtype=torch.bool))
+    told = theirs[:2].double().flatten()[[0, 1, 3]]
+    spread = (told - told.mean()).square().mean().sqrt() + 1e-3 * told.abs().mean()
+    rounding = float(min(1e3 * torch.finfo(dtype).eps, 0.05) * spread)
+    assert per_sample._apart(first, found) == pytest.approx((0.25, max(rounding, share * moved)))
+    nothing = replace(found, outputs=torch.full_like(mine, torch.inf))
+    assert per_sample._apart(first, nothing) is None
+
+
 @needs_fast_paths
 def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = adapter_of(toy(), chunk_size=6)
@@ -131,6 +170,56 @@ def test_what_is_asked_for_is_taken_whatever_time_it_takes(monkeypatch: pytest.M
         adapted(adapter, images(3))
         assert adapter.backend_selection is not None
         assert str(adapter.backend_selection) == f"backend {backend!r}: as asked for"
+
+
+class Further(Idempotence):
+    """Might ask for more than ``y0`` and the second prediction."""
+
+    vmappable: ClassVar[bool] = False
+
+
+@needs_fast_paths
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"objective": Further("l2", None)}, "Further asks for further passes"),
+        ({"norm_stats": "mixed"}, "norm_stats='mixed' is not vectorised"),
+    ],
+)
+def test_why_samples_are_looped_without_a_trial_is_said(given: dict[str, Any], reason: str) -> None:
+    adapter = adapter_of(toy(), **{"backend": "auto", **given})
+    expected = adapted(adapter_of(toy(), **{"backend": "loop", **given}), images(3)).outputs
+    assert expected is not None
+    assert_close(adapted(adapter, images(3)).outputs, expected, 1e-12)
+    assert str(adapter.backend_selection) == f"backend 'loop': {reason}"
+
+
+def test_without_fast_paths_samples_are_looped() -> None:
+    with fast.disabled():
+        adapter = adapter_of(toy(), backend="auto")
+        adapted(adapter, images(3))
+    assert str(adapter.backend_selection) == "backend 'loop': fast paths are turned off"
+
+
+@pytest.mark.filterwarnings("ignore:The network cannot be vectorised")
+@pytest.mark.parametrize("backend", ["loop", "vectorised"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_of_each_batch_it_is_said_whether_its_passes_drew_random_numbers(
+    steps: int, backend: str
+) -> None:
+    net, noisy = toy(), True
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        outputs: Tensor = net(x, prior)
+        return outputs * torch.rand(1).double() if noisy else outputs
+
+    adapter = sample_adapter(net, forward, backend=backend, steps=steps)
+    assert adapter.drawn is False
+    adapted(adapter, images(2))
+    assert adapter.drawn
+    noisy = False
+    adapted(adapter, images(2))
+    assert not adapter.drawn
 
 
 class Odd(nn.Module):
