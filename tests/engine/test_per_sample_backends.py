@@ -127,38 +127,76 @@ def test_backends_may_lie_apart_by_rounding_or_by_a_share_of_the_movement(
     assert per_sample._apart(first, nothing) is None
 
 
+class Limited:
+    """Vectorises no more than two samples, and notes how many it was given."""
+
+    def __init__(self, adapter: SampleAdapter) -> None:
+        self.vectorised: Any = adapter._vectorised
+        self.sizes: list[int] = []
+
+    def __call__(self, inputs: Tensor, answer: Any, conditions: Any) -> Adaptation:
+        self.sizes.append(len(inputs))
+        if len(inputs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        found: Adaptation = self.vectorised(inputs, answer, conditions)
+        return found
+
+    def release(self) -> None:
+        """Do nothing."""
+
+
 @needs_fast_paths
-def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_memory_that_runs_out_halves_the_chunk(
+    first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = adapter_of(toy(), chunk_size=6)
-    expected = adapted(adapter, images(6)).outputs
-    vectorised: Any = adapter._vectorised
-    sizes: list[int] = []
-    assert vectorised is not None
-
-    class Limited:
-        def __call__(self, inputs: Tensor, answer: Any, conditions: Any) -> Adaptation:
-            sizes.append(len(inputs))
-            if len(inputs) > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            found: Adaptation = vectorised(inputs, answer, conditions)
-            return found
-
-        def release(self) -> None:
-            """Do nothing."""
-
-    monkeypatch.setattr(adapter, "_vectorised", Limited())
+    expected = adapted(adapter_of(toy(), backend="loop"), images(6)).outputs
+    if not first:
+        adapted(adapter, images(6))
+    limited = Limited(adapter)
+    monkeypatch.setattr(adapter, "_vectorised", limited)
     with pytest.warns(UserWarning, match="no more than [31] sample") as told:
         found = adapted(adapter, images(6)).outputs
     assert [str(each.message).count("Memory ran out") for each in told] == [1, 1]
-    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+    assert limited.sizes == [6] * first + [6, 3, 1, 1, 1, 1, 1, 1]
     assert expected is not None
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert adapter.backend_selection is not None
-    assert adapter.backend_selection.backend == "vectorised"
-    assert adapter.backend_selection.chunk_size == 1
-    sizes.clear()
+    assert_close(found, expected, 1e-10)
+    selection = adapter.backend_selection
+    assert selection is not None
+    assert (selection.backend, selection.chunk_size) == ("vectorised", 1)
+    assert selection.reason == ("memory ran out at first" if first else "as asked for")
+    limited.sizes.clear()
     adapted(adapter, images(6))
-    assert sizes == [1] * 6  # remembered
+    assert limited.sizes == [1] * 6  # remembered
+
+
+@needs_fast_paths
+def test_a_batch_is_adapted_to_by_chunks_from_the_first_one_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = adapter_of(toy(), chunk_size=2)
+    limited = Limited(adapter)
+    monkeypatch.setattr(adapter, "_vectorised", limited)
+    expected = adapted(adapter_of(toy(), backend="loop"), images(5)).outputs
+    assert expected is not None
+    for _ in range(2):
+        assert_close(adapted(adapter, images(5)).outputs, expected, 1e-10)
+    assert limited.sizes == 2 * [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+        (RuntimeError("vmap: no rule"), False),
+        (ValueError("allocate memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_told_from_other_errors(error: Exception, expected: bool) -> None:
+    assert per_sample._out_of_memory(error) is expected
 
 
 @needs_fast_paths
@@ -220,6 +258,17 @@ def test_of_each_batch_it_is_said_whether_its_passes_drew_random_numbers(
     noisy = False
     adapted(adapter, images(2))
     assert not adapter.drawn
+
+
+def test_outputs_of_more_rows_than_a_sample_has_are_refused() -> None:
+    net = toy()
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        return torch.cat(2 * [net(x, prior)])[:2]
+
+    adapter = sample_adapter(net, forward, backend="loop")
+    with pytest.raises(ValueError, match=r"\(1, ...\) of one sample, got 2 rows.*\(3, 1, 4, 4\)"):
+        adapted(adapter, images(3))
 
 
 class Odd(nn.Module):
