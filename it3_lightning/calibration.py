@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from it3_lightning.engine import Settings
+from it3_lightning.engine import Settings, SourceMoments
 from it3_lightning.engine.types import NormStats
 from it3_lightning.methods import TestTimeMethod, TestTimeObjective
 
@@ -41,6 +41,8 @@ class Calibration:
         """Fingerprint of the weights that they were measured with."""
         self.source: dict[str, Any] = {}
         """What a method took from source data, which method it was, and with which weights."""
+        self.moments: dict[str, Any] = {}
+        """Moments of source data, for ``norm_stats="evidence"``, and with which weights."""
 
     def take(self, distances: Tensor, *, by: str, weights: str = "") -> None:
         """Keep the quantiles of distances ``(N,)``, linear between the samples.
@@ -81,7 +83,7 @@ class Calibration:
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain data, for a checkpoint."""
         own = {"quantiles": self.quantiles, "by": self.by, "weights": self.weights}
-        return {**own, "source": self.source}
+        return {**own, "source": self.source, "moments": self.moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what :meth:`state_dict` returned; nothing where that was not kept.
@@ -94,15 +96,17 @@ class Calibration:
         if not state:
             return
         quantiles, by, weights = (state.get(name) for name in ("quantiles", "by", "weights"))
-        source = state.get("source", {})
+        source, moments = state.get("source", {}), state.get("moments", {})
         if not isinstance(by, str) or not isinstance(weights, str):
             raise ValueError(
                 f"Expected a calibration with names as strings, got by {by!r}, weights {weights!r}."
             )
         if not isinstance(source, dict):
             raise ValueError(f"Expected a calibration with source data as a dict, got {source!r}.")
+        if not isinstance(moments, dict):
+            raise ValueError(f"Expected a calibration with moments as a dict, got {moments!r}.")
         self.quantiles = _checked(quantiles)
-        self.by, self.weights, self.source = by, weights, source
+        self.by, self.weights, self.source, self.moments = by, weights, source, moments
 
     def take_former(self, state: Mapping[str, Any]) -> None:
         """Take what version 0.1.0 kept among the weights: quantiles, and a name as bytes.
@@ -287,6 +291,18 @@ def gate_of(module: nn.Module, settings: Settings, level: float) -> float:
     """
     by = measured_by(settings.objective, settings.norm_stats)
     return calibration_of(module).quantile(level, by=by, weights=fingerprint(module))
+
+
+def moments_of(module: nn.Module) -> SourceMoments:
+    """Return the moments of source data that a module keeps, with the weights it has.
+
+    They are empty where it keeps none, or with other weights.
+    """
+    moments, calibration = SourceMoments(), getattr(module, "it3_calibration", None)
+    kept = calibration.moments if isinstance(calibration, Calibration) else {}
+    if kept and kept["weights"] == fingerprint(module):
+        moments.load_source_dict(kept["source"])
+    return moments
 
 
 def check_level(gate: float | None) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from it3_lightning.calibration import check_level, gate_of
+from it3_lightning.calibration import check_level, gate_of, moments_of
 from it3_lightning.engine import Adaptation, Settings, batch_size
 from it3_lightning.engine.trees import taken
 from it3_lightning.integration.batches import normal
@@ -244,7 +244,8 @@ class IT3Predictor:
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.precision = precision
         self.prediction = prediction
-        self._adapter = adapter_of(module, self._host, self.settings)
+        moments = moments_of(module) if self.settings.norm_stats == "evidence" else None
+        self._adapter = adapter_of(module, self._host, self.settings, moments=moments)
         self._answer = answer_of(self._host, prediction)
         self._lock = threading.Lock()
 

@@ -44,8 +44,9 @@ def check_trainer(
             "norm_stats='batch' and balance terms need several samples, and a dataloader has "
             "batch_size=1. Use larger batches, or norm_stats='source' without a balance term."
         )
-    if settings.norm_stats == "batch" and not batch_norms(module):
-        rank_zero_warn("norm_stats='batch' has no effect: the module has no BatchNorm layer.")
+    kind = settings.norm_stats
+    if kind in ("batch", "evidence") and not batch_norms(module):
+        rank_zero_warn(f"norm_stats={kind!r} has no effect: the module has no BatchNorm layer.")
 
 
 def wait_for_all(trainer: Trainer) -> None:

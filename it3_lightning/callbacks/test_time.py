@@ -67,6 +67,8 @@ class TestTimeCallback(Callback):
             batch.
         anchor: weights of the second pass. Default: the method's own, else the source.
         norm_stats: statistics of BatchNorm layers. Default: the method's own, else the source's.
+            With ``"evidence"`` this callback measures validation samples in ``fit`` and
+            ``validate``, in one forward pass a batch, without their labels.
         gate: share of validation samples, such as 0.95, whose distance a sample must exceed to be
             adapted to. This callback measures validation samples in ``fit`` and ``validate``, in
             two forward passes a batch, and keeps the quantiles in the module's checkpoint; with
@@ -129,8 +131,8 @@ class TestTimeCallback(Callback):
         settings = {**getattr(objective, "defaults", {}), **settings}
         self.settings = Settings(objective=objective, **settings)
         self._gate = None if gate is None else Gate(gate, self.settings)
-        needs = self.settings.method.needs_source
-        self._source = SourceData(self.settings) if needs else None
+        needed = SourceData.needed(self.settings)
+        self._source = SourceData(self.settings, outputs) if needed else None
         if prediction not in get_args(WhichPrediction):
             raise ValueError(
                 f"Expected prediction 'first', 'second' or 'mean', got {prediction!r}."
@@ -142,8 +144,13 @@ class TestTimeCallback(Callback):
             raise ValueError(f"{name} predicts by itself: leave out prediction={prediction!r}.")
         if self._source is not None and "validate" in stages:
             raise ValueError(
-                f"{type(self.settings.method).__name__} sees source data in stage 'validate', so "
-                "it cannot adapt there. Leave out the stage."
+                f"{self._source.what} sees source data in stage 'validate', so it cannot adapt "
+                "there. Leave out the stage."
+            )
+        if gate is not None and self.settings.norm_stats == "evidence":
+            raise ValueError(
+                "The gate is calibrated on the validation data that norm_stats='evidence' has yet "
+                "to see. Leave out the gate, or use other norm_stats."
             )
         if gate is not None and "validate" in stages:
             raise ValueError(
@@ -180,8 +187,7 @@ class TestTimeCallback(Callback):
         if self._gate is not None:
             self._gate.start(trainer, pl_module)
         if self._source is not None:
-            host = host_of(pl_module, self.settings.method, outputs=self.outputs)
-            self._source.start(trainer, pl_module, host)
+            self._source.start(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over ``test_step``."""
@@ -266,17 +272,21 @@ class TestTimeCallback(Callback):
             return
         host = host_of(module, self.settings.method, outputs=self.outputs)
         check_trainer(trainer, module, self.settings, self.independent_ranks)
-        settings = self.settings
+        settings, moments = self.settings, None
         if self._source is not None:
             self._source.load(module)
+            moments = self._source.moments
         if self._gate is not None:
             settings = self._gate.settings_for(module)
         runner: BatchStep | PerSampleStep
-        if settings.scope == "batch" or settings.steps == 0:
-            adapter = adapter_of(module, host, settings)
+        still = settings.steps == 0 and settings.norm_stats == "source"
+        if settings.scope == "batch" or still:
+            adapter = adapter_of(module, host, settings, moments=moments)
             runner = BatchStep(module, host, adapter, self.prediction)
         else:
-            runner = PerSampleStep(module, host, settings, prediction=self.prediction, step=name)
+            runner = PerSampleStep(
+                module, host, settings, prediction=self.prediction, step=name, moments=moments
+            )
         self.summary = Summary()
         logs = stage != "predict"
         record = Recorder(module, self.summary, settings, runner.adapter, logs=logs)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from it3_lightning.engine.adapter import BatchAdapter
+from it3_lightning.engine.evidence import SourceMoments
 from it3_lightning.engine.optimizers import OPTIMIZERS, Rule
 from it3_lightning.engine.per_sample import SampleAdapter
 from it3_lightning.engine.result import Adaptation
@@ -39,6 +40,7 @@ __all__ = [
     "SampleAdapter",
     "SampleDims",
     "Settings",
+    "SourceMoments",
     "ToLabel",
     "adapt",
     "adapter",
@@ -56,6 +58,7 @@ def adapter(
     isolation: Isolation = nullcontext,
     inputs_in: InputsIn | None = None,
     sample_dims: SampleDims | None = None,
+    moments: SourceMoments | None = None,
 ) -> BatchAdapter | SampleAdapter:
     """Return what adapts a module to one batch after another, in the scope of the settings.
 
@@ -71,9 +74,10 @@ def adapter(
         sample_dims: ``inputs -> dims``: for each tensor in the inputs the dimension of its samples,
             ``None`` where all samples share it, in the structure of the inputs; default: tensors
             whose first dimension is that of the first tensor hold the samples.
+        moments: of source data, for ``norm_stats="evidence"``.
 
     Raises:
-        ValueError: the selection of parameters matches nothing.
+        ValueError: the selection of parameters matches nothing, or moments are needed and unknown.
     """
     kind = SampleAdapter if settings.scope == "sample" else BatchAdapter
     return kind(
@@ -85,6 +89,7 @@ def adapter(
         isolation=isolation,
         inputs_in=inputs_in,
         sample_dims=sample_dims,
+        moments=moments,
     )
 
 
@@ -97,6 +102,7 @@ def adapt(
     settings: Settings,
     enters: Enters = MappingProxyType({}),
     sample_dims: SampleDims | None = None,
+    moments: SourceMoments | None = None,
 ) -> Adaptation:
     r"""Adapt a module to one batch and return what came of it; the module is left as it was.
 
@@ -111,6 +117,7 @@ def adapt(
         settings: how to adapt.
         enters: see :func:`adapter`.
         sample_dims: likewise.
+        moments: likewise.
 
     Raises:
         ValueError: nothing is selected, what is selected has no influence on the prediction, or
@@ -135,7 +142,8 @@ def adapt(
             f"norm_stats='batch' and batch terms need at least two samples, got {size}. Use larger "
             "batches, or norm_stats='source' without a balance term."
         )
-    made = adapter(module, forward, to_label, settings, enters=enters, sample_dims=sample_dims)
+    given: dict[str, Any] = {"enters": enters, "sample_dims": sample_dims, "moments": moments}
+    made = adapter(module, forward, to_label, settings, **given)
     try:
         with made.adapted(inputs) as adaptation:
             return adaptation

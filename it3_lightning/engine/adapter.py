@@ -26,9 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from it3_lightning.engine.evidence import SourceMoments, believed, check_moments, put
 from it3_lightning.engine.optimizers import OnlyStep
 from it3_lightning.engine.passes import AnchoredWeights, Network, NetworkPasses, all_finite
-from it3_lightning.engine.restore import NormStatistics, Snapshot, Undo, without_side_effects
+from it3_lightning.engine.restore import (
+    Draws,
+    NormStatistics,
+    Snapshot,
+    Undo,
+    without_side_effects,
+)
 from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.selection import Movers, select
 from it3_lightning.engine.settings import Settings
@@ -63,9 +70,11 @@ class BatchAdapter:
         isolation: returns a context in which passes leave no trace, in logs for example.
         inputs_in: finds the network's inputs in what :meth:`adapted` is given.
         sample_dims: says which dimension of each tensor holds the samples; default: the first.
+        moments: of source data, for ``norm_stats="evidence"``; :meth:`fit_moments` adds to them.
 
     Raises:
-        ValueError: the selection of parameters matches nothing, or there is no layer of a name.
+        ValueError: the selection of parameters matches nothing, there is no layer of a name, or the
+            moments are not known.
 
     >>> net, x = nn.Linear(1, 1, bias=False), torch.ones(2, 1)
     >>> _ = nn.init.ones_(net.weight)
@@ -89,8 +98,11 @@ class BatchAdapter:
         isolation: Isolation = nullcontext,
         inputs_in: InputsIn | None = None,
         sample_dims: SampleDims | None = None,
+        moments: SourceMoments | None = None,
     ) -> None:
         self._sample_dims = sample_dims
+        self.moments = SourceMoments() if moments is None else moments
+        self._evidence = settings.norm_stats == "evidence" and check_moments(module, self.moments)
         self.selected = select(module, settings.parameters)
         self.undo, self.drawn = Undo(), False  # whether the last passes drew random numbers
         self._module = module
@@ -133,12 +145,15 @@ class BatchAdapter:
             ValueError: the selected parameters have no influence on the prediction.
         """
         self.network.forwards = self.network.cache.hits = 0
+        self.drawn = False
         if self._sample_dims is not None:
             inputs = laid_out(inputs, self._sample_dims(inputs))
         draws = partial(self.draws, inputs)
         with self.undo.begin() as undo:
             kind, count = self._settings.norm_stats, self._settings.norm_prior
             statistics = NormStatistics(self._module, kind, undo, count)
+            if self._evidence:
+                self._believe(inputs, undo, draws)
             undo.add((source := Snapshot(self._module)).restore)
             with torch.inference_mode(False), torch.enable_grad():
                 try:
@@ -152,13 +167,23 @@ class BatchAdapter:
                         adaptation = self._keep_source(inputs, answer, str(reason))
                 finally:
                     self.network.cache.clear()
-            self.drawn = source.drawn
+            self.drawn |= source.drawn
             try:
                 yield adaptation
             except Exception:  # what the body itself has written stays, unless it is interrupted
                 undo.end(source.restore_weights, statistics.restore)
                 raise
             undo.end(source.restore_weights, statistics.restore)
+
+    def _believe(self, inputs: Any, undo: Undo, draws: Draws) -> None:
+        """Put statistics in place that the batch proves, by passes of the source."""
+        undo.add((source := Snapshot(self._module)).restore)
+        without = without_side_effects(source, self._isolation, draws)
+        with torch.inference_mode(False), torch.enable_grad(), without:
+            run = partial(self.network.run, inputs, None)
+            found = believed(self._module, inputs, run, self.network.to_label, self.moments)
+        put(self._module, found)
+        self.drawn |= source.drawn
 
     def _adapt(self, inputs: Any, answer: Answer | None, source: Snapshot) -> Adaptation:
         """Adapt, and leave the adapted weights in place; all or nothing."""
@@ -257,6 +282,17 @@ class BatchAdapter:
                     self._settings.method.load_source_dict(self._method.source_dict())
             self.network.restart()
             undo.end(source.restore_weights, statistics.restore)
+
+    def fit_moments(self, inputs: Any) -> None:
+        """Add a batch of source data, inputs ``(B, ...)``, to :attr:`moments`; see there."""
+        with self.undo.begin() as undo:
+            undo.add((source := Snapshot(self._module)).restore)
+            without = without_side_effects(source, self._isolation)
+            with torch.inference_mode(False), torch.enable_grad(), without:
+                run = partial(self.network.run, inputs, None)
+                self.moments.add(self._module, inputs, run, self.network.to_label)
+            self.network.restart()
+            undo.end(source.restore_weights)
 
     def _keep_source(self, inputs: Any, answer: Answer | None, reason: str) -> Adaptation:
         """Return what a skipped batch gets: the source prediction, and why."""

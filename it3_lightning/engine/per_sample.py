@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from it3_lightning.engine import fast
 from it3_lightning.engine.adapter import BatchAdapter
-from it3_lightning.engine.passes import copied
+from it3_lightning.engine.evidence import SourceMoments, believed, run_by
+from it3_lightning.engine.passes import Network, copied
 from it3_lightning.engine.restore import Snapshot, Undo, stop_watching, without_side_effects
 from it3_lightning.engine.result import Adaptation, merged, replaced
 from it3_lightning.engine.settings import Settings
@@ -122,6 +123,7 @@ class SampleAdapter:
         isolation: Isolation = nullcontext,
         inputs_in: InputsIn | None = None,
         sample_dims: SampleDims | None = None,
+        moments: SourceMoments | None = None,
     ) -> None:
         self._sample_dims = sample_dims
         self._module = module
@@ -129,6 +131,7 @@ class SampleAdapter:
         self._forward = forward
         self._isolation = isolation
         given: dict[str, Any] = {"enters": enters, "isolation": isolation, "inputs_in": inputs_in}
+        given["moments"] = moments
         alone = replace(settings, scope="batch", gate=None, compile=False)
         self._alone = BatchAdapter(module, forward, to_label, alone, **given)
         self._common = module, forward, to_label, alone, given
@@ -137,11 +140,17 @@ class SampleAdapter:
         self.drawn = False  # whether the passes of the last batch drew random numbers
         self._fast = fast.path("vmap")
         self._vectorised: Callable[[Any, Answer, Any], Adaptation] | None = None
-        source = settings.norm_stats == "source"
-        if self._fast is not None and settings.method.vmappable and source:
-            network = self._alone.network
+        self._own_statistics = settings.norm_stats != "source"
+        vectorises = settings.method.vmappable and settings.norm_stats != "mixed"
+        if self._fast is not None and vectorises:
+            network, shared = self._alone.network, fast.enabled("grad_sample")
+            believe: Callable[[Any], Any] | None = None
+            if self._own_statistics:  # they come with each sample
+                given = {"inputs_in": inputs_in}
+                run, shared, believe = partial(run_by, module, forward), False, self._believe
+                network = Network(module, self.selected, run, to_label, enters, **given)
             self._vectorised = self._fast.Vectorised(
-                module, self.selected, network, settings, fast.enabled("grad_sample")
+                module, self.selected, network, settings, shared, believe
             )
         self._known: dict[Any, BackendSelection] = {}  # by the conditions they were made under
         self.backend_selection: BackendSelection | None = None
@@ -180,9 +189,17 @@ class SampleAdapter:
             return self._each(inputs, answer)
         return self._gated(inputs, answer, self._settings.gate)
 
+    def _believe(self, sample: Any) -> Any:
+        """Return the statistics of a sample by its own evidence, possibly inside ``torch.func``."""
+        network = self._alone.network
+        run = partial(network.run, sample, None)
+        return believed(self._module, sample, run, network.to_label, self._alone.moments)
+
     def _source(self, inputs: Any, answer: Answer) -> Adaptation:
         """Predict with the source weights; measure the samples whose prediction is finite."""
         self.undo.add(self._still.undo.run)
+        if self._own_statistics and (size := batch_size(inputs)):
+            return merged([self._one(inputs, i, answer, self._still) for i in range(size)])
         with self._still.adapted(inputs, answer) as source:
             pass
         self.drawn |= self._still.drawn
@@ -246,10 +263,13 @@ class SampleAdapter:
         """Adapt to one sample after the other: the reference."""
         return merged([self._one(inputs, i, answer) for i in range(batch_size(inputs))])
 
-    def _one(self, inputs: Any, index: int, answer: Answer) -> Adaptation:
-        with self._alone.adapted(taken(inputs, range(index, index + 1)), answer) as adaptation:
+    def _one(
+        self, inputs: Any, index: int, answer: Answer, adapter: BatchAdapter | None = None
+    ) -> Adaptation:
+        adapter = adapter or self._alone
+        with adapter.adapted(taken(inputs, range(index, index + 1)), answer) as adaptation:
             pass
-        self.drawn |= self._alone.drawn
+        self.drawn |= adapter.drawn
         if len(adaptation.skipped) != 1 and not any(map(graph_count, _objects(inputs))):
             raise ValueError(
                 f"Expected outputs (1, ...) of one sample, got {len(adaptation.skipped)} rows. "
@@ -308,6 +328,9 @@ class SampleAdapter:
         source = cast_like(adaptation.source_outputs, outputs)
         adaptation = replace(adaptation, outputs=outputs, answers=answers, source_outputs=source)
         bad = ~outputs.isfinite().flatten(1).all(1).cpu() & ~adaptation.skipped
+        if self._own_statistics and adaptation.skipped.any():  # which have the source's as well
+            rows = adaptation.skipped.nonzero()[:, 0].tolist()
+            adaptation = replaced(adaptation, self._looped(taken(inputs, rows), answer), rows)
         if not bad.any():
             return adaptation
         rows = bad.nonzero()[:, 0].tolist()

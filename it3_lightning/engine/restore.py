@@ -611,7 +611,8 @@ class NormStatistics:
         module: whose BatchNorm layers.
         norm_stats: ``"source"`` leaves them as they are; ``"batch"`` uses the current batch;
             ``"mixed"`` both, :math:`\bar\mu = \frac{N}{N + n} \mu_s + \frac{n}{N + n} \mu_t` and
-            likewise the variances, of :math:`n` samples (Schneider et al., NeurIPS 2020, eq. 3).
+            likewise the variances, of :math:`n` samples (Schneider et al., NeurIPS 2020, eq. 3);
+            ``"evidence"``: those that :mod:`it3_lightning.engine.evidence` puts in their place.
         undo: is given :meth:`restore` before anything is changed.
         prior: the number of samples ``N`` that the source's statistics count as.
     """
@@ -622,6 +623,8 @@ class NormStatistics:
         layers = batch_norms(module) if norm_stats != "source" else []
         self._before = [(layer, layer.training, layer.track_running_stats) for layer in layers]
         self._mixed = layers if norm_stats == "mixed" else []
+        held = layers if norm_stats == "evidence" else []
+        self._buffers = [(layer._buffers, dict(layer._buffers)) for layer in held]
         undo.add(self.restore)
         for layer in self._mixed:
             layer.forward = partial(_mixed_norm, layer, prior)  # type: ignore[method-assign]
@@ -634,6 +637,8 @@ class NormStatistics:
             layer.training, layer.track_running_stats = training, tracking
         for layer in self._mixed:
             vars(layer).pop("forward", None)
+        for buffers, before in self._buffers:
+            buffers.update(before)
 
 
 def _mixed_norm(layer: _BatchNorm, prior: int, values: Tensor) -> Tensor:

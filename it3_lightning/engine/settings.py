@@ -50,7 +50,12 @@ class Settings:
         ema_decay: share of the old average kept at each step.
         norm_stats: statistics of BatchNorm layers, in both passes and in the prediction:
             ``"source"``; ``"batch"`` (Nado et al., 2020); ``"mixed"``: the source's, as if of
-            ``norm_prior`` samples, and those of the batch (Schneider et al., NeurIPS 2020).
+            ``norm_prior`` samples, and those of the batch (Schneider et al., NeurIPS 2020);
+            ``"evidence"``: the source's, moved as far as the batch, or in scope ``"sample"`` the
+            sample, differs from source data of the same predicted classes by more than its sampling
+            error, see :mod:`it3_lightning.engine.evidence`. These are found once for a batch, by
+            the source's weights, and are constants for gradients; they need moments of source data,
+            and one to three further forward passes a batch.
         norm_prior: samples ``N`` that the source's statistics count as.
         weight_ensembling: share of the way back to the source that weights go after each step, by
             whatever method: 0.01 in ROID (Marsden et al., WACV 2024), as ``1 - momentum_src``.

@@ -15,7 +15,7 @@ Anchor = Literal["frozen", "ema", "live"]
 Reset = Literal["batch", "weights", "never"] | int
 Scope = Literal["batch", "sample"]
 Backend = Literal["auto", "vectorised", "loop"]
-NormStats = Literal["source", "batch", "mixed"]
+NormStats = Literal["source", "batch", "mixed", "evidence"]
 
 Weights = dict[str, Tensor]
 """Tensors by the names of parameters."""

@@ -22,6 +22,7 @@ from it3_lightning.engine import (
     Enters,
     SampleAdapter,
     Settings,
+    SourceMoments,
 )
 from it3_lightning.engine.passes import copied
 from it3_lightning.engine.restore import Snapshot, undisturbed_rng, without_side_effects
@@ -43,6 +44,7 @@ def adapter_of(
     forward: Forward | None = None,
     inputs_in: InputsIn | None = None,
     sample_dims: SampleDims | None = None,
+    moments: SourceMoments | None = None,
     silent: bool = False,
 ) -> Adapter:
     """Return the engine for a module, and say which weights it adapts.
@@ -54,10 +56,12 @@ def adapter_of(
         forward: of the engine; default: ``host.predict_with``.
         inputs_in: finds the module's inputs in what the engine is given.
         sample_dims: says which dimensions of that hold samples; default: as the module does.
+        moments: of source data, for ``norm_stats="evidence"``.
         silent: say nothing.
 
     Raises:
-        MisconfigurationException: the selection of parameters matches nothing.
+        MisconfigurationException: the selection of parameters matches nothing, or moments are
+            needed and unknown.
     """
     kind = SampleAdapter if settings.scope == "sample" else BatchAdapter
     frozen = getattr(module, "it3_frozen", None) is not None  # while it is fitted
@@ -74,6 +78,7 @@ def adapter_of(
                 isolation=partial(without_logs, module),
                 inputs_in=inputs_in,
                 sample_dims=sample_dims or sample_dims_of(module),
+                moments=moments,
             )
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error

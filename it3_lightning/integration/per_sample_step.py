@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from it3_lightning.engine import Adaptation, Settings, batch_size
+from it3_lightning.engine import Adaptation, Settings, SourceMoments, batch_size
 from it3_lightning.engine.passes import copied
 from it3_lightning.engine.restore import Snapshot, Undo, undisturbed_rng
 from it3_lightning.engine.trees import dims_by, laid_out, taken, told_dims
@@ -84,6 +84,7 @@ class PerSampleStep:
         prediction: what ``self(...)`` returns: the ``"first"`` prediction, the ``"second"``, which
             sees the first as its prior, or the ``"mean"`` of both.
         step: name of the step.
+        moments: of source data, for ``norm_stats="evidence"``.
 
     Raises:
         MisconfigurationException: the selection of parameters matches nothing, or the module has no
@@ -98,6 +99,7 @@ class PerSampleStep:
         *,
         prediction: WhichPrediction = "first",
         step: str = "step",
+        moments: SourceMoments | None = None,
     ) -> None:
         self._names = {"step": step, "name": type(module).__name__}
         if module.forward == LightningModule.forward.__get__(module):
@@ -110,6 +112,7 @@ class PerSampleStep:
             forward=lambda call, prior: host.predict_with(_inputs_in(call), prior),
             inputs_in=_inputs_in,
             sample_dims=self._dims if self._dims_of_inputs is not None else None,
+            moments=moments,
         )
         self.undo = Undo()
         self._module = module

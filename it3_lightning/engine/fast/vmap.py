@@ -17,6 +17,7 @@ from torch.func import grad, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
+from it3_lightning.engine.evidence import run_by
 from it3_lightning.engine.fast.grad_sample import Gradient, Layerwise, Product
 from it3_lightning.engine.fast.stacked_weights import Compiled, Stacked, bytes_kept, samples_at_once
 from it3_lightning.engine.passes import FunctionalPasses, Network, Sites, copied
@@ -426,6 +427,8 @@ class Vectorised:
         network: runs the passes; has run an ordinary one.
         settings: how to adapt, in at least one step.
         shared: whether the first gradients may be found by shared passes.
+        believe: returns the norm statistics of a sample, which the network takes beside it, see
+            :func:`~it3_lightning.engine.evidence.run_by`.
     """
 
     def __init__(
@@ -435,7 +438,9 @@ class Vectorised:
         network: Network,
         settings: Settings,
         shared: bool,
+        believe: Callable[[Any], Any] | None = None,
     ) -> None:
+        self._believe = believe
         self._module = module
         self._recurrent = bool(recurrent_layers(module))
         self._selected = selected
@@ -484,6 +489,10 @@ class Vectorised:
                 torch.autocast(self._device, enabled=False),
                 vmappable(self._module, self),
             ):
+                if self._believe is not None:
+                    believe = self._graphless(self._believe)
+                    inputs = inputs, mapped(believe, batch_size(inputs), (), inputs)
+                    answer = partial(run_by, self._module, answer)
                 return self._adapt(inputs, answer)
         finally:
             self._network.cache.clear()
