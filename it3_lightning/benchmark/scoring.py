@@ -154,7 +154,7 @@ def scored(
     """
     callback = row.callback()
     callbacks = [] if callback is None else [callback]
-    if row.settings is not None and row.settings.method.needs_source:
+    if row.settings is not None and row.settings.needs_source:
         seeing = settings.trainer(callbacks=callbacks, limit_val_batches=None)
         seeing.validate(model, datamodule=data, verbose=False)
     most = batches

@@ -46,11 +46,6 @@ class SourceData:
         self.kept: dict[str, dict[str, Any]] = {}  # by what it is
         self.moments = SourceMoments()
 
-    @staticmethod
-    def needed(settings: Settings) -> bool:
-        """Whether settings need to know anything of source data."""
-        return settings.method.needs_source or settings.norm_stats == "evidence"
-
     @property
     def what(self) -> str:
         """What needs to know, in words."""

@@ -131,7 +131,7 @@ class TestTimeCallback(Callback):
         settings = {**getattr(objective, "defaults", {}), **settings}
         self.settings = Settings(objective=objective, **settings)
         self._gate = None if gate is None else Gate(gate, self.settings)
-        needed = SourceData.needed(self.settings)
+        needed = self.settings.needs_source
         self._source = SourceData(self.settings, outputs) if needed else None
         if prediction not in get_args(WhichPrediction):
             raise ValueError(

@@ -138,7 +138,9 @@ class SourceMoments:
         old = self._sums.get(name)
         self._sums[name] = new if old is None else {key: old[key] + new[key] for key in new}
 
-    def _table(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _table(
+        self, sums: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
         """Return means by class ``(2, K, C)``, spread within classes ``(2, C)``, counts ``(K,)``.
 
         To each class one sample is added that is like all samples, so that a rare one is no guess.
@@ -148,7 +150,8 @@ class SourceMoments:
         means = (sums["sums"] + every) / (self._count[:, None] + 1)
         between = (2 * means * sums["sums"] - means.square() * self._count[:, None]).sum(1)
         spread = ((sums["squares"] - between) / total).clamp_min(0)
-        return {"means": means.float(), "spread": spread.float(), "count": self._count.float()}
+        table = {"means": means, "spread": spread, "count": self._count}
+        return {key: value.to(dtype) for key, value in table.items()}
 
     def table(self, name: str, like: Tensor) -> dict[str, Tensor] | None:
         """Return the moments of a layer, where and of the type that they are needed."""
@@ -284,7 +287,7 @@ class _Samples:
             return summed / nodes.clamp_min(1)[:, None]
         if not count or count % self.size:
             return None
-        return rows.view(2, self.size, -1, rows.shape[2]).mean(2)
+        return rows.reshape(2, self.size, -1, rows.shape[2]).mean(2)
 
 
 def batch_norms_by_name(module: nn.Module) -> dict[str, _BatchNorm]:

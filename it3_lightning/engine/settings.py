@@ -200,6 +200,11 @@ class Settings:
         return self.norm_stats == "batch" or self.batch_term
 
     @cached_property
+    def needs_source(self) -> bool:
+        """Whether source data must have been seen: by the method, or as evidence."""
+        return self.norm_stats == "evidence" or self.method.needs_source
+
+    @cached_property
     def single_step(self) -> bool:
         """Whether a step in closed form, straight from the source, is all there is."""
         rule = self.rule

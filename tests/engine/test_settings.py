@@ -23,7 +23,7 @@ from it3_lightning.methods.base import Steps
         ({"reset": 0}, "'batch', 'weights', 'never' or N >= 1, got 0"),
         ({"reset": True}, "'batch', 'weights', 'never' or N >= 1, got True"),
         ({"anchor": "teacher"}, "anchor in frozen, ema, live, got 'teacher'"),
-        ({"norm_stats": "test"}, "norm_stats in source, batch, mixed, got 'test'"),
+        ({"norm_stats": "test"}, "norm_stats in source, batch, mixed, evidence, got 'test'"),
         ({"norm_prior": 0}, "norm_prior N >= 1 samples, got 0"),
         ({"weight_ensembling": 1.0}, r"weight_ensembling in \[0, 1\), got 1.0"),
         ({"ema_decay": 1.1}, r"ema_decay in \[0, 1\], got 1.1"),

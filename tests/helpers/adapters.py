@@ -15,6 +15,7 @@ from it3_lightning.engine import (
     Forward,
     SampleAdapter,
     Settings,
+    SourceMoments,
     ToLabel,
     adapter,
 )
@@ -39,11 +40,13 @@ def any_adapter(
     forward: Forward | None = None,
     enters: Enters | None = None,
     to_label: ToLabel = softmax_label,
+    moments: SourceMoments | None = None,
     **given: Any,
 ) -> BatchAdapter | SampleAdapter:
     """Make what adapts a network whose forward takes the prior."""
     made = Settings(**{"objective": PUBLISHED, "lr": 0.01, **going(way), **given})
-    return adapter(net, forward or takes_prior(net), to_label, made, enters=enters or {})
+    more: dict[str, Any] = {"enters": enters or {}, "moments": moments}
+    return adapter(net, forward or takes_prior(net), to_label, made, **more)
 
 
 def batch_adapter(net: nn.Module, forward: Forward | None = None, **given: Any) -> BatchAdapter:
