@@ -101,8 +101,8 @@ class BatchAdapter:
         moments: SourceMoments | None = None,
     ) -> None:
         self._sample_dims = sample_dims
-        self.moments = SourceMoments() if moments is None else moments
-        self._evidence = settings.norm_stats == "evidence" and check_moments(module, self.moments)
+        self.moments = moments
+        self.believes = settings.norm_stats == "evidence" and check_moments(module, moments)
         self.selected = select(module, settings.parameters)
         self.undo, self.drawn = Undo(), False  # whether the last passes drew random numbers
         self._module = module
@@ -152,7 +152,7 @@ class BatchAdapter:
         with self.undo.begin() as undo:
             kind, count = self._settings.norm_stats, self._settings.norm_prior
             statistics = NormStatistics(self._module, kind, undo, count)
-            if self._evidence:
+            if self.believes:
                 self._believe(inputs, undo, draws)
             undo.add((source := Snapshot(self._module)).restore)
             with torch.inference_mode(False), torch.enable_grad():
@@ -180,6 +180,7 @@ class BatchAdapter:
         undo.add((source := Snapshot(self._module)).restore)
         without = without_side_effects(source, self._isolation, draws)
         with torch.inference_mode(False), torch.enable_grad(), without:
+            assert self.moments is not None
             run = partial(self.network.run, inputs, None)
             found = believed(self._module, inputs, run, self.network.to_label, self.moments)
         put(self._module, found)
@@ -284,7 +285,9 @@ class BatchAdapter:
             undo.end(source.restore_weights, statistics.restore)
 
     def fit_moments(self, inputs: Any) -> None:
-        """Add a batch of source data, inputs ``(B, ...)``, to :attr:`moments`; see there."""
+        """Add a batch of source data, inputs ``(B, ...)``, to :attr:`moments`."""
+        if self.moments is None:
+            self.moments = SourceMoments()
         with self.undo.begin() as undo:
             undo.add((source := Snapshot(self._module)).restore)
             without = without_side_effects(source, self._isolation)

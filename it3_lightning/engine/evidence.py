@@ -356,7 +356,7 @@ def normalises(module: nn.Module) -> bool:
     return any(layer.running_mean is not None for layer in layers)
 
 
-def check_moments(module: nn.Module, moments: SourceMoments) -> bool:
+def check_moments(module: nn.Module, moments: SourceMoments | None) -> bool:
     """Return whether there are layers for ``norm_stats="evidence"``.
 
     Raises:
@@ -364,7 +364,7 @@ def check_moments(module: nn.Module, moments: SourceMoments) -> bool:
     """
     if not normalises(module):
         return False
-    if not moments.known:
+    if moments is None or not moments.known:
         raise ValueError(
             "norm_stats='evidence' compares a batch with source data, and has seen none with these "
             "weights. Run Trainer(callbacks=[TestTimeCallback(norm_stats='evidence')])"

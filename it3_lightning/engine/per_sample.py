@@ -140,7 +140,7 @@ class SampleAdapter:
         self.drawn = False  # whether the passes of the last batch drew random numbers
         self._fast = fast.path("vmap")
         self._vectorised: Callable[[Any, Answer, Any], Adaptation] | None = None
-        self._own_statistics = settings.norm_stats != "source"
+        self._own_statistics = self._alone.believes or settings.norm_stats == "mixed"
         vectorises = settings.method.vmappable and settings.norm_stats != "mixed"
         if self._fast is not None and vectorises:
             network, shared = self._alone.network, fast.enabled("grad_sample")
@@ -191,9 +191,10 @@ class SampleAdapter:
 
     def _believe(self, sample: Any) -> Any:
         """Return the statistics of a sample by its own evidence, possibly inside ``torch.func``."""
-        network = self._alone.network
+        network, moments = self._alone.network, self._alone.moments
+        assert moments is not None
         run = partial(network.run, sample, None)
-        return believed(self._module, sample, run, network.to_label, self._alone.moments)
+        return believed(self._module, sample, run, network.to_label, moments)
 
     def _source(self, inputs: Any, answer: Answer) -> Adaptation:
         """Predict with the source weights; measure the samples whose prediction is finite."""
@@ -320,7 +321,11 @@ class SampleAdapter:
         without = without_side_effects(snapshot, self._isolation, draws)
         with torch.inference_mode(False), torch.enable_grad(), without:
             snapshot.detach_parameters()
+            self._alone.network.forwards = 0
             adaptation = self._vectorised(inputs, answer, self._under)
+            if self._own_statistics:  # whose passes are those of another network
+                forwards = adaptation.forwards + self._alone.network.forwards
+                adaptation = replace(adaptation, forwards=forwards)
         self.drawn |= snapshot.drawn
         assert adaptation.outputs is not None
         both = adaptation.outputs, adaptation.answers

@@ -101,10 +101,11 @@ def blind(network: nn.Module) -> Any:
     return lambda x, prior: network(x) if prior is None else network(x) + prior
 
 
-def moments_of(network: nn.Module, *batches: Tensor, **given: Any) -> SourceMoments:
+def moments_of(network: nn.Module, *batches: Any, **given: Any) -> SourceMoments:
     measuring = batch_adapter(network, blind(network), **given)
     for x in batches or (images(150, 1), images(150, 2)):
         measuring.fit_moments(x)
+    assert measuring.moments is not None
     return measuring.moments
 
 
@@ -323,7 +324,7 @@ def test_differences_within_the_sampling_error_change_no_bit() -> None:
 
 def test_moments_do_not_depend_on_how_source_data_are_split(net: nn.Module) -> None:
     x = torch.cat([images(150, 1), images(150, 2)])
-    whole, parts = (moments_of(net, *each) for each in ([x], x.split(47)))
+    whole, parts = (moments_of(net, *each) for each in ([x], x.chunk(7)))
     for name, table in whole.source_dict()["layers"].items():
         for key, value in table.items():
             other = parts.source_dict()["layers"][name][key]
@@ -378,7 +379,7 @@ def test_both_backends_equal_each_sample_alone(net: nn.Module, given: dict[str, 
         if given["steps"] and "gate" not in given:
             assert sampling.backend_selection.backend == backend
     alone = []
-    for row in x.split(1):
+    for row in x.chunk(len(x)):
         with by_evidence(net, moments, "loop", **given).adapted(row) as adaptation:
             alone.append(adaptation.outputs)
     for backend in found:
@@ -390,7 +391,7 @@ def test_samples_without_steps_have_statistics_of_their_own(net: nn.Module) -> N
     with by_evidence(net, moments, "vectorised").adapted(x) as found:
         pass
     alone = []
-    for row in x.split(1):
+    for row in x.chunk(len(x)):
         with by_evidence(net, moments).adapted(row), torch.no_grad():
             alone.append(net(row))
     torch.testing.assert_close(found.outputs, torch.cat(alone), rtol=0, atol=1e-12)
@@ -401,8 +402,9 @@ def test_samples_without_steps_have_statistics_of_their_own(net: nn.Module) -> N
 def test_without_steps_a_sample_does_not_depend_on_its_batch(norm_stats: Any) -> None:
     net = trained()
     moments, x = moments_of(net), images(4, 5, scale=2.0)
-    whole, alone = [], []
-    for rows, into in (([x], whole), (x.split(1), alone)):
+    whole: list[Any] = []
+    alone: list[Any] = []
+    for rows, into in (([x], whole), (x.chunk(len(x)), alone)):
         for row in rows:
             made = by_evidence(net, moments, "loop", norm_stats=norm_stats)
             with made.adapted(row) as found:
