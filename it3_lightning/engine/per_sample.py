@@ -450,8 +450,8 @@ class SampleAdapter:
             return "as asked for"
         if self._fast is None:
             return "fast paths are turned off"
-        if self._settings.norm_stats != "source":
-            return f"norm_stats={self._settings.norm_stats!r} is not vectorised"
+        if self._settings.norm_stats == "mixed":
+            return "norm_stats='mixed' is not vectorised"
         if self._vectorised is None:
             return f"{type(self._settings.method).__name__} asks for further passes"
         return None
