@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from it3_lightning import Idempotence
+from it3_lightning.engine import fast
 
 FLOAT16 = "16-mixed, in float16"  # which a Trainer on a CPU takes as a plugin only
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -169,6 +170,33 @@ def test_weights_are_the_sources_again_in_bits_and_type(run: Run) -> None:
     expected = DTYPES.get(run.precision, torch.float32)
     assert {p.dtype for p in run.module.parameters()} == {expected}
     assert {b.dtype for b in run.module.buffers() if b.is_floating_point()} == {expected}
+
+
+SMALL = 1e-8
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.05), ("polyak", 0.5)])
+@pytest.mark.parametrize("backend", ["loop", "vectorised"])
+@pytest.mark.parametrize("precision", ["16-true", FLOAT16])
+def test_each_samples_gradients_may_be_smaller_than_numbers_of_float16(
+    precision: str, backend: Any, optimizer: str, lr: float, steps: int
+) -> None:
+    def distance(p: Tensor, q: Tensor) -> Tensor:
+        return SMALL * (p - q).square().sum(1)
+
+    module = net(Seen, hidden=64).to(DTYPES.get(precision, torch.float32))
+    exact = reference(module, "sample", optimizer=optimizer, lr=lr, steps=steps)
+    plain = predicted(module, precision)
+    in_its_units = lr / SMALL if optimizer == "sgd" else lr  # Polyak's are any loss's
+    given = {"optimizer": optimizer, "lr": in_its_units, "steps": steps}
+    made = Idempotence(distance, None)
+    callback = adapting(objective=made, scope="sample", backend=backend, **given)
+    moved = (predicted(module, precision, callback) - plain).double()
+    if fast.enabled("vmap"):
+        assert callback.summary.backend.startswith(f"backend {backend!r}")
+    expected = torch.cat([record.outputs - record.y0 for record in exact])
+    assert (moved - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
 def test_mixed_float16_on_a_cpu_is_what_lightning_makes_of_it() -> None:

@@ -221,24 +221,54 @@ _SCALES = (2.0**16, 2.0**8, 1.0)
 def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradients of a loss by the names of the parameters that it depends on.
 
-    In float16, what a mean over samples and positions divides falls below the smallest number. So
-    the loss is scaled there, as in training, as far as no gradient overflows by it; the gradients
-    are in float32.
+    In float16 the loss is scaled, see :func:`scaled_gradients`.
 
     >>> w = nn.Parameter(torch.ones(1))
     >>> gradients_of(2 * w.sum(), {"w": w, "unused": nn.Parameter(torch.ones(1))})
     {'w': tensor([2.])}
     """
     given = list(parameters.values())
-    for scale in _SCALES if _in_float16(given) else (1.0,):
-        scaled = loss if scale == 1 else loss.float() * scale
-        found = torch.autograd.grad(scaled, given, allow_unused=True, retain_graph=scale != 1)
-        gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
-        del found
-        if scale != 1:
-            gradients = {n: full_precision(g) / scale for n, g in gradients.items()}
-            if all(bool(g.isfinite().all()) for g in gradients.values()):
-                break
+    in_float16 = _in_float16(given)
+
+    def find(scale: float) -> dict[str, Tensor]:
+        scaled = loss.float() * scale if in_float16 else loss
+        found = torch.autograd.grad(scaled, given, allow_unused=True, retain_graph=in_float16)
+        return {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+
+    if not in_float16:
+        return find(1.0)
+    one = scaled_gradients(lambda scale: {n: g[None] for n, g in find(scale).items()})
+    return {name: gradient[0] for name, gradient in one.items()}
+
+
+def scaled_gradients(find: Callable[[float], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the gradients ``(B, *shape)`` of the losses of ``B`` samples in float16, as float32.
+
+    What a mean over samples and positions divides falls below the smallest number there. So losses
+    are scaled, as in training, each as far as no gradient of its sample overflows by it.
+
+    Args:
+        find: returns the gradients of the losses times a number.
+
+    >>> losses = torch.tensor([1e-9, 1.0, 1e4])  # each as its own gradient
+    >>> found = scaled_gradients(lambda scale: {"w": (losses * scale).half()})["w"]
+    >>> [f"{gradient:.2g}" for gradient in found.tolist()]
+    ['1e-09', '1', '1e+04']
+    """
+    gradients: dict[str, Tensor] = {}
+    overflown: Tensor | None = None
+    for scale in _SCALES:
+        scaled = {n: full_precision(g) / scale for n, g in find(scale).items()}
+        for name, gradient in scaled.items():
+            if overflown is None:
+                gradients[name] = gradient
+            else:
+                rows = overflown.to(gradient.device)
+                gradients[name][rows] = gradient[rows]
+        finite = [g[..., None].isfinite().flatten(1).all(1).cpu() for g in gradients.values()]
+        overflown = ~torch.stack(finite).all(0) if finite else torch.zeros(0, dtype=torch.bool)
+        if not overflown.any():
+            break
     return gradients
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import reference
 from helpers.adapters import (
+    BACKENDS,
     PUBLISHED,
     WAYS,
     adapted,
@@ -330,6 +331,33 @@ def test_small_gradients_do_not_underflow_in_float16(
     for name in ("conv.weight", "head.weight"):
         along = (found[name] * exact[name]).sum() / exact[name].square().sum()
         assert 0.5 < along < 1.5, name
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_loss_of_each_sample_is_scaled_as_far_as_its_gradients_allow(
+    backend: str, steps: int
+) -> None:
+    """They are x^2 at first: unscaled, the first is 0; scaled as that one, the others overflow."""
+    x = torch.tensor([[2.0**-13], [4.0], [32.0]])
+
+    def moved(dtype: torch.dtype, way: str) -> Tensor:
+        net = nn.Linear(1, 1, bias=False).to(dtype)
+        nn.init.ones_(net.weight)
+
+        def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+            outputs: Tensor = net(x) if prior is None else prior / 2
+            return outputs
+
+        given: dict[str, Any] = {"optimizer": "adam", "lr": 0.25, "steps": steps}
+        made = any_adapter(net, way, forward, to_label=torch.Tensor.double, **given)
+        outputs = adapted(made, x.to(dtype)).outputs
+        assert outputs is not None
+        return outputs.double() / x
+
+    expected = moved(torch.float64, "loop")
+    assert expected.max() < 0.9
+    torch.testing.assert_close(moved(torch.float16, backend), expected, rtol=2e-3, atol=0)
 
 
 def test_a_step_that_is_lost_in_rounding_is_told() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -273,7 +273,7 @@ class Stacked:
             apart = shared or gradient.dtype != source.dtype
             moved[name] = torch.empty_like(gradient, dtype=source.dtype) if apart else gradient
             if scale is None:
-                for rows, out in zip(*map(_in_pieces, (gradient, moved[name])), strict=True):
+                for rows, out in _in_pieces(gradient, moved[name]):
                     self._write(source, rows, out=out)
             elif source.dtype in HALF:
                 full = full_precision(gradient)
@@ -349,11 +349,11 @@ class Stacked:
             average.lerp_(values, _like(share, average))
 
 
-def _in_pieces(rows: Tensor) -> tuple[Tensor, ...]:
-    """Split rows so that what is worked on at once stays in the cache."""
-    at_once = CHUNK // 4 if rows.dtype in HALF else CHUNK  # those have float32 copies meanwhile
+def _in_pieces(rows: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split rows and what they are written to, so that what is worked on stays in the cache."""
+    at_once = CHUNK // 4 if out.dtype in HALF else CHUNK  # those have float32 copies meanwhile
     size = max(1, at_once * len(rows) // max(1, rows.numel()))
-    return tuple(rows[start : start + size] for start in range(0, len(rows), size))
+    return zip(rows.split(size), out.split(size), strict=True)  # type: ignore[no-untyped-call]
 
 
 def _repeated(weights: Tensor, size: int) -> Tensor:

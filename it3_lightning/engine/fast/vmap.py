@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from it3_lightning.engine.evidence import run_by
 from it3_lightning.engine.fast.grad_sample import Gradient, Layerwise, Product
 from it3_lightning.engine.fast.stacked_weights import Compiled, Stacked, bytes_kept, samples_at_once
+from it3_lightning.engine.optimizers import scaled_gradients
 from it3_lightning.engine.passes import FunctionalPasses, Network, Sites, copied
 from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.settings import Settings
@@ -290,6 +291,8 @@ class Gradients:
 
     def first(self, stacked: Stacked, inputs: Any) -> tuple[Weights, SampleEvaluations]:
         """Return the gradients at the source, layer by layer where that is known to agree."""
+        if _in_float16(stacked):  # the loss of each sample has a scale of its own
+            return self._by_func(stacked, inputs, at_source=True)
         agreed = self._agreed.get(self._conditions, 0)
         if agreed is not None and (agreed > 1 or stacked.size <= agreed):
             try:
@@ -348,13 +351,22 @@ class Gradients:
         cached = at_source and stacked.anchor is not None
         step = self._compiled.get(cached) or partial(self._step, cached)
         given = (stacked.weights, stacked.dim), (stacked.anchor, stacked.anchor_dim)
-        before = self._network.forwards
-        gradients, seen = step(stacked.size, *given, inputs)
-        if self._network.forwards == before:  # compiled: counted when it was traced
-            self._network.forwards += self._passes.get(cached, 0)
-        else:
-            self._passes[cached] = self._network.forwards - before
-        return self._used(gradients), SampleEvaluations(*seen)
+        seen: list[SampleEvaluations] = []
+
+        def find(scale: float | None = None) -> Weights:
+            if scale is not None:  # it may be the second pass over these inputs
+                self._network.cache.clear()
+            factor = None if scale is None else torch.tensor(scale, dtype=torch.float32)
+            before = self._network.forwards
+            gradients, values = step(stacked.size, *given, factor, inputs)
+            if self._network.forwards == before:  # compiled: counted when it was traced
+                self._network.forwards += self._passes.get(cached, 0)
+            else:
+                self._passes[cached] = self._network.forwards - before
+            seen.append(SampleEvaluations(*values))
+            return self._used(gradients)
+
+        return scaled_gradients(find) if _in_float16(stacked) else find(), seen[0]
 
     def _step(
         self,
@@ -362,13 +374,18 @@ class Gradients:
         size: int,
         weights: tuple[Weights, int | None],
         anchor: tuple[Weights | None, int | None],
+        scale: Tensor | None,
         inputs: Any,
     ) -> tuple[Weights, tuple[Tensor, ...]]:
-        """Return gradients and evaluations; weights and anchor come with their dimension."""
+        """Return gradients and evaluations; weights and anchor come with their dimension.
+
+        The gradients are those of the losses times a scale, if there is one.
+        """
 
         def one(weights: Weights, anchor: Weights | None, sample: Any) -> Any:
             def loss(own: Weights) -> Any:
-                return self._loss(own, anchor, sample, cached)
+                loss, seen = self._loss(own, anchor, sample, cached)
+                return loss if scale is None else loss.float() * scale, seen
 
             return grad(loss, has_aux=True)(weights)
 
@@ -396,6 +413,10 @@ class Gradients:
             self._unused = _without_influence(loss, own)
         seen = objective.measure[0], objective.reliable[0], objective.moves[0]
         return loss, tuple(value.detach() for value in (outputs[0], *seen, loss))
+
+
+def _in_float16(stacked: Stacked) -> bool:
+    return any(weights.dtype == torch.float16 for weights in stacked.weights.values())
 
 
 def trouble_of(seen: SampleEvaluations) -> Tensor:
