@@ -45,7 +45,8 @@ class ValuePrior(Prior):
 
     mean: Tensor
     std: Tensor
-    count: Tensor  # targets measured so far, so that a resumed epoch goes on
+    count: Tensor  # targets measured so far; _SETTLED: mean and std are known
+    moments: Tensor  # of these targets, so that a resumed epoch goes on: see `_as_bits`
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class ValuePrior(Prior):
         self.register_buffer("std", _row("std", std, size))
         self._measuring = mean is None
         self.register_buffer("count", torch.tensor(0 if self._measuring else _SETTLED))
-        self._moments: Tensor | None = None
+        self.register_buffer("moments", _as_bits(torch.zeros(3, size, dtype=torch.float64)))
         if bool((self.std <= 0).any()):
             raise ValueError(f"Expected std > 0, got {std}.")
 
@@ -95,9 +96,10 @@ class ValuePrior(Prior):
         """
         found = _moments_of(self._rows(target).detach())
         parts = found[None] if gather is None else gather(found).to(found)
-        known = self._known()
-        moments = _joined(parts if known is None else torch.cat([known[None], parts]))
-        count, mean, squares = self._moments = moments
+        known = self.moments.cpu().view(torch.float64)
+        moments = _joined(torch.cat([known[None], parts]))
+        self.moments.copy_(_as_bits(moments))
+        count, mean, squares = moments
         if count[0] == 0:
             return
         spread = (squares / count).sqrt()
@@ -113,8 +115,9 @@ class ValuePrior(Prior):
 
     def fit(self, targets: Iterable[Tensor]) -> None:
         """Measure mean and standard deviation of all these targets, and no others."""
-        self._measuring, self._moments = True, None
+        self._measuring = True
         self.count.zero_()
+        self.moments.zero_()
         for target in targets:
             self.measure(target)
         self.settle()
@@ -142,7 +145,7 @@ class ValuePrior(Prior):
         return prior + size * torch.randn_like(prior)
 
     def init_args(self) -> dict[str, Any]:
-        """Return the constructor's arguments; mean, std and count travel as buffers."""
+        """Return the constructor's arguments; what is measured travels as buffers."""
         return {"size": self.channels, "noise": self.noise, **super().init_args()}
 
     def _scaled(self, values: Tensor) -> Tensor:
@@ -152,21 +155,14 @@ class ValuePrior(Prior):
             mean, std = mean.clone(), std.clone()
         return (rows - mean) / std
 
-    def _known(self) -> Tensor | None:
-        """Return the moments of the targets so far, ``(3, C)``; after a resume from the buffers."""
-        if self._moments is None and self.count > 0:
-            mean, std = self.mean.cpu().double(), self.std.cpu().double()
-            count = torch.full_like(mean, int(self.count))
-            return torch.stack([count, mean, count * std.square()])
-        return self._moments
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         mean = state_dict.get(f"{prefix}mean")
         if mean is not None:  # version 0.1.0 kept no count, and measured before training
             known = bool(mean.isfinite().all())
             state_dict.setdefault(f"{prefix}count", torch.tensor(_SETTLED if known else 0))
+            state_dict.setdefault(f"{prefix}moments", torch.zeros_like(self.moments))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._moments, self._measuring = None, bool(self.count >= 0)
+        self._measuring = bool(self.count >= 0)
 
     def _rows(self, values: Tensor) -> Tensor:
         rows = values.unsqueeze(1) if values.ndim == 1 else values
@@ -183,6 +179,11 @@ def _row(name: str, values: float | list[float] | None, size: int) -> Tensor:
     if row.ndim > 1 or row.numel() not in (1, size):
         raise ValueError(f"Expected {name} to be a number or {size} of them, got {values}.")
     return row.expand(size).clone()
+
+
+def _as_bits(moments: Tensor) -> Tensor:
+    """Return float64 as integers with the same bits, which no change of a module's type rounds."""
+    return moments.contiguous().view(torch.int64)
 
 
 def _moments_of(rows: Tensor) -> Tensor:

@@ -208,6 +208,46 @@ def test_a_state_goes_on_measuring_unless_it_was_settled(settled: bool) -> None:
         assert other.mean.item() == 2.0
 
 
+RESUMED = {
+    "all alike": [torch.full((2, 2), 7.0), torch.full((3, 2), 7.0)],
+    "alike so far": [torch.full((2, 2), 7.0), torch.tensor([[9.0, 7.0]])],
+    "a standard deviation of 1": [torch.tensor([[0.0, 2.0], [2.0, 0.0]]), torch.ones(4, 2)],
+    "large": [torch.full((n, 2), 1e9 / 7, dtype=torch.float64) for n in (3, 7)],
+    "none finite so far": [torch.full((2, 2), torch.nan), torch.tensor([[1.0, 4.0], [3.0, 4.0]])],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", RESUMED.values(), ids=RESUMED)
+def test_a_resumed_prior_measures_what_one_that_goes_on_does(
+    targets: list[Tensor], dtype: torch.dtype
+) -> None:
+    """The spread that stands for none is not taken for one that was measured."""
+    prior, through = ValuePrior(2).to(dtype), ValuePrior(2).to(dtype)
+    for each in targets:
+        resumed = ValuePrior(2).to(dtype)
+        resumed.load_state_dict(prior.state_dict())
+        resumed.measure(each)
+        through.measure(each)
+        prior = resumed
+    values = torch.cat(targets).double()
+    values = values[values.isfinite().all(1)]
+    spread = values.std(0, correction=0)
+    spread = torch.where((values == values[0]).all(0), 1.0, spread)
+    for one in (prior, through):
+        torch.testing.assert_close(one.mean, values.mean(0).to(dtype))
+        torch.testing.assert_close(one.std, spread.to(dtype))
+
+
+def test_moments_outlive_a_change_of_type() -> None:
+    prior = ValuePrior()
+    prior.measure(torch.tensor([1000.0, 1001.0]))
+    prior.half().float().measure(torch.tensor([1003.0]))
+    expected = torch.tensor([1000.0, 1001.0, 1003.0])
+    torch.testing.assert_close(prior.mean, expected.mean()[None])
+    torch.testing.assert_close(prior.std, expected.std(correction=0)[None])
+
+
 @pytest.mark.parametrize(("mean", "measuring"), [(2.0, False), (float("nan"), True)])
 def test_a_state_of_version_0_1_0_has_no_count(mean: float, measuring: bool) -> None:
     prior = ValuePrior()
