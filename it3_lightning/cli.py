@@ -22,6 +22,7 @@ from it3_lightning.benchmark import Benchmark, Tuning
 from it3_lightning.benchmark.report import overview, show, show_tuning
 from it3_lightning.benchmark.scoring import quiet
 from it3_lightning.data import ShiftedData
+from it3_lightning.integration.namespaces import ONE_LINE
 from it3_lightning.predictor import check_checkpoint
 
 _EXTRAS: Mapping[str, str] = MappingProxyType(
@@ -112,15 +113,15 @@ class _SavedConfig(SaveConfigCallback):
 
 
 class _Parser(LightningArgumentParser):
-    """LightningCLI's parser, with a hint where an optional package is missing."""
+    """LightningCLI's parser, with hints."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Refuse the arguments; say how to install a missing package that they name."""
+        """Refuse the arguments, with a hint."""
         super().error(_with_hint(message), ex)
 
 
 def _with_hint(message: str) -> str:
-    r"""Return a message with the way to install the optional package whose import it says failed.
+    r"""Return a message with what helps: a package to install, or a namespace to import from.
 
     >>> _with_hint("No module named 'timm'")
     "No module named 'timm'\nInstall it with: pip install 'it3_lightning[vision]'"
@@ -129,6 +130,11 @@ def _with_hint(message: str) -> str:
         missing = f"No module named '{package}'", f"import of {package} halted"
         if any(text in message for text in missing):
             return f"{message}\nInstall it with: pip install 'it3_lightning[{extra}]'"
+    if "does not correspond to a subclass of LightningModule" in message:
+        return (
+            f"{message}\nThe command runs the Trainer of lightning.pytorch; in a module of "
+            f"pytorch_lightning, {ONE_LINE}"
+        )
     return message
 
 

@@ -25,6 +25,7 @@ from it3_lightning.benchmark.kept import kept, mark_folder
 from it3_lightning.benchmark.peers import training_of
 from it3_lightning.benchmark.rows import Training
 from it3_lightning.data import ShiftedData
+from it3_lightning.integration.namespaces import ONE_LINE
 from it3_lightning.methods import Auxiliary
 from it3_lightning.training.auxiliary import with_auxiliary
 from it3_lightning.training.dual_pass import DualPass
@@ -181,6 +182,11 @@ def with_priors(model: LightningModule) -> IT3Mixin:
         raise TypeError(
             f"The benchmark needs a module with IT3Mixin, got {type(model).__name__}: "
             f"class IT3Net(IT3Mixin, {type(model).__name__}): pass"
+        )
+    if not isinstance(model, LightningModule):
+        raise TypeError(
+            f"The benchmark runs the Trainer of lightning.pytorch, and {type(model).__name__} is a "
+            f"module of pytorch_lightning: {ONE_LINE}"
         )
     model.it3_parts()
     return model

@@ -6,15 +6,19 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from it3_lightning.engine import Settings
 from it3_lightning.engine.restore import batch_norms
+from it3_lightning.integration.namespaces import both
 
-_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+_SHARDED = tuple(
+    kind
+    for name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+    for kind in both(f"strategies.{name}")
+)
 
 
 def check_trainer(

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -27,6 +27,7 @@ from it3_lightning.engine.selection import Selection
 from it3_lightning.engine.types import Anchor, Backend, NormStats, Reset, Scope
 from it3_lightning.integration.module import host_of
 from it3_lightning.integration.module_adapter import BatchStep, WhichPrediction, adapter_of
+from it3_lightning.integration.namespaces import AnyCallback
 from it3_lightning.integration.per_sample_step import PerSampleStep
 from it3_lightning.methods import Idempotence, TestTimeMethod, TestTimeObjective
 from it3_lightning.priors.classes import OutputKind
@@ -37,7 +38,7 @@ Step = Callable[..., Any]
 STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
-class TestTimeCallback(Callback):
+class TestTimeCallback(AnyCallback):
     """Takes over ``test_step`` and ``predict_step``: each runs with weights adapted to its batch.
 
     The weights adapt to the inputs of the batch alone, the step runs as it is, every weight is put

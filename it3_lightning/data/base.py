@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
+import pytorch_lightning
 import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
@@ -39,10 +40,18 @@ Stream = Literal["equal", "unequal", "correlated", "continual"]
 Split = Literal["test", "validation"]
 _AGAIN = "Delete it and fetch it again."
 
+if TYPE_CHECKING:
+    _AnyDataModule = LightningDataModule
+else:
+
+    class _AnyDataModule(LightningDataModule, pytorch_lightning.LightningDataModule):
+        """A data module for the Trainer of either namespace of Lightning."""
+
+
 
 @dataclass(eq=False)
-class ShiftedData(LightningDataModule):
-    """A LightningDataModule that tests on clean samples and on every shift of them.
+class ShiftedData(_AnyDataModule):
+    """A LightningDataModule, of both namespaces, that tests on clean samples and on every shift of them.
 
     ``test_dataloader`` and ``predict_dataloader`` return one loader for each of ``test_names``, all
     of the same samples in the same order, except for shifts that are other samples. All settings

@@ -15,6 +15,7 @@ from it3_lightning.calibration import Calibration, fingerprint
 from it3_lightning.conditioning import Conditioning, Shown
 from it3_lightning.engine.selection import OWN
 from it3_lightning.integration import batches
+from it3_lightning.integration.namespaces import ModuleMixin, is_default
 from it3_lightning.methods import TestTimeMethod
 from it3_lightning.methods.auxiliary import Auxiliary
 from it3_lightning.priors import Prior
@@ -74,7 +75,7 @@ def check_parts(module: object) -> None:
         )
 
 
-class Conditioned(LightningModule):
+class Conditioned(ModuleMixin):
     """Adds a prior and its way into the network to the LightningModule it is mixed with.
 
     Args:
@@ -245,7 +246,7 @@ class Conditioned(LightningModule):
     @classmethod
     def _builds_later(cls) -> bool:
         """Whether the module builds layers in a hook: ``configure_model`` or ``setup``."""
-        known = ("lightning.", "it3_lightning.")
+        known = ("lightning.", "pytorch_lightning.", "it3_lightning.")
         own = [c for c in cls.__mro__ if not c.__module__.startswith(known)]
         return any(name in vars(c) for c in own for name in ("configure_model", "setup"))
 
@@ -282,7 +283,7 @@ def checked_module(module: LightningModule, *, fitted: bool = True) -> IT3Module
         raise MisconfigurationException(_NEEDS_MIXIN.format(name=type(module).__name__))
     check_parts(module)
     own = getattr(type(module), "it3_forward", None)
-    if type(module).forward is LightningModule.forward and own is Conditioned.it3_forward:
+    if is_default(type(module).forward, "forward") and own is Conditioned.it3_forward:
         raise MisconfigurationException(_NEEDS_FORWARD.format(name=type(module).__name__))
     if fitted and not module.it3_prior.fitted:
         raise MisconfigurationException(
@@ -366,7 +367,7 @@ def host_of(
     """
     if method.needs_prior or isinstance(module, IT3Module):
         return checked_module(module, fitted=fitted)
-    if type(module).forward is LightningModule.forward and not hasattr(module, "it3_forward"):
+    if is_default(type(module).forward, "forward") and not hasattr(module, "it3_forward"):
         raise MisconfigurationException(
             f"{type(module).__name__} has no forward, so nothing tells how to predict from inputs "
             "alone. Give it one, or a method it3_forward(self, inputs)."

@@ -15,13 +15,14 @@ from it3_lightning.engine.passes import features_of
 from it3_lightning.engine.selection import OWN
 from it3_lightning.integration.isolation import muted
 from it3_lightning.integration.module import PlainModule, plain
+from it3_lightning.integration.namespaces import ModuleMixin, is_default
 from it3_lightning.methods.auxiliary import HEAD, Auxiliary, head_of
 from it3_lightning.training.dual_pass import called, loss_of, with_loss
 from it3_lightning.training.mixin import IT3Mixin
 from it3_lightning.utils.specs import built
 
 
-class AuxiliaryMixin(LightningModule):
+class AuxiliaryMixin(ModuleMixin):
     r"""Trains a LightningModule on an auxiliary task too, for test-time training on it.
 
     ``class TTTNet(AuxiliaryMixin, LitNet): pass`` trains ``LitNet`` by its own ``training_step``
@@ -109,7 +110,7 @@ class AuxiliaryMixin(LightningModule):
             return
         self._it3_head()
         own, name = super().training_step, type(self).__name__
-        nothing = getattr(own, "__func__", None) is LightningModule.training_step
+        nothing = is_default(own, "training_step")
         ours = type(self).training_step is AuxiliaryMixin.training_step
         if ours and (nothing or not self.automatic_optimization):
             why = "no training_step" if nothing else "a training_step that optimizes manually"

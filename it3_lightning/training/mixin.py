@@ -192,7 +192,7 @@ class IT3Mixin(Conditioned):
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Add what prepares fitting with priors and cleans up after it, once for each Trainer."""
         given = super().configure_callbacks()
-        own = [given] if isinstance(given, Callback) else [*given]
+        own = [*given] if isinstance(given, Sequence) else [given]
         if self.it3_train == "off":
             return own
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]

@@ -11,12 +11,6 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -24,6 +18,7 @@ from it3_lightning.calibration import bits
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine.selection import OWN
 from it3_lightning.integration.module import Conditioned
+from it3_lightning.integration.namespaces import AnyCallback, both, is_default
 from it3_lightning.priors import Prior
 from it3_lightning.utils.files import load_plain
 
@@ -156,7 +151,7 @@ def check_step(module: LightningModule, step: Callable[..., Any]) -> None:
     """
     path = getattr(step, "__qualname__", "").split(".")
     name = path[-2] if len(path) > 1 else type(module).__name__
-    if getattr(step, "__func__", None) is LightningModule.training_step:
+    if is_default(step, "training_step"):
         raise MisconfigurationException(
             f"{type(module).__name__} has no training_step of its own to run on priors. Mix "
             "IT3Mixin into a LightningModule that has one, or write one with self.it3_loss."
@@ -211,7 +206,11 @@ def load_due(module: FittedOnPriors, *, early: bool = False) -> None:
     module.it3_source_due = False
 
 
-_WRITE_INTO_THE_NETWORK = (BaseFinetuning, ModelPruning)
+_WRITE_INTO_THE_NETWORK = (*both("callbacks.BaseFinetuning"), *both("callbacks.ModelPruning"))
+_AVERAGE = (
+    *both("callbacks.StochasticWeightAveraging"),
+    *both("callbacks.WeightAveraging"),
+)
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
@@ -278,7 +277,7 @@ def entries(module: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tenso
 _PRIOR = f"{OWN}prior."
 
 
-class Fitting(Callback):
+class Fitting(AnyCallback):
     """Prepares fitting with priors, keeps still what must not move, and cleans up after it.
 
     The prior's statistics and, post-hoc, the network stay what they are: callbacks that average
@@ -460,7 +459,7 @@ def _still(module: FittedOnPriors) -> Callable[[str], bool]:
 
 def _averages(callback: Callback) -> bool:
     """Whether a callback averages all weights, and so writes into a frozen network by rounding."""
-    return isinstance(callback, StochasticWeightAveraging | WeightAveraging)
+    return isinstance(callback, _AVERAGE)
 
 
 def _warn_of_still_monitors(trainer: Trainer) -> None:

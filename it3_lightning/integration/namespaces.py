@@ -1,0 +1,73 @@
+"""Both namespaces of Lightning: `lightning.pytorch` and `pytorch_lightning` share no class.
+
+A Trainer takes modules and callbacks of its own namespace alone, so the mixins derive from neither
+``LightningModule``, and the callbacks from both ``Callback``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch
+import pytorch_lightning
+
+
+def both(name: str) -> tuple[type, ...]:
+    """Return a class of Lightning, as each of its namespaces has it.
+
+    >>> [kind.__module__ for kind in both("callbacks.ModelPruning")]
+    ['lightning.pytorch.callbacks.pruning', 'pytorch_lightning.callbacks.pruning']
+    """
+    find = attrgetter(name)
+    return find(lightning.pytorch), find(pytorch_lightning)
+
+
+MODULES = both("LightningModule")
+ONE_LINE = "write `from lightning import pytorch as pl` in place of `import pytorch_lightning as pl`."
+
+
+def is_default(method: Callable[..., Any], name: str) -> bool:
+    """Whether a method is that of a ``LightningModule`` itself, which nobody has overridden.
+
+    >>> is_default(pytorch_lightning.LightningModule().training_step, "training_step")
+    True
+    """
+    function = getattr(method, "__func__", method)
+    return any(function is getattr(module, name) for module in MODULES)
+
+
+if TYPE_CHECKING:
+    AnyCallback = lightning.pytorch.Callback
+    _Mixed = lightning.pytorch.LightningModule
+else:
+    _Mixed = object
+
+    class AnyCallback(*both("Callback")):
+        """A callback for the Trainer of either namespace."""
+
+
+class ModuleMixin(_Mixed):
+    """Base of what is mixed into a LightningModule, of either namespace.
+
+    A subclass of a mixin alone is a LightningModule of ``lightning.pytorch``.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make a LightningModule of it; refuse two namespaces in one class.
+
+        Raises:
+            TypeError: it derives from both.
+        """
+        super().__init_subclass__(**kwargs)
+        kinds = [kind for kind in MODULES if issubclass(cls, kind)]
+        if len(kinds) > 1:
+            raise TypeError(
+                f"Expected {cls.__name__} to derive from one LightningModule, got that of "
+                f"lightning.pytorch and that of pytorch_lightning: {ONE_LINE}"
+            )
+        if not kinds and not cls.__module__.startswith("it3_lightning."):
+            bases = list(cls.__bases__)
+            last = max(i for i, base in enumerate(bases) if issubclass(base, ModuleMixin))
+            cls.__bases__ = (*bases[: last + 1], MODULES[0], *bases[last + 1 :])
