@@ -48,10 +48,9 @@ else:
         """A data module for the Trainer of either namespace of Lightning."""
 
 
-
 @dataclass(eq=False)
 class ShiftedData(_AnyDataModule):
-    """A LightningDataModule, of both namespaces, that tests on clean samples and on every shift of them.
+    """A data module of either Lightning that tests on clean samples and on every shift of them.
 
     ``test_dataloader`` and ``predict_dataloader`` return one loader for each of ``test_names``, all
     of the same samples in the same order, except for shifts that are other samples. All settings

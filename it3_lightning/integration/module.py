@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from it3_lightning.conditioning import Conditioning, Shown
 from it3_lightning.engine.selection import OWN
 from it3_lightning.integration import batches
 from it3_lightning.integration.namespaces import ModuleMixin, is_default
+from it3_lightning.integration.output_tree import prediction_in, with_prediction
 from it3_lightning.methods import TestTimeMethod
 from it3_lightning.methods.auxiliary import Auxiliary
 from it3_lightning.priors import Prior
@@ -134,8 +135,22 @@ class Conditioned(ModuleMixin):
 
         A tuple or a list is spread over the arguments; a packed sequence is not.
         """
-        outputs: Tensor = self(*inputs) if _spread(inputs) else self(inputs)
-        return outputs
+        outputs = self(*inputs) if _spread(inputs) else self(inputs)
+        return outputs if isinstance(outputs, Tensor) else self.it3_outputs(outputs)
+
+    def it3_outputs(self, returned: Any) -> Tensor:
+        """Return the prediction ``(B, ...)`` among what ``forward`` returns, where that is several.
+
+        By default the tensor named ``logits``, ``out`` or ``prediction``, or the only one. Override
+        where that is not so::
+
+            def it3_outputs(self, returned):
+                return returned[0]
+
+        Raises:
+            MisconfigurationException: nothing tells which it is.
+        """
+        return prediction_in(returned)
 
     def predict_with(self, inputs: Any, prior: Tensor | None) -> Tensor:
         """Run one forward pass on a prior, :math:`f(x, p)`.
@@ -256,6 +271,52 @@ def _spread(inputs: Any) -> bool:
     return isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
 
 
+def replaced(host: Any, returned: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return what ``forward`` returned with its prediction changed, all else as it is.
+
+    Args:
+        host: says which tensor the prediction is, by ``it3_outputs``.
+        returned: by ``forward``, in any structure.
+        change: takes the prediction and returns another.
+
+    Raises:
+        MisconfigurationException: nothing tells which tensor it is.
+    """
+    prediction = outputs_in(host, returned)
+    try:
+        return with_prediction(returned, prediction, change(prediction))
+    except TypeError as error:
+        raise MisconfigurationException(
+            f"forward of {type(host).__name__} returned a {type(returned).__name__}, in which no "
+            "prediction can be put. Return tensors in tuples, lists, mappings or dataclasses."
+        ) from error
+
+
+def outputs_in(host: Any, returned: Any) -> Tensor:
+    """Return the prediction in what ``forward`` returned, as a module says by ``it3_outputs``.
+
+    Raises:
+        MisconfigurationException: it does not say, or its ``it3_forward`` may say otherwise.
+    """
+    if isinstance(returned, Tensor):
+        return returned
+    kind = type(host._module if isinstance(host, PlainModule) else host)
+    own, forward = getattr(kind, "it3_outputs", None), getattr(kind, "it3_forward", None)
+    untold = own in (None, Conditioned.it3_outputs)
+    if untold and forward not in (None, Conditioned.it3_forward):
+        raise MisconfigurationException(_NEEDS_OUTPUTS.format(name=kind.__name__))
+    outputs: Tensor = prediction_in(returned) if untold else host.it3_outputs(returned)
+    return outputs
+
+
+_NEEDS_OUTPUTS = """{name} takes its prediction out of what forward returns in it3_forward, where \
+nobody else sees which one it is.
+    wrong:  def it3_forward(self, inputs):
+                return self(inputs)["scores"]
+    right:  def it3_outputs(self, returned):
+                return returned["scores"]"""
+
+
 _NEEDS_MIXIN = """Test-time adaptation needs a module that predicts with a prior; {name} does not.
     wrong:  model = {name}(...)
     right:  class IT3Net(IT3Mixin, {name}): pass
@@ -297,7 +358,8 @@ class PlainModule:
     """Any LightningModule, as what predicts without a prior.
 
     Args:
-        module: as it is; its ``it3_inputs`` and ``it3_forward`` are used where it has them.
+        module: as it is; its ``it3_inputs``, ``it3_forward`` and ``it3_outputs`` are used where it
+            has them.
         outputs: what it puts out: ``"logits"`` or ``"probabilities"`` of classes, ``(B, C, ...)``,
             or one value per sample for class 1 of two.
     """
@@ -319,7 +381,13 @@ class PlainModule:
                 outputs: Tensor = own(inputs)
                 return outputs
             module = self._module
-            return module(*inputs) if _spread(inputs) else module(inputs)  # type: ignore[no-any-return]
+            returned = module(*inputs) if _spread(inputs) else module(inputs)
+            return returned if isinstance(returned, Tensor) else self.it3_outputs(returned)
+
+    def it3_outputs(self, returned: Any) -> Tensor:
+        """Return the prediction among what ``forward`` returns, as the module says, if it does."""
+        own = getattr(self._module, "it3_outputs", prediction_in)
+        return own(returned)
 
     def it3_given(self, prior: Tensor | None) -> AbstractContextManager[None]:
         """Do nothing; there is no prior to give.

@@ -29,8 +29,7 @@ from it3_lightning.engine.restore import Snapshot, undisturbed_rng, without_side
 from it3_lightning.engine.types import Forward, InputsIn, Isolation, SampleDims
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import hooked_by, muted, patched, without_logs
-from it3_lightning.integration.module import Conditioned, IT3Module
-from it3_lightning.priors import Prior
+from it3_lightning.integration.module import Conditioned, IT3Module, outputs_in, replaced
 
 WhichPrediction = Literal["first", "second", "mean"]
 Adapter = BatchAdapter | SampleAdapter
@@ -132,24 +131,19 @@ def _enters(host: IT3Module) -> Enters:
     return dict.fromkeys(conditioning.layers, conditioning.enters)
 
 
-def mean_prediction(prior: Prior, first: Any, second: Any) -> Tensor:
-    """Return outputs whose label-space values are the mean of those of two outputs.
+def mean_prediction(host: IT3Module, first: Any, second: Any) -> Any:
+    """Return the first outputs with a prediction whose label-space values are the mean of both.
 
     Args:
-        prior: knows what outputs mean.
+        host: knows what outputs mean, and which of them is the prediction.
         first: what ``forward`` returned with the neutral prior.
         second: what it returned with the first prediction as prior.
 
     Raises:
-        MisconfigurationException: ``forward`` returns something else than a tensor.
+        MisconfigurationException: nothing tells which tensor in them is the prediction.
     """
-    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
-        raise MisconfigurationException(
-            "prediction='mean' averages outputs, and forward returned a "
-            f"{type(first).__name__}. Return the outputs alone, as a tensor (B, ...), or use "
-            "prediction='first' or 'second'."
-        )
-    return prior.mean_output(first, second)
+    other = outputs_in(host, second)
+    return replaced(host, first, lambda own: host.it3_prior.mean_output(own, other))
 
 
 def answer_of(host: IT3Module, prediction: WhichPrediction) -> Answer | None:
@@ -166,7 +160,7 @@ def answer_of(host: IT3Module, prediction: WhichPrediction) -> Answer | None:
         prior = host.it3_prior
         first = host.predict_with(copied(inputs), None)  # the next pass needs them too
         second = host.predict_with(inputs, prior.from_output(first))
-        return first, second if prediction == "second" else mean_prediction(prior, first, second)
+        return first, second if prediction == "second" else prior.mean_output(first, second)
 
     return answer
 
@@ -247,13 +241,18 @@ def answering(module: LightningModule, host: IT3Module, prediction: Tensor) -> I
     Raises:
         MisconfigurationException: the module was never called.
     """
-    asked: list[bool] = []
+    asked, calls = [], []
 
-    def after(_: Any, __: Any, output: Tensor) -> Tensor:
-        asked.append(True)
-        return host.it3_prior.to_output(prediction, output)
+    def before(*_: Any) -> None:
+        calls.append(True)
+
+    def after(_: Any, __: Any, output: Any) -> Any:
+        asked.append(calls.pop())
+        return replaced(host, output, lambda own: host.it3_prior.to_output(prediction, own))
 
     with ExitStack() as stack:
+        stack.enter_context(_forward_called(module, calls))
+        stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
         stack.callback(module.register_forward_hook(after, prepend=True).remove)
         yield
     if not asked:
@@ -268,6 +267,21 @@ def run_through(output: Iterator[Any]) -> Iterator[Any]:
     """
     values = list(output)
     return (value for value in values)
+
+
+def _forward_called(module: LightningModule, calls: list[Any]) -> patched:
+    """Let ``self.forward(...)`` be ``self(...)`` within, hooks and all.
+
+    Args:
+        module: whose.
+        calls: that have begun; in one of them ``forward`` is what it is.
+    """
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs) if calls else module(*args, **kwargs)
+
+    return patched(module, forward=forward)
 
 
 @dataclass
@@ -309,20 +323,24 @@ def averaged(module: LightningModule, host: IT3Module, prior: Tensor) -> Iterato
         asked.calls.append(copied((args, kwargs)))  # the first pass may write into its inputs
 
     def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        args, kwargs = asked.calls.pop()
+        args, kwargs = asked.calls[-1]  # the second pass belongs to the call
         asked.answered = True
-        if asked.priors:
-            return output
-        with (
-            undisturbed_rng(),
-            muted(module),
-            hooked_by(module, lambda hook: owned(hook, host)),
-            own(prior),
-        ):
-            second = module(*args, **kwargs)
-        return mean_prediction(host.it3_prior, output, second)
+        try:
+            if asked.priors:
+                return output
+            with (
+                undisturbed_rng(),
+                muted(module),
+                hooked_by(module, lambda hook: owned(hook, host)),
+                own(prior),
+            ):
+                second = module(*args, **kwargs)
+        finally:
+            asked.calls.pop()
+        return mean_prediction(host, output, second)
 
     with ExitStack() as stack:
+        stack.enter_context(_forward_called(module, asked.calls))
         stack.callback(
             module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove
         )

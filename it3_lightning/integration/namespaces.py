@@ -25,7 +25,9 @@ def both(name: str) -> tuple[type, ...]:
 
 
 MODULES = both("LightningModule")
-ONE_LINE = "write `from lightning import pytorch as pl` in place of `import pytorch_lightning as pl`."
+ONE_LINE = (
+    "write `from lightning import pytorch as pl` in place of `import pytorch_lightning as pl`."
+)
 
 
 def is_default(method: Callable[..., Any], name: str) -> bool:

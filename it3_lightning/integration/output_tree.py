@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from itertools import islice
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_unflatten
 
@@ -169,6 +170,114 @@ def taken_apart(value: Any) -> tuple[list[Any], Rebuild]:
     return [leaf for inner, _ in opened for leaf in inner], rebuild
 
 
+PREDICTION_NAMES = ("logits", "out", "prediction")
+
+
+def prediction_in(returned: Any) -> Tensor:
+    """Return the prediction in what a ``forward`` returned: the tensor with a usual name, or alone.
+
+    Args:
+        returned: a tensor, or one in a container, a dataclass or another object.
+
+    Raises:
+        MisconfigurationException: there is none, or several and nothing tells which.
+
+    >>> prediction_in({"features": torch.zeros(1, 9), "logits": torch.ones(1, 2)})
+    tensor([[1., 1.]])
+    """
+    if isinstance(returned, Tensor):
+        return returned
+    entries = returned if isinstance(returned, Mapping) else vars_of(returned)
+    named = (entries.get(name) for name in PREDICTION_NAMES)
+    found = next((value for value in named if isinstance(value, Tensor)), None)
+    if found is not None:
+        return found
+    tensors = [value for value in _leaves(returned) if isinstance(value, Tensor) and value.ndim]
+    if len(tensors) == 1:
+        return tensors[0]
+    raise MisconfigurationException(
+        f"Cannot tell which tensor is the prediction in {described(returned)}. Override\n"
+        f"    def it3_outputs(self, returned):\n        return returned{_first_entry(returned)}"
+    )
+
+
+def vars_of(value: Any) -> Mapping[str, Any]:
+    """Return the entries of an object by name: fields of a named tuple, or attributes."""
+    if hasattr(value, "_asdict"):
+        entries: Mapping[str, Any] = value._asdict()
+        return entries
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return getattr(value, "__dict__", {})
+
+
+def with_prediction(returned: Any, prediction: Tensor, other: Tensor) -> Any:
+    """Return what a ``forward`` returned with another tensor in the place of its prediction.
+
+    Args:
+        returned: in any structure.
+        prediction: a tensor in it.
+        other: takes its place.
+
+    Raises:
+        MisconfigurationException: the prediction is none of the tensors in it.
+
+    >>> logits, rest = torch.zeros(1), torch.ones(1)
+    >>> with_prediction((logits, rest), logits, torch.tensor([5.0]))
+    (tensor([5.]), tensor([1.]))
+    """
+    if returned is prediction:
+        return other
+    leaves, rebuild = taken_apart(returned)
+    if not any(leaf is prediction for leaf in leaves):
+        raise MisconfigurationException(
+            "Expected it3_outputs(returned) to return one of the tensors that forward returned, "
+            f"got another, from {described(returned)}. Compute nothing there, or return the "
+            "prediction alone from forward."
+        )
+    return rebuild([other if leaf is prediction else leaf for leaf in leaves])
+
+
+def described(returned: Any) -> str:
+    """Say what was returned.
+
+    >>> described({"a": torch.zeros(1, 2), "b": None})
+    "a dict of 'a' (1, 2), 'b' NoneType"
+    """
+    name = type(returned).__name__
+    if isinstance(returned, Tensor):
+        return f"a tensor {tuple(returned.shape)}"
+    pairs: list[tuple[str, Any]] = []
+    if isinstance(returned, Mapping):
+        pairs = [(f"{key!r} ", value) for key, value in returned.items()]
+    elif isinstance(returned, tuple | list):
+        pairs = [("", value) for value in returned]
+    elif vars_of(returned):
+        pairs = [(f"{key} ", value) for key, value in vars_of(returned).items()]
+    return f"a {name}" + f" of {', '.join(k + _kind(v) for k, v in pairs)}" * bool(pairs)
+
+
+def _kind(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _first_entry(returned: Any) -> str:
+    """Return the code that takes the first tensor out of what was returned."""
+    if isinstance(returned, tuple | list):
+        return "[0]"
+    by_key = isinstance(returned, Mapping)
+    entries = returned if by_key else vars_of(returned)
+    names = [key for key, value in entries.items() if isinstance(value, Tensor)] or ["logits"]
+    return f"[{names[0]!r}]" if by_key else f".{names[0]}"
+
+
+def _leaves(returned: Any) -> list[Any]:
+    try:
+        return taken_apart(returned)[0]
+    except TypeError:  # an object that nothing can put together again, but its attributes tell
+        return list(vars_of(returned).values())
+
+
 def _opened(leaf: Any) -> tuple[list[Any], Rebuild]:
     """Take apart what is no container to torch: dataclasses and mappings of any type."""
     if isinstance(leaf, _WHOLE):
@@ -191,6 +300,8 @@ def _with_fields(before: Any, names: Sequence[str], values: Sequence[Any]) -> An
     made = copy.copy(before)
     for name, value in zip(names, values, strict=True):
         object.__setattr__(made, name, value)  # frozen ones, too
+        if isinstance(made, MutableMapping) and name in made:  # a ModelOutput is both
+            made[name] = value
     return made
 
 

@@ -249,7 +249,7 @@ class PerSampleStep:
         second = self._called(asked, self._host.it3_prior.from_output(outputs))
         if prediction == "second":
             return second
-        return mean_prediction(self._host.it3_prior, self._called(asked, None), second)
+        return mean_prediction(self._host, self._called(asked, None), second)
 
     def _neutral(self, asked: Call, prior: Tensor | None = None) -> Tensor:
         return self._host.predict_with(asked.inputs, prior)

@@ -17,6 +17,7 @@ from it3_lightning.engine.selection import OWN
 from it3_lightning.integration.module import KEPT, Conditioned, plain
 from it3_lightning.priors import Prior
 from it3_lightning.training.dual_pass import DualPass, called, run_passes, with_loss
+from it3_lightning.training.first_batch import check_passes, check_target
 from it3_lightning.training.post_hoc import (
     Fitting,
     Frozen,
@@ -69,10 +70,12 @@ class IT3Mixin(Conditioned):
         ValueError: ``train`` is unknown or loads no checkpoint, the conditioning names a layer that
             does not exist, or a single pass is asked for where the network does not learn.
         MisconfigurationException: before any batch: prior or conditioning are missing (also when a
-            checkpoint is loaded), or fitting finds a ``training_step`` that cannot be run twice.
+            checkpoint is loaded), or fitting finds a ``training_step`` that cannot be run twice;
+            with the first batch, before any step: outputs, target and prior do not fit.
     """
 
     it3_frozen: Frozen | None = None
+    _it3_checked = False  # whether a batch has been through all passes since fitting began
 
     def __init__(
         self,
@@ -180,6 +183,7 @@ class IT3Mixin(Conditioned):
     def on_train_start(self) -> None:
         """Put a frozen network into evaluation mode, in a search for a learning rate too."""
         super().on_train_start()
+        self._it3_checked = False
         if self.it3_frozen is not None:
             self.it3_frozen.stay_in_eval()
 
@@ -248,8 +252,16 @@ class IT3Mixin(Conditioned):
         if self.it3_source_due:  # a search runs batches before Fitting is asked
             load_due(self)
         prior = self.it3_parts()[0]
-        if prior.measuring and torch.is_grad_enabled():  # not in a validation
-            prior.measure(self.it3_target(batch), self._it3_gather)
+        learning = torch.is_grad_enabled()  # not in a validation
+        first = learning and not self._it3_checked and not torch.compiler.is_compiling()
+        target: Any = self.it3_target(batch) if first or prior.measuring else None
+        if first:
+            check_target(self, target)
+        if prior.measuring and learning:
+            prior.measure(target, self._it3_gather)
+        if first:
+            check_passes(self, batch, target)
+            self._it3_checked = True
         frozen = self.it3_train == "conditioning"
         return run_passes(self, self.it3_dual_pass, batch, step, frozen=frozen)
 

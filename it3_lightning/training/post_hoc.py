@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from it3_lightning.calibration import bits
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine.selection import OWN
-from it3_lightning.integration.module import Conditioned
 from it3_lightning.integration.namespaces import AnyCallback, both, is_default
 from it3_lightning.priors import Prior
 from it3_lightning.utils.files import load_plain
@@ -286,7 +284,6 @@ class Fitting(AnyCallback):
 
     def __init__(self) -> None:
         self._kept: Kept | None = None
-        self._stop_looking: Callable[[], None] = _nothing
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the network; give the conditioning to the optimizer, alone where that is frozen."""
@@ -303,15 +300,10 @@ class Fitting(AnyCallback):
             _warn_of_still_monitors(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put a frozen network into evaluation mode; look at the first outputs."""
+        """Put a frozen network into evaluation mode."""
         module = _with_priors(pl_module)
-        if module is None:
-            return
-        if module.it3_frozen is not None:
+        if module is not None and module.it3_frozen is not None:
             module.it3_frozen.stay_in_eval()
-        if getattr(type(pl_module), "it3_forward", None) is Conditioned.it3_forward:
-            check = partial(_check_outputs, *module.it3_parts())
-            self._stop_looking = pl_module.register_forward_hook(check).remove
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put back what an epoch must not begin without; refuse what would train the network."""
@@ -335,7 +327,6 @@ class Fitting(AnyCallback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Keep what the prior has measured."""
-        self._stop_looking()
         module = _with_priors(pl_module)
         if module is not None:
             self._keep_measured(trainer, module)
@@ -406,8 +397,6 @@ class Fitting(AnyCallback):
         return [] if self._kept is None else self._kept.put_back()
 
     def _finish(self, module: LightningModule) -> None:
-        self._stop_looking()
-        self._stop_looking = _nothing
         self._put_back()
         self._kept = None
         mixed = _with_priors(module)
@@ -424,31 +413,6 @@ def _load_before_use(module: LightningModule) -> None:
     mixed = _with_priors(module)
     if mixed is not None:
         load_due(mixed)
-
-
-def _nothing() -> None:
-    """Do nothing."""
-
-
-def _check_outputs(
-    prior: Prior, conditioning: Conditioning, module: nn.Module, _: Any, outputs: Any
-) -> None:
-    """Refuse outputs that the prior cannot read, before the first step is taken.
-
-    Only in passes that see a prior: strategies run a whole step as a forward pass of the module.
-
-    Raises:
-        MisconfigurationException: it cannot.
-    """
-    if conditioning.shown.prior is None or not isinstance(outputs, Tensor):
-        return
-    try:
-        prior.from_output(outputs.detach())
-    except ValueError as error:
-        raise MisconfigurationException(
-            f"The prior cannot read what {type(module).__name__} puts out. {error} Where self(...) "
-            "returns something else than predictions, override it3_forward(self, inputs)."
-        ) from error
 
 
 def _still(module: FittedOnPriors) -> Callable[[str], bool]:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers.toy import Batch, IT3Net, adapting, doubles, loader, net, quiet
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from it3_lightning import IT3TestTimeCallback
+from it3_lightning import LAME, IT3TestTimeCallback, TestTimeCallback
 
 BACKENDS = ["loop", "vectorised"]
 
@@ -25,7 +26,7 @@ def each(backend: str = "loop", **settings: Any) -> IT3TestTimeCallback:
     return adapting(scope="sample", backend=backend, **settings)
 
 
-def together(model: Any, callback: IT3TestTimeCallback) -> list[Any]:
+def together(model: Any, callback: TestTimeCallback) -> list[Any]:
     """What the step returned for batches of four."""
     predicted: Any = quiet(callbacks=[callback]).predict(model, loader())
     return list(predicted)
@@ -194,3 +195,129 @@ def test_answer_that_cannot_be_told_by_sample_is_refused(
         together(model, each())
     assert {"predict_step", "forward", "it3_given"} & set(vars(model)) == set()
     together(model, each(steps=0))  # then it is all the module's own
+
+
+# Which of them is the prediction
+
+
+@dataclass
+class ModelOutput(OrderedDict[str, Any]):
+    """Mapping and dataclass at once, as in Hugging Face's transformers."""
+
+    loss: Any = None
+    logits: Any = None
+    states: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("loss", "logits", "states"):
+            if getattr(self, name) is not None:
+                self[name] = getattr(self, name)
+
+
+PREDICTIONS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "logits": (lambda y: {"logits": y, "label": y.argmax(1)}, lambda r: r["logits"]),
+    "out": (lambda y: OrderedDict(aux=y.exp(), out=y), lambda r: r["out"]),
+    "prediction": (lambda y: {"prediction": y, "x": y.exp()}, lambda r: r["prediction"]),
+    "only one": (lambda y: (y, None, y.mean()), lambda r: r[0]),
+    "named tuple": (lambda y: Pair(y, y.exp()), lambda r: r.logits),
+    "dataclass": (lambda y: Output(y, {"exp": y.exp()}), lambda r: r.logits),
+    "frozen": (lambda y: Frozen(y, Pair(y.exp(), y[:, :1])), lambda r: r.logits),
+    "model output": (lambda y: ModelOutput(logits=y, states=y.exp()), lambda r: r["logits"]),
+}
+
+
+def picked(make: Callable[[Tensor], Any], **methods: Any) -> tuple[Any, list[Any]]:
+    class Returns(IT3Net):
+        def forward(self, x: Tensor) -> Any:
+            return make(super().forward(x))
+
+        def predict_step(self, batch: Batch, batch_idx: int) -> int:  # type: ignore[override]
+            kept.append(self(batch[0]))
+            return batch_idx
+
+    kept: list[Any] = []
+    return net(type("Returns", (Returns,), methods)), kept
+
+
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+@pytest.mark.parametrize("prediction", ["first", "second", "mean"])
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_the_prediction_is_found_in_every_structure(name: str, prediction: Any, scope: Any) -> None:
+    make, pick = PREDICTIONS[name]
+    model, answers = picked(make)
+    settings = {"scope": scope, "prediction": prediction, "backend": "loop"}
+    together(model, adapting(**settings))
+    for answer, expected in zip(answers, together(net(), adapting(**settings)), strict=True):
+        close(pick(answer), expected)
+        assert type(answer) is type(make(expected))
+        if isinstance(answer, ModelOutput):
+            assert answer.logits is answer["logits"]
+
+
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+def test_the_module_says_which_tensor_is_its_prediction(scope: Any) -> None:
+    def it3_outputs(self: Any, returned: Any) -> Tensor:
+        found: Tensor = returned[1]["scores"]
+        return found
+
+    model, answers = picked(lambda y: (y.exp(), {"scores": y}), it3_outputs=it3_outputs)
+    settings = {"scope": scope, "prediction": "mean", "backend": "loop"}
+    together(model, adapting(**settings))
+    for answer, expected in zip(answers, together(net(), adapting(**settings)), strict=True):
+        close(answer[1]["scores"], expected)
+
+
+def test_a_method_that_predicts_answers_in_the_structure_of_forward() -> None:
+    class Both(IT3Net):
+        def forward(self, x: Tensor) -> Any:
+            logits = super().forward(x)
+            return {"logits": logits, "size": x.flatten(1)}
+
+    def predicted_by(kind: Any) -> Any:
+        return together(net(kind), TestTimeCallback(LAME()))
+
+    for answer, expected in zip(predicted_by(Both), predicted_by(IT3Net), strict=True):
+        assert torch.equal(answer["logits"], expected)
+        assert answer["size"].shape == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("make", "methods", "message"),
+    [
+        (lambda y: (y, y.exp()), {}, r"(?s)a tuple of .*def it3_outputs.*return returned\[0\]"),
+        (lambda y: {"n": y.mean()}, {}, r"(?s)a dict of 'n' \(\).*it3_outputs"),
+        (
+            lambda y: {"scores": y, "logits": y.exp()},
+            {"it3_forward": lambda self, x: self(x)["scores"]},
+            r"(?s)takes its prediction .* in it3_forward.*right:  def it3_outputs",
+        ),
+        (
+            lambda y: {"scores": y},
+            {"it3_outputs": lambda _, returned: returned["scores"] + 0},
+            "Expected it3_outputs.returned. to return one of the tensors",
+        ),
+    ],
+)
+def test_outputs_of_which_none_can_be_told_are_refused(
+    make: Any, methods: Any, message: str
+) -> None:
+    model, _ = picked(make, **methods)
+    with pytest.raises(MisconfigurationException, match=message):
+        together(model, adapting(prediction="mean"))
+
+
+@pytest.mark.parametrize("method", [None, LAME()])
+@pytest.mark.parametrize("settings", [{"prediction": "mean"}, {"scope": "sample"}, {}])
+def test_forward_called_by_its_name_is_a_call(settings: Any, method: Any) -> None:
+    class ByName(IT3Net):
+        def predict_step(self, batch: Batch, batch_idx: int) -> Any:  # type: ignore[override]
+            return self.forward(batch[0])
+
+    if method is not None and settings:
+        settings = {}
+    callbacks = [
+        adapting(**settings) if method is None else TestTimeCallback(method) for _ in range(2)
+    ]
+    expected = together(net(), callbacks[0])
+    for answer, same in zip(together(net(ByName), callbacks[1]), expected, strict=True):
+        assert torch.equal(answer, same)

@@ -1,0 +1,115 @@
+"""First batch: all that training and testing on priors ask of a module, tried before any step."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from it3_lightning.engine.passes import copied
+from it3_lightning.engine.restore import Snapshot, without_side_effects
+from it3_lightning.integration.batches import normal
+from it3_lightning.integration.isolation import without_logs
+from it3_lightning.integration.module import Conditioned, checked_module
+from it3_lightning.integration.output_tree import described
+
+_TARGET = """The prior cannot read the target of a batch, {got}. {error} Where that is no target, \
+override
+    def it3_target(self, batch):
+        return batch["label"]  # as your steps take it"""
+
+_CALL = """{name} cannot be called on the inputs of a batch, {got}: {error}. Override
+    def it3_forward(self, inputs):
+        return self(inputs["image"], inputs["mask"])  # as your steps do"""
+
+_NO_TENSOR = """Expected it3_forward of {name} to return a tensor (B, ...), got {got}. Override
+    def it3_forward(self, inputs):
+        return self(inputs)["scores"]  # the prediction alone"""
+
+_OUTPUTS = """The prior cannot read what {name} puts out. {error} Where self(...) returns \
+something else than predictions, override
+    def it3_outputs(self, returned):
+        return returned[0]  # the prediction"""
+
+_SIZES = """The target of a batch becomes a prior of shape {target}, and what {name} puts out one \
+of {output}: samples and channels differ. Give the prior what fits both, or override
+    def it3_outputs(self, returned):
+        return returned[:, 0]  # the prediction, one row for each sample"""
+
+_SECOND = """Expected {name} to put out with a prior what it does without one, a tensor {first}, \
+got {second}. Override
+    def it3_forward(self, inputs):
+        return self(inputs)  # as large with a prior as without"""
+
+
+def check_target(module: Conditioned, target: Any) -> Tensor:
+    """Return the target of a batch in label space.
+
+    Raises:
+        ValueError: the prior cannot read it.
+    """
+    try:
+        return module.it3_parts()[0].from_target(target)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        text = _TARGET.format(got=described(target), error=_ended(error))
+        raise ValueError(text) from error
+
+
+def check_passes(module: Conditioned, batch: Any, target: Any) -> None:
+    """Run a batch through both passes without gradients, and refuse what does not fit.
+
+    Nothing is kept of it: neither random numbers, statistics, logs nor counts.
+
+    Args:
+        module: to train.
+        batch: the first one; it is not changed.
+        target: of the batch.
+
+    Raises:
+        MisconfigurationException: the module cannot predict from inputs alone, nothing tells which
+            output is the prediction, the prior cannot read it, or both passes differ in shape.
+    """
+    checked_module(module, fitted=False)
+    unseen = without_side_effects(Snapshot(module), partial(without_logs, module))
+    with torch.inference_mode(False), unseen, torch.no_grad():
+        inputs, name = normal(module.it3_inputs(batch)), type(module).__name__
+        first = _outputs(module, inputs)
+        prior = _prior(module, first)
+        expected = check_target(module, target)
+        if prior.shape[:2] != expected.shape[:2]:
+            shapes = {"target": tuple(expected.shape), "output": tuple(prior.shape)}
+            raise MisconfigurationException(_SIZES.format(name=name, **shapes))
+        second = module.predict_with(inputs, prior)
+        if second.shape != first.shape:
+            shapes = {"first": tuple(first.shape), "second": tuple(second.shape)}
+            raise MisconfigurationException(_SECOND.format(name=name, **shapes))
+
+
+def _outputs(module: Conditioned, inputs: Any) -> Tensor:
+    """Return what the neutral pass puts out."""
+    name = type(module).__name__
+    try:
+        outputs: Any = module.predict_with(copied(inputs), None)
+    except TypeError as error:
+        text = _CALL.format(name=name, got=described(inputs), error=error)
+        raise MisconfigurationException(text) from error
+    if not isinstance(outputs, Tensor):
+        raise MisconfigurationException(_NO_TENSOR.format(name=name, got=described(outputs)))
+    return outputs
+
+
+def _prior(module: Conditioned, outputs: Tensor) -> Tensor:
+    """Return outputs in label space."""
+    try:
+        return module.it3_parts()[0].from_output(outputs)
+    except (IndexError, TypeError, ValueError) as error:
+        text = _OUTPUTS.format(name=type(module).__name__, error=_ended(error))
+        raise MisconfigurationException(text) from error
+
+
+def _ended(error: Exception) -> str:
+    """Return what an error says, as a sentence."""
+    return f"{str(error).rstrip('.')}."
