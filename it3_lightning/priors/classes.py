@@ -93,6 +93,10 @@ class ClassPrior(Prior):
         share = torch.rand(prior.shape[0], 1, device=prior.device, dtype=prior.dtype)
         return share * prior + (1 - share) * F.one_hot(other, self.channels).to(prior.dtype)
 
+    def weights(self, prior: Tensor) -> Tensor:
+        """Return the weights of samples by random weights of their classes."""
+        return random_weights(prior)
+
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         own = {"num_classes": self.channels, "outputs": self.outputs}
@@ -126,6 +130,27 @@ def one_hot(target: Tensor, classes: int, ignore_index: int | None = None) -> Te
     check_range(indices, 0, classes - 1, f"Set num_classes to the labels' number of classes{_OR}.")
     vectors = F.one_hot(indices, classes).movedim(-1, 1).to(torch.get_default_dtype())
     return vectors.masked_fill(ignored.unsqueeze(1), 1 / classes)
+
+
+_CONCENTRATION = 0.3  # of class frequencies: of ten classes, three or four share most of a batch
+
+
+def random_weights(prior: Tensor) -> Tensor:
+    """Return for each sample the mean weight of its classes, drawn from a Dirichlet distribution.
+
+    Args:
+        prior: shares of classes, ``(B, C, ...)``; of one map, the second of two classes.
+
+    Returns:
+        ``(B,)``, positive.
+
+    >>> random_weights(torch.eye(3)[[0, 0, 2]]).unique().numel()
+    2
+    """
+    shares = prior.reshape(*prior.shape[:2], -1).mean(2)
+    shares = both(shares) if shares.shape[1] == 1 else shares
+    frequencies = torch.full_like(shares[0], _CONCENTRATION)
+    return shares @ torch.distributions.Dirichlet(frequencies).sample() + 1e-6
 
 
 _OR = ", or ignore_index to the label that the loss ignores"

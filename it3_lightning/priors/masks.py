@@ -16,6 +16,7 @@ from it3_lightning.priors.classes import (
     one_hot,
     outputs_of,
     probabilities,
+    random_weights,
     shares,
     unrounded,
 )
@@ -116,6 +117,10 @@ class MaskPrior(Prior):
         other = torch.where(itself[:, None, None, None], prior.flip(3), prior[drawn])
         share = torch.rand(prior.shape[0], 1, 1, 1, device=prior.device, dtype=prior.dtype)
         return share * prior + (1 - share) * other
+
+    def weights(self, prior: Tensor) -> Tensor:
+        """Return the weights of images by random weights of the classes on them."""
+        return random_weights(prior)
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

@@ -90,6 +90,17 @@ class Prior(nn.Module, ABC):
         labels it only learns to copy.
         """
 
+    def weights(self, prior: Tensor) -> Tensor:
+        """Return random weights of samples, ``(B,)``, by which an unequal batch is drawn of them.
+
+        Args:
+            prior: of their labels, ``(B, C, ...)``.
+        """
+        raise NotImplementedError(
+            f"Expected {type(self).__name__} to define weights(self, prior) -> Tensor (B,), which "
+            "unequal_share > 0 asks for. Return positive numbers that depend on the label alone."
+        )
+
     def as_input(self, prior: Tensor) -> Tensor:
         """Append the presence flag, where there is one: ``(B, C, ...) -> (B, C + 1, ...)``."""
         if not self.presence_flag:

@@ -144,6 +144,15 @@ class ValuePrior(Prior):
         size = self.noise * torch.rand(prior.shape[0], 1, device=prior.device, dtype=prior.dtype)
         return prior + size * torch.randn_like(prior)
 
+    def weights(self, prior: Tensor) -> Tensor:
+        r"""Return weights that tilt values to a random side, :math:`e^{t^T z}`, ``t ~ N(0, 1)``.
+
+        Of normal values they make others of the same spread, with mean ``t``. Values count up to 3
+        standard deviations, those that are not finite as the mean.
+        """
+        values = prior.nan_to_num(0.0, 0.0, 0.0).clamp(-3, 3)
+        return (values @ torch.randn_like(values[0])).softmax(0)
+
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments; what is measured travels as buffers."""
         return {"size": self.channels, "noise": self.noise, **super().init_args()}

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from it3_lightning.engine.restore import NormStatistics, Undo
+from it3_lightning.engine.trees import batch_size, laid_out, taken
 from it3_lightning.integration.isolation import muted
 from it3_lightning.integration.module import Conditioned
 from it3_lightning.priors import Prior
@@ -129,9 +131,17 @@ class DualPass:
         perturb_prior: blur the label's prior by a random amount; with exact labels the network
             learns to copy its prior, which is worthless at test time.
         perturb_inputs: a transform of the inputs in the label pass.
+        norm_stats: statistics of BatchNorm layers in the passes that see a prior. ``"source"``: as
+            in any pass of the training, the running ones post-hoc; ``"batch"``: those of the batch,
+            for use with ``norm_stats="batch"`` at test time. No such pass moves the running ones
+            then. A batch of one sample goes by ``"source"``, as it does at test time.
+        unequal_share: share of batches whose samples are drawn anew for these passes, with
+            replacement, by random weights of the classes: test batches may hold few classes, or
+            some more often than others. The neutral pass sees the batch as it came.
 
     Raises:
-        ValueError: a weight is negative or a share outside [0, 1].
+        ValueError: a weight is negative, a share outside [0, 1] or a name unknown, or a single pass
+            is to have statistics or samples of its own.
     """
 
     label_weight: float = 1.0
@@ -141,15 +151,24 @@ class DualPass:
     third_pass: bool = False
     perturb_prior: bool = True
     perturb_inputs: Callable[[Any], Any] | None = None
+    norm_stats: Literal["source", "batch"] = "source"
+    unequal_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.label_weight < 0:
             raise ValueError(f"Expected label_weight >= 0, got {self.label_weight}.")
-        for name in ("neutral_share", "own_share"):
+        for name in ("neutral_share", "own_share", "unequal_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Expected {name} in [0, 1], got {getattr(self, name)}.")
         if self.passes not in ("dual", "single"):
             raise ValueError(f"Expected passes 'dual' or 'single', got {self.passes!r}.")
+        if self.norm_stats not in ("source", "batch"):
+            raise ValueError(f"Expected norm_stats 'source' or 'batch', got {self.norm_stats!r}.")
+        if self.passes == "single" and (self.norm_stats == "batch" or self.unequal_share):
+            raise ValueError(
+                "Expected passes='dual' with norm_stats='batch' or unequal_share > 0, got "
+                "'single': its one pass is also that in which the network learns of its data."
+            )
 
     def prior(self, prior: Prior, target: Any, own: Callable[[], Tensor]) -> Tensor:
         """Return the priors of the label pass, ``(B, C, ...)``.
@@ -228,9 +247,14 @@ def run_passes(
     """
     if settings.passes == "single":
         return _single_pass(module, settings, batch, step)
-    losses = [_label_pass(module, settings, batch, step)]
-    if settings.third_pass:
-        losses.append(_own_pass(module, batch, step))
+    given = _redrawn(module, settings.unequal_share, batch) if settings.unequal_share else batch
+    with Undo() as undo:
+        if settings.norm_stats == "batch" and _size(module, given) > 1:
+            NormStatistics(module, "batch", undo)
+        losses = [_label_pass(module, settings, given, step)]
+        if settings.third_pass:
+            losses.append(_own_pass(module, given, step))
+        undo.run()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         output = _given(module, None, step, batch)
     neutral = loss_of(output)
@@ -239,6 +263,32 @@ def run_passes(
         return output, None
     with_priors = torch.stack(found).sum()
     return output, with_priors if frozen else neutral + settings.label_weight * with_priors
+
+
+def _size(module: Conditioned, batch: Any) -> int:
+    """Return the number of samples in a batch."""
+    inputs = module.it3_inputs(batch)
+    return batch_size(laid_out(inputs, module.it3_sample_dims(inputs)))
+
+
+def _redrawn(module: Conditioned, share: float, batch: Any) -> Any:
+    """Return the batch, or by this share of chances as many samples of it, drawn by random weights.
+
+    Raises:
+        ValueError: nothing tells which rows of the batch are a sample.
+    """
+    prior, target = module.it3_parts()[0], module.it3_target(batch)
+    given = prior.from_target(target)
+    ruled = type(module).it3_sample_dims is Conditioned.it3_sample_dims
+    if not ruled or batch_size(batch) != len(given):
+        raise ValueError(
+            f"Expected a batch whose tensors have a row for each of its {len(given)} samples, got "
+            "another one, or a module with it3_sample_dims. Use unequal_share=0, and let the "
+            "DataLoader draw unequal batches."
+        )
+    if torch.rand(()).item() >= share or len(given) < 2:
+        return batch
+    return taken(batch, torch.multinomial(prior.weights(given), len(given), True).tolist())
 
 
 class _SkippedError(Exception):

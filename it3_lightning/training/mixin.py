@@ -47,7 +47,8 @@ class IT3Mixin(Conditioned):
     :math:`L = \ell(f(x, 0), y) + w\,\ell(f(x, p(y)), y)` (Durasov et al., IT3, ICML 2025).
     All other arguments go to ``LitNet``. Both passes of joint training move the running statistics
     of BatchNorm layers, as published; post-hoc none does. Activation checkpointing must not enclose
-    a layer where the prior enters: recomputed in the backward pass, it would miss the prior.
+    a layer where the prior enters: recomputed in the backward pass, it would miss the prior; nor a
+    BatchNorm layer, where ``dual_pass`` has ``norm_stats="batch"``.
 
     Args:
         prior: how labels and outputs become priors.
@@ -116,10 +117,9 @@ class IT3Mixin(Conditioned):
             batch: with inputs and target.
             loss_fn: ``(outputs, target) -> scalar``.
         """
-        target = self.it3_target(batch)
 
         def step(given: Any) -> Tensor:
-            return loss_fn(self.it3_forward(self.it3_inputs(given)), target)
+            return loss_fn(self.it3_forward(self.it3_inputs(given)), self.it3_target(given))
 
         loss = self._it3_passes(batch, step)[1]
         if loss is None:

@@ -550,3 +550,54 @@ def test_a_prior_of_ones_own_is_asked_for_its_mean() -> None:
 
     with pytest.raises(NotImplementedError, match="Own to define mean_output"):
         Own().mean_output(torch.zeros(1), torch.zeros(1))
+
+
+@pytest.mark.parametrize("prior", [ClassPrior(10), MaskPrior(10)])
+def test_random_weights_of_classes_leave_few_of_them_in_a_batch(prior: Prior) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(10).repeat(13)
+    shape = (-1,) if isinstance(prior, ClassPrior) else (-1, 1, 1)
+    given = prior.from_target(labels.reshape(shape).expand(-1, *[2] * (len(shape) - 1)))
+    shares = []
+    for _ in range(200):
+        weights = prior.weights(given)
+        assert weights.shape == (130,)
+        assert torch.equal(weights[:10], weights[-10:])
+        shares.append((weights[:10] / weights[:10].sum()).sort().values)
+    assert torch.stack(shares)[:, -3:].sum(1).mean().item() == pytest.approx(0.8, abs=0.1)
+
+
+def test_random_weights_of_binary_masks_are_those_of_two_classes() -> None:
+    torch.manual_seed(0)
+    masks = torch.tensor([0.0, 0.5, 1.0]).reshape(3, 1, 1, 1).expand(3, 1, 2, 2)
+    low, mean, high = MaskPrior().weights(masks).tolist()
+    assert mean == pytest.approx((low + high) / 2, abs=1e-5)
+    assert low + high == pytest.approx(1.0, abs=1e-4)
+    assert low != pytest.approx(high, abs=0.01)
+
+
+def test_random_weights_of_values_tilt_them_to_either_side() -> None:
+    torch.manual_seed(0)
+    prior = ValuePrior(mean=0.0, std=1.0)
+    values = torch.randn(20000, 1)
+    means = []
+    for _ in range(50):
+        state = torch.get_rng_state()
+        tilt = torch.randn(1).item()
+        torch.set_rng_state(state)
+        weights = prior.weights(values)
+        found = float(weights @ values[:, 0])
+        assert found == pytest.approx(tilt, abs=0.1 + 0.15 * tilt**2)
+        means.append(found)
+    assert min(means) < -0.5
+    assert max(means) > 0.5
+    odd = torch.tensor([[torch.nan], [0.0], [torch.inf], [1e30]])
+    assert prior.weights(odd).isfinite().all()
+
+
+def test_a_prior_of_ones_own_is_asked_for_weights() -> None:
+    class Own(ClassPrior):
+        weights = Prior.weights
+
+    with pytest.raises(NotImplementedError, match="Own to define weights"):
+        Own(2).weights(torch.eye(2))

@@ -4,18 +4,19 @@ import functools
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from helpers.by_hand import EXACT, ONE_HOT, X, Y, agree, by_hand, one, step_once
 from helpers.reference import ToyNet
-from helpers.toy import Batch, IT3Net, LitNet, doubles, net, parts, quiet, seeded
+from helpers.toy import Batch, IT3Net, LitNet, doubles, ending, net, parts, quiet, seeded
 from helpers.toy import net as any_net
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from it3_lightning import ClassPrior, DualPass, IT3Mixin
 from it3_lightning.training.dual_pass import RandomNoise
@@ -162,6 +163,178 @@ def test_priors_of_a_class_prior_are_one_hot_and_softmax() -> None:
     torch.testing.assert_close(prior.from_output(logits), logits.softmax(1))
 
 
+# Statistics and samples of the label pass
+
+
+class NamedBatch(LitNet):
+    """Takes the label out of a dict batch, as many steps do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if isinstance(batch, dict):
+            return F.cross_entropy(self(batch["image"]), batch.pop("label"))
+        return F.cross_entropy(self(batch.image), batch.label)
+
+
+def mixed(base: type[LitNet], **args: Any) -> IT3Net:
+    model: IT3Net = seeded(type("IT3Foreign", (IT3Mixin, base), {})(**parts(**args)))
+    return model
+
+
+@dataclass
+class Pair:
+    image: Tensor
+    label: Tensor
+
+
+Named = namedtuple("Named", ["image", "label"])
+
+
+def statistics(model: Any) -> list[Tensor]:
+    bn = model.net.bn
+    return [bn.running_mean.clone(), bn.running_var.clone(), bn.num_batches_tracked.clone()]
+
+
+@pytest.mark.parametrize("own_share", [0.0, 1.0])
+def test_post_hoc_passes_by_batch_statistics_are_those_of_the_batch(own_share: float) -> None:
+    dual = DualPass(norm_stats="batch", own_share=own_share, third_pass=True, perturb_prior=False)
+
+    def loss(f: Callable[..., Tensor]) -> Tensor:
+        own = f(X, None).softmax(1).detach()
+        first = own if own_share else ONE_HOT
+        return F.cross_entropy(f(X, first), Y) + F.cross_entropy(f(X, own), Y)
+
+    model = made(dual, train="conditioning")
+    before = statistics(model)
+    recorded, expected = step_once(model, (X, Y)), by_hand(made(), loss)
+    torch.testing.assert_close(recorded.loss, expected.loss.detach())
+    for name, gradient in recorded.grads.items():
+        theirs = expected.grads[name] if name.startswith("it3_") else torch.zeros_like(gradient)
+        torch.testing.assert_close(gradient, theirs, msg=name)
+    assert all(map(torch.equal, before, statistics(model)))
+    assert model.net.bn.track_running_stats
+
+
+def test_joint_label_pass_by_batch_statistics_moves_no_running_ones() -> None:
+    dual, plain = DualPass(norm_stats="batch", perturb_prior=False), seeded(LitNet())
+    plain.load_state_dict(made().state_dict(), strict=False)
+    model = made(dual)
+    agree(step_once(model, (X, Y)), step_once(made(EXACT), (X, Y)))
+    step_once(plain, (X, Y))  # its one pass has moved them as the neutral pass does
+    assert all(map(torch.equal, statistics(plain), statistics(model)))
+
+
+def test_one_sample_goes_by_the_source_statistics() -> None:
+    batches = [
+        step_once(made(dual, train="conditioning"), (X[:1], Y[:1]))
+        for dual in (DualPass(norm_stats="batch", perturb_prior=False), EXACT)
+    ]
+    assert torch.equal(batches[0].loss, batches[1].loss)
+
+
+@pytest.mark.parametrize("error", [ValueError("a step"), KeyboardInterrupt()])
+def test_a_step_that_fails_leaves_the_layers_their_modes(error: BaseException) -> None:
+    class Fails(IT3Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.net.bn.track_running_stats:
+                raise error
+            return super().forward(x)
+
+    dual = DualPass(norm_stats="batch")
+    model = seeded(Fails(**parts(dual_pass=dual, train="conditioning")))
+    modes = [(layer.training, vars(layer).get("track_running_stats")) for layer in model.modules()]
+    with ending(error):
+        quiet().fit(model, one((X, Y)))
+    after = [(layer.training, vars(layer).get("track_running_stats")) for layer in model.modules()]
+    assert after == modes
+
+
+def redrawn() -> list[int]:
+    """Draw samples of Y as the first step does: by Dirichlet weights of their classes."""
+    torch.manual_seed(7)
+    torch.rand(())
+    frequencies = torch.distributions.Dirichlet(torch.full((3,), 0.3)).sample()
+    rows: list[int] = torch.multinomial(frequencies[Y] + 1e-6, 6, replacement=True).tolist()
+    return rows
+
+
+@pytest.mark.parametrize("batch", [(X, Y), {"image": X, "label": Y}, Pair(X, Y), Named(X, Y)])
+def test_unequal_batches_are_drawn_by_random_weights_of_the_classes(batch: Any) -> None:
+    rows = redrawn()
+    assert len(set(Y[rows].tolist())) < len(set(Y.tolist()))
+
+    def loss(f: Callable[..., Tensor]) -> Tensor:
+        label = F.cross_entropy(f(X[rows] + 1, ONE_HOT[rows]), Y[rows])
+        own = f(X[rows], None).softmax(1).detach()
+        return F.cross_entropy(f(X, None), Y) + label + F.cross_entropy(f(X[rows], own), Y[rows])
+
+    dual = DualPass(
+        unequal_share=1.0, perturb_prior=False, perturb_inputs=lambda x: x + 1, third_pass=True
+    )
+    base = LitNet if isinstance(batch, tuple) and not isinstance(batch, Named) else NamedBatch
+    agree(step_once(mixed(base, dual_pass=dual), batch), by_hand(made(), loss))
+
+
+def test_it3_loss_sees_the_labels_of_the_samples_drawn() -> None:
+    class Own(IT3Net):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            return self.it3_loss(batch, F.cross_entropy)
+
+    dual = DualPass(unequal_share=1.0, perturb_prior=False)
+    own = step_once(seeded(Own(**parts(dual_pass=dual))), (X, Y))
+    agree(own, step_once(made(dual), (X, Y)))
+
+
+def test_a_share_of_the_batches_is_drawn_anew() -> None:
+    seen: list[int] = []
+
+    class Looks(LitNet):
+        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+            seen.append(len(torch.unique(batch[0].flatten(1), dim=0)))
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    dual = DualPass(unequal_share=0.3, perturb_inputs=None)
+    batches = DataLoader(cast(Any, [(X, Y)] * 200), batch_size=None)
+    quiet().fit(mixed(Looks, dual_pass=dual, lr=0.0), batches)
+    label, neutral = seen[::2], seen[1::2]
+    assert neutral == [6] * 200
+    assert sum(count < 6 for count in label) / 200 == pytest.approx(0.3, abs=0.1)
+
+
+def test_batches_without_a_row_for_each_sample_are_not_drawn_anew() -> None:
+    class Sideways(IT3Net):
+        def it3_sample_dims(self, inputs: Any) -> Any:
+            return 0
+
+    class Beside(LitNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step((batch["image"], batch["label"]), batch_idx)
+
+    dual = DualPass(unequal_share=0.1)
+    message = "a row for each of its 6 samples.*Use unequal_share=0"
+    with pytest.raises(ValueError, match=message):
+        quiet().fit(seeded(Sideways(**parts(dual_pass=dual))), one((X, Y)))
+    batch = {"weights": torch.ones(2), "image": X, "label": Y}
+    with pytest.raises(ValueError, match=message):
+        quiet().fit(mixed(Beside, dual_pass=dual), one(batch))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"norm_stats": "mixed"}, "norm_stats 'source' or 'batch', got 'mixed'"),
+        ({"unequal_share": 1.5}, "unequal_share in .0, 1., got 1.5"),
+        ({"unequal_share": 0.5, "passes": "single"}, "passes='dual' with norm_stats='batch' or"),
+        ({"norm_stats": "batch", "passes": "single"}, "got 'single': its one pass"),
+    ],
+)
+def test_statistics_and_samples_refuse_what_makes_no_sense(
+    args: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        DualPass(**args)
+
+
 # Any step on any batch
 
 
@@ -197,29 +370,6 @@ class TakesAnything(LitNet):
         (images, labels), index = args
         assert (index, kwargs) == (0, {})
         return F.cross_entropy(self(images), labels)
-
-
-class NamedBatch(LitNet):
-    """Takes the label out of a dict batch, as many steps do."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        if isinstance(batch, dict):
-            return F.cross_entropy(self(batch["image"]), batch.pop("label"))
-        return F.cross_entropy(self(batch.image), batch.label)
-
-
-def mixed(base: type[LitNet], **args: Any) -> IT3Net:
-    model: IT3Net = seeded(type("IT3Foreign", (IT3Mixin, base), {})(**parts(**args)))
-    return model
-
-
-@dataclass
-class Pair:
-    image: Tensor
-    label: Tensor
-
-
-Named = namedtuple("Named", ["image", "label"])
 
 
 @pytest.mark.parametrize(
