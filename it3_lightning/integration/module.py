@@ -15,7 +15,7 @@ from it3_lightning.calibration import Calibration, fingerprint
 from it3_lightning.conditioning import Conditioning, Shown
 from it3_lightning.engine.selection import OWN
 from it3_lightning.integration import batches
-from it3_lightning.integration.namespaces import ModuleMixin, is_default
+from it3_lightning.integration.namespaces import NO_FORWARDS, ModuleMixin
 from it3_lightning.integration.output_tree import prediction_in, with_prediction
 from it3_lightning.methods import TestTimeMethod
 from it3_lightning.methods.auxiliary import Auxiliary
@@ -344,7 +344,7 @@ def checked_module(module: LightningModule, *, fitted: bool = True) -> IT3Module
         raise MisconfigurationException(_NEEDS_MIXIN.format(name=type(module).__name__))
     check_parts(module)
     own = getattr(type(module), "it3_forward", None)
-    if is_default(type(module).forward, "forward") and own is Conditioned.it3_forward:
+    if type(module).forward in NO_FORWARDS and own is Conditioned.it3_forward:
         raise MisconfigurationException(_NEEDS_FORWARD.format(name=type(module).__name__))
     if fitted and not module.it3_prior.fitted:
         raise MisconfigurationException(
@@ -435,7 +435,7 @@ def host_of(
     """
     if method.needs_prior or isinstance(module, IT3Module):
         return checked_module(module, fitted=fitted)
-    if is_default(type(module).forward, "forward") and not hasattr(module, "it3_forward"):
+    if type(module).forward in NO_FORWARDS and not hasattr(module, "it3_forward"):
         raise MisconfigurationException(
             f"{type(module).__name__} has no forward, so nothing tells how to predict from inputs "
             "alone. Give it one, or a method it3_forward(self, inputs)."

@@ -6,7 +6,6 @@ A Trainer takes modules and callbacks of its own namespace alone, so the mixins 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -25,19 +24,11 @@ def both(name: str) -> tuple[type, ...]:
 
 
 MODULES = both("LightningModule")
+NO_FORWARDS = tuple(module.forward for module in MODULES)  # type: ignore[attr-defined]
+NO_TRAINING_STEPS = tuple(module.training_step for module in MODULES)  # type: ignore[attr-defined]
 ONE_LINE = (
     "write `from lightning import pytorch as pl` in place of `import pytorch_lightning as pl`."
 )
-
-
-def is_default(method: Callable[..., Any], name: str) -> bool:
-    """Whether a method is that of a ``LightningModule`` itself, which nobody has overridden.
-
-    >>> is_default(pytorch_lightning.LightningModule().training_step, "training_step")
-    True
-    """
-    function = getattr(method, "__func__", method)
-    return any(function is getattr(module, name) for module in MODULES)
 
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ from it3_lightning.integration.module_adapter import (
     run_through,
     sample_dims_of,
 )
-from it3_lightning.integration.namespaces import is_default
+from it3_lightning.integration.namespaces import NO_FORWARDS
 from it3_lightning.integration.output_tree import OutputTree
 from it3_lightning.utils.graphs import graph_count, is_graph
 
@@ -103,7 +103,7 @@ class PerSampleStep:
         moments: SourceMoments | None = None,
     ) -> None:
         self._names = {"step": step, "name": type(module).__name__}
-        if is_default(module.forward, "forward"):
+        if getattr(module.forward, "__func__", None) in NO_FORWARDS:
             raise MisconfigurationException(_NEVER_ASKED.format(**self._names))
         self._dims_of_inputs = sample_dims_of(module)
         self.adapter = adapter_of(

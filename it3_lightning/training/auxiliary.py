@@ -15,7 +15,7 @@ from it3_lightning.engine.passes import features_of
 from it3_lightning.engine.selection import OWN
 from it3_lightning.integration.isolation import muted
 from it3_lightning.integration.module import PlainModule, plain
-from it3_lightning.integration.namespaces import ModuleMixin, is_default
+from it3_lightning.integration.namespaces import NO_TRAINING_STEPS, ModuleMixin
 from it3_lightning.methods.auxiliary import HEAD, Auxiliary, head_of
 from it3_lightning.training.dual_pass import called, loss_of, with_loss
 from it3_lightning.training.mixin import IT3Mixin
@@ -110,7 +110,7 @@ class AuxiliaryMixin(ModuleMixin):
             return
         self._it3_head()
         own, name = super().training_step, type(self).__name__
-        nothing = is_default(own, "training_step")
+        nothing = getattr(own, "__func__", None) in NO_TRAINING_STEPS
         ours = type(self).training_step is AuxiliaryMixin.training_step
         if ours and (nothing or not self.automatic_optimization):
             why = "no training_step" if nothing else "a training_step that optimizes manually"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from it3_lightning.calibration import bits
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine.selection import OWN
-from it3_lightning.integration.namespaces import AnyCallback, both, is_default
+from it3_lightning.integration.namespaces import NO_TRAINING_STEPS, AnyCallback, both
 from it3_lightning.priors import Prior
 from it3_lightning.utils.files import load_plain
 
@@ -149,7 +149,7 @@ def check_step(module: LightningModule, step: Callable[..., Any]) -> None:
     """
     path = getattr(step, "__qualname__", "").split(".")
     name = path[-2] if len(path) > 1 else type(module).__name__
-    if is_default(step, "training_step"):
+    if getattr(step, "__func__", None) in NO_TRAINING_STEPS:
         raise MisconfigurationException(
             f"{type(module).__name__} has no training_step of its own to run on priors. Mix "
             "IT3Mixin into a LightningModule that has one, or write one with self.it3_loss."
