@@ -196,10 +196,11 @@ class BatchAdapter:
         unadapted = self._measure(inputs, _InPlace()) if carried and settings.measure else None
         with state.all_or_nothing():
             state.enter()
-            started = time.perf_counter()
+            started, version = time.perf_counter(), state.version
             gate = None if settings.gate is None else self._gate(inputs, state, settings.gate)
             first = self._steps(inputs, state, gate)
             seconds = time.perf_counter() - started
+            moves = state.version != version and _differs(state)
             last, outputs, answers = self._predict(inputs, state, gate, answer)
             prediction = (
                 self._prediction(inputs, state, outputs) if self._settings.predicts else None
@@ -214,6 +215,7 @@ class BatchAdapter:
             outputs=outputs,
             source=unadapted,
             moved=moved,
+            moves=moves,
             adapted=last if settings.measure else None,
             weights=dict(state.weights),
             forwards=self.network.forwards,
@@ -380,6 +382,12 @@ class _InPlace(AnchoredWeights):
 
     version = anchor_version = SOURCE
     anchor = None
+
+
+def _differs(state: State) -> bool:
+    """Whether any weight is not the source's: a step may be shorter than the rounding."""
+    pairs = ((weights, state.source[name]) for name, weights in state.weights.items())
+    return any(mine is not its and not torch.equal(mine, its) for mine, its in pairs)
 
 
 def _only_step(settings: Settings) -> OnlyStep | None:

@@ -24,7 +24,9 @@ class Adaptation:
         distance_source: ``(B,)``, the objective's measure with the un-adapted weights; NaN where it
             is not known, as of a sample that was skipped by itself.
         distance_adapted: ``(B,)``, the same with the adapted weights.
-        reliable: ``(B,)`` booleans, the samples that moved the weights in the first step.
+        reliable: ``(B,)`` booleans, the samples that moved the weights in the first step; none of
+            them where the weights are still the source's, as after no step, or one that is shorter
+            than their rounding.
         skipped: ``(B,)`` booleans, the samples that got the source prediction.
         reason: why they were skipped.
         weights: the adapted weights by parameter name; empty where the batch was skipped. These are
@@ -64,6 +66,7 @@ class Adaptation:
         outputs: Tensor | None,
         source: Evaluation | None,
         moved: Evaluation | None,
+        moves: bool,
         adapted: Evaluation | None,
         weights: dict[str, Tensor],
         forwards: int,
@@ -81,6 +84,7 @@ class Adaptation:
             outputs: from the adapted weights.
             source: the evaluation of the un-adapted weights.
             moved: that before the first step.
+            moves: whether the steps have changed any weight.
             adapted: that of the adapted weights.
             weights: the adapted ones.
             forwards: that were run.
@@ -91,13 +95,16 @@ class Adaptation:
             gated: samples within the gate.
             prediction: of the method's own.
         """
+        reliable = None if moved is None else moved.objective.reliable
+        if reliable is not None and not moves:
+            reliable = torch.zeros_like(reliable)
         size = batch_size(inputs) if moved is None else moved.outputs.shape[0]
         return cls(
             outputs=outputs,
             source_outputs=None if source is None else source.outputs,
             distance_source=None if source is None else source.objective.measure,
             distance_adapted=None if adapted is None else adapted.objective.measure,
-            reliable=None if moved is None else moved.objective.reliable,
+            reliable=reliable,
             skipped=torch.zeros(size, dtype=torch.bool),
             reason=None,
             weights=weights,

@@ -117,6 +117,25 @@ def test_the_time_is_that_of_all_passes(
     assert logged["it3/ms_per_sample"] == pytest.approx(1000 * clock.now / 12)
 
 
+UNMOVED: dict[str, dict[str, Any]] = {
+    "no step": {"steps": 0},
+    "no step, scope sample": {"steps": 0, "scope": "sample"},
+    "steps of no length": {"lr": 0.0},
+    "steps of no length, vectorised": {"lr": 0.0, "scope": "sample", "backend": "vectorised"},
+    "steps of no length, carried": {"lr": 0.0, "steps": 2, "reset": "never"},
+}
+
+
+@pytest.mark.parametrize("settings", UNMOVED.values(), ids=UNMOVED)
+def test_no_sample_is_said_to_have_moved_weights_that_are_the_sources(
+    settings: dict[str, Any],
+) -> None:
+    callback = adapting(**settings)
+    (logged,) = quiet(callbacks=[callback]).test(net(), loader(), verbose=False)
+    assert str(callback.summary).startswith("12 samples, 0 moved the weights, 0 skipped")
+    assert logged["it3/reliable"] == 0
+
+
 def test_summary_holds_what_was_logged() -> None:
     callback = adapting()
     (logged,) = quiet(callbacks=[callback]).test(net(), loader(), verbose=False)

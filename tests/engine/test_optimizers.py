@@ -360,6 +360,32 @@ def test_the_loss_of_each_sample_is_scaled_as_far_as_its_gradients_allow(
     torch.testing.assert_close(moved(torch.float16, backend), expected, rtol=2e-3, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The step changed no weight")
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("dtype", "scales"), [(torch.bfloat16, (1, 1000)), (torch.float16, (1, 100)), (None, (0, 1))]
+)
+def test_only_samples_whose_weights_changed_are_said_to_have_moved_them(
+    dtype: torch.dtype | None, scales: tuple[int, int], way: str, steps: int
+) -> None:
+    """A step of 1e-6 is lost in the rounding of halves; a loss of 0 has none."""
+    net, lr = Half(dtype or torch.float32), 1e-6 if dtype else 0.1
+    still, moving = (scale * torch.ones(1, 2, dtype=dtype) for scale in scales)
+    given: dict[str, Any] = {"optimizer": "sgd", "lr": lr, "steps": steps}
+
+    def said(x: Tensor) -> list[bool]:
+        made = any_adapter(net, way, to_label=lambda y: y, **given)
+        found = adapted(made, x)
+        assert found.reliable is not None
+        assert not found.skipped.any()
+        return found.reliable.tolist()
+
+    assert said(torch.cat([still, still])) == [False, False]
+    both = [True, True] if way == "batch" else [False, True]
+    assert said(torch.cat([still, moving])) == both
+
+
 def test_a_step_that_is_lost_in_rounding_is_told() -> None:
     net = Half(torch.bfloat16)
     with pytest.warns(UserWarning, match=r"changed no weight.*torch.bfloat16.*lr.*bf16-mixed"):

@@ -166,7 +166,7 @@ class Stacked:
         self._products: dict[str, Product] = {}  # gradients of one position, never made whole
         self._settings = settings
         self.size = size
-        self._source: Weights = {name: p.detach() for name, p in parameters.items()}
+        self.source: Weights = {name: p.detach() for name, p in parameters.items()}
         rule = settings.rule
         self._length = None if rule is None else rule.length
         self._rule = OPTIMIZERS["sgd"] if self._length is not None else rule  # scaled by then
@@ -174,7 +174,7 @@ class Stacked:
         self._lr = settings.moves[1] if self._length is None else 1.0
         self._updater: Updater | None = None
         self._average: Weights = {}
-        self.weights = self._source
+        self.weights = self.source
         self.dim: int | None = None
         self._moved = torch.zeros(size, dtype=torch.bool)
 
@@ -184,8 +184,8 @@ class Stacked:
         if self._settings.anchor == "live":
             return None
         if not self._average:
-            return self._source
-        source = self._source
+            return self.source
+        source = self.source
         return {
             name: rounded(a, source[name].dtype, source[name].shape)
             for name, a in self._average.items()
@@ -199,7 +199,7 @@ class Stacked:
     @torch.no_grad()
     def use_up(self, name: str, product: Product) -> bool:
         """Move a large weight by its gradients as they are made, if one step is all there is."""
-        weights = self._source[name]
+        weights = self.source[name]
         if not self._once or weights.numel() < _LARGE or weights.device.type != "cpu":
             return False
         if weights.dtype in HALF:  # rounded as a whole
@@ -217,7 +217,7 @@ class Stacked:
 
     def _room(self, name: str) -> Tensor:
         """Return memory ``(B, *shape)`` for moved weights."""
-        weights, out = self._source[name], self._memory.get(name)
+        weights, out = self.source[name], self._memory.get(name)
         if out is None or len(out) < self.size or out.dtype != weights.dtype:
             out = self._memory[name] = weights.new_empty(self.size, *weights.shape)
         return out[: self.size]
@@ -245,7 +245,7 @@ class Stacked:
             self._move(self._scaled(gradients, losses))
             total = torch.stack([_by_sample(w) for w in self.weights.values()]).sum(0)
         for name in self.weights if fresh else ():
-            self.weights[name].data[fresh] = self._source[name]
+            self.weights[name].data[fresh] = self.source[name]
         for name, rows in before.items():
             self.weights[name].data[still] = rows
         if self._settings.anchor == "ema" and self._updater is not None:
@@ -261,14 +261,14 @@ class Stacked:
             return
         rows = failed.nonzero()[:, 0].tolist()
         for name, values in self.weights.items():
-            values.data[rows] = self._source[name]
+            values.data[rows] = self.source[name]
 
     def _move_once(self, gradients: Weights, losses: Tensor) -> Tensor:
         users = Counter(gradient.untyped_storage().data_ptr() for gradient in gradients.values())
         scale = None if self._length is None else -self._scale(gradients, losses)
         moved, sums = dict(self._early), list(self._sums)
         for name, gradient in gradients.items():
-            source = self._source[name]
+            source = self.source[name]
             shared = users[gradient.untyped_storage().data_ptr()] > 1 or 0 in gradient.stride()
             apart = shared or gradient.dtype != source.dtype
             moved[name] = torch.empty_like(gradient, dtype=source.dtype) if apart else gradient
@@ -285,9 +285,9 @@ class Stacked:
         for name, product in self._products.items():
             assert scale is not None
             moved[name] = self._room(name)
-            product.add_to(self._source[name], scale, moved[name])
+            product.add_to(self.source[name], scale, moved[name])
             sums.append(product.bound() * scale)
-        self.weights, self.dim = {name: moved[name] for name in self._source}, 0
+        self.weights, self.dim = {name: moved[name] for name in self.source}, 0
         return torch.stack(sums).sum(0)
 
     def _write(self, weights: Tensor, gradients: Tensor, *, out: Tensor) -> None:
@@ -299,7 +299,7 @@ class Stacked:
         """Take a step of the optimizer; parameters without gradients have no influence."""
         if self._updater is None:
             stacked = {
-                name: nn.Parameter(_repeated(w, self.size)) for name, w in self._source.items()
+                name: nn.Parameter(_repeated(w, self.size)) for name, w in self.source.items()
             }
             self._updater = Updater(
                 list(stacked.values()),

@@ -419,6 +419,19 @@ def _in_float16(stacked: Stacked) -> bool:
     return any(weights.dtype == torch.float16 for weights in stacked.weights.values())
 
 
+def _changed(stacked: Stacked, rows: Tensor) -> Tensor:
+    """Return ``(B,)``, those of these rows that have any weight which is not the source's."""
+    same = rows.nonzero()[:, 0]
+    sizes = {n: w.numel() for n, w in stacked.source.items()} if stacked.dim == 0 else {}
+    for name in sorted(sizes, key=sizes.__getitem__):
+        weights, source = stacked.weights[name], stacked.source[name]
+        alike = (weights[same.to(weights.device)] == source)[..., None].flatten(1).all(1)
+        same = same[alike.to(same.device)]
+        if not len(same):
+            break
+    return rows.index_fill(0, same, False)
+
+
 def trouble_of(seen: SampleEvaluations) -> Tensor:
     """Return ``(B,)`` on the CPU: 0, or the number of the reason not to go on.
 
@@ -549,7 +562,7 @@ class Vectorised:
             source_outputs=first.outputs,
             distance_source=first.measure.where(known, torch.nan),
             distance_adapted=None if adapted is None else adapted.where(known, torch.nan),
-            reliable=first.reliable & known,
+            reliable=_changed(stacked, first.reliable & known),
             skipped=bad,
             reason=", ".join(reasons) or None,
             weights={},
