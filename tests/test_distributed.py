@@ -12,10 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.distributed_run import ODD, post_hoc, stream
+from helpers.distributed_run import (
+    ALL_METHODS,
+    ODD,
+    UNEVEN,
+    by_method,
+    episodic,
+    post_hoc,
+    refused,
+    stream,
+    ways,
+)
 from helpers.toy import adapting, doubles, loader, net, quiet
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
+
+import it3_lightning
+from it3_lightning import TestTimeMethod
 
 HERE = Path(__file__).parent
 
@@ -33,7 +46,7 @@ def started(*arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=HERE,
         env={**os.environ, "PYTHONPATH": paths},
         check=False,
-        timeout=240,
+        timeout=600,
         capture_output=True,
         text=True,
     )
@@ -206,6 +219,61 @@ def test_samples_that_the_sampler_repeats_are_predicted_alike(script: Any) -> No
     assert sorted(numbers.tolist()) == sorted([*range(ODD), 0])  # each process has seven
     logits = torch.cat([part["logits"] for part in parts])
     torch.testing.assert_close(logits, alone(scope="sample", backend="loop")[numbers])
+
+
+# Every method, by one run of two processes
+
+
+@pytest.fixture(scope="module")
+def methods(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of two processes predicted by each method, and how it was refused."""
+    folder = tmp_path_factory.mktemp("methods")
+    done = started("methods", str(folder))
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"methods-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize(("name", "scope"), ways())
+def test_every_method_predicts_on_two_processes_as_on_one(
+    name: str, scope: str, methods: list[Any]
+) -> None:
+    batches = [batch for found, _ in methods for batch in found[name, scope]]
+    numbers = [batch.tolist() for batch, _ in batches]
+    assert sorted(number for batch in numbers for number in batch) == sorted(
+        [*range(UNEVEN), 0]
+    )  # the sampler repeats one
+    served = numbers if scope == "batch" else [list(range(UNEVEN))]
+    data: Any = DataLoader(stream(count=UNEVEN).dataset, batch_sampler=served)
+    torch.manual_seed(0)
+    alone = by_method(name, data, {}, sees={}, **episodic(scope))
+    if scope == "batch":
+        expected = [outputs for _, outputs in alone]
+    else:
+        ((_, together),) = alone
+        expected = [together[batch] for batch, _ in batches]
+    for (_, outputs), its in zip(batches, expected, strict=True):
+        torch.testing.assert_close(outputs, its)
+
+
+MESSAGES = {
+    "carried": "2 processes would each carry their own",
+    "source": "must see all source data in one process, and this Trainer has 2",
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), refused())
+def test_methods_that_carry_a_state_or_see_source_data_are_refused_on_two_processes(
+    name: str, kind: str, methods: list[Any]
+) -> None:
+    for _, errors in methods:
+        assert MESSAGES[kind] in errors[name, kind]
+
+
+def test_all_methods_are_among_them() -> None:
+    public = [value for value in vars(it3_lightning).values() if isinstance(value, type)]
+    every = {each for each in public if issubclass(each, TestTimeMethod)}
+    assert every - {TestTimeMethod} == {type(make()) for make in ALL_METHODS.values()}
+    assert len(ways()) > len(ALL_METHODS)  # some in both scopes
 
 
 def test_carried_weights_are_refused_in_each_process_of_a_script(script: Any) -> None:

@@ -22,7 +22,8 @@ class MEMO(TestTimeMethod):
     """Marginal entropy minimisation with one test point (Zhang et al., NeurIPS 2022).
 
     Every sample of a batch adapts by itself (``scope="sample"``). It needs no prior: any
-    LightningModule will do.
+    LightningModule will do. Views are drawn by the random numbers of the process: give several
+    processes the same seed, as ``seed_everything`` does.
 
     Args:
         views: number of augmented views ``B`` of each input.

@@ -7,19 +7,26 @@ for the second process of ``ddp``; those of ``ddp_spawn`` and ``ddp_fork`` are i
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers.toy import IT3Net, LitNet, adapting, loader, net, parts, quiet, samples
-from it3_lightning import DualPass, IT3Mixin, ValuePrior
+from helpers.method_runs import METHODS, TASKS, Make
+from helpers.toy import IT3Net, LitNet, adapting, loader, net, parts, quiet, samples, seeded
+from it3_lightning import DualPass, IT3Mixin, TestTimeCallback, ValuePrior
+from it3_lightning.engine import Settings
+from it3_lightning.methods import Idempotence, Iterates
 
 TWO: dict[str, Any] = {"devices": 2, "strategy": "ddp_fork"}
 ODD = 13  # samples, of which the sampler of a test serves one twice
+UNEVEN = 11  # the same, and no batch has a single sample
 BATCHES_BEFORE_DEATH = 1
 
 
@@ -120,6 +127,98 @@ def predict(folder: Path, strategy: str, scope: str) -> None:
     trainer.predict(model_of(folder), stream(count=ODD), return_predictions=False)
 
 
+class Keeps(IT3Net):
+    """Keeps the numbers of samples, and what is predicted of them, batch by batch."""
+
+    def __init__(self, **args: Any) -> None:
+        super().__init__(**args)
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.kept.append((batch[2], self(batch[0]).clone()))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+
+ALL_METHODS: dict[str, Make] = {
+    **METHODS,
+    "Idempotence": lambda: Idempotence("l2", None),
+    "Iterates": Iterates,
+}
+
+
+def episodic(scope: str) -> dict[str, Any]:
+    """Return settings by which no batch, or no sample, leaves anything to the next."""
+    alone = {"norm_stats": "source"} if scope == "sample" else {}
+    return {"reset": "batch", "scope": scope, **alone}
+
+
+def ways() -> list[tuple[str, str]]:
+    """Return each method with the scopes that it may have."""
+    found = []
+    for name, make in ALL_METHODS.items():
+        for scope in ("batch", "sample"):
+            method = make()
+            with suppress(ValueError):  # a method that looks at several samples
+                Settings(objective=method, **{**method.defaults, **episodic(scope)})
+                found.append((name, scope))
+    return found
+
+
+def refused() -> list[tuple[str, str]]:
+    """Return each method that is refused on two processes, and what for."""
+    made = {name: make() for name, make in ALL_METHODS.items()}
+    carried = [name for name, m in made.items() if m.defaults.get("reset", "batch") != "batch"]
+    needing = [name for name, method in made.items() if method.needs_source]
+    return [*((name, "carried") for name in carried), *((name, "source") for name in needing)]
+
+
+def by_method(
+    name: str, data: Any, trainer: dict[str, Any], *, sees: dict[str, Any], **given: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """Test by a method; return the numbers and predictions of each batch of this process.
+
+    Args:
+        name: of the method.
+        data: serves numbered samples.
+        trainer: settings of the Trainer that tests.
+        sees: settings of the one that shows source data, where the method needs them.
+        given: settings of the adaptation, beside the method's own.
+    """
+    module = net(Keeps)
+    if name in TASKS:
+        module.it3_auxiliary = seeded(TASKS[name]()).eval()
+    callback = TestTimeCallback(ALL_METHODS[name](), lr=0.05, **given)
+    if callback.settings.method.needs_source:
+        source: Any = DataLoader(TensorDataset(*samples(8, seed=5)), batch_size=4)
+        quiet(callbacks=[callback], **sees).validate(module, source, verbose=False)
+    quiet(callbacks=[callback], **trainer).test(module, data, verbose=False)
+    kept: list[tuple[Tensor, Tensor]] = module.kept
+    return kept
+
+
+def methods(folder: Path) -> None:
+    """Test by every method in each of two processes, which draw other random numbers.
+
+    MEMO draws its views by those of the process, which has one seed for it.
+    """
+    two: dict[str, Any] = {"devices": 2, "strategy": "ddp"}
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    data, found = stream(count=UNEVEN), {}
+    for name, scope in ways():
+        torch.manual_seed(0 if name == "MEMO" else rank)
+        found[name, scope] = by_method(name, data, two, sees={}, **episodic(scope))
+    errors = {}
+    for name, kind in refused():
+        given = {} if kind == "carried" else episodic("batch")
+        try:
+            by_method(name, data, two, sees={} if kind == "carried" else two, **given)
+        except MisconfigurationException as error:
+            errors[name, kind] = str(error)
+    torch.save((found, errors), folder / f"methods-{rank}.pt")
+
+
 def killed(folder: Path, strategy: str) -> None:
     """Predict until the second process is killed."""
     model = model_of(folder)
@@ -173,4 +272,4 @@ if __name__ == "__main__":
     elif strategy == "ddp_spawn":
         predict(where, strategy, "sample")
     else:
-        {"ddp": script, "ddp_fork": main}[strategy](where)
+        {"ddp": script, "ddp_fork": main, "methods": methods}[strategy](where)

@@ -1,6 +1,6 @@
 """Methods by hand, under a Trainer and from YAML: what they predict, batch by batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,60 @@ from helpers.toy import LitNet, differing, everything, quiet
 from it3_lightning import TestTimeCallback
 from it3_lightning.engine import Adaptation, BatchAdapter, Settings
 from it3_lightning.engine.types import Plain
-from it3_lightning.methods import TestTimeMethod
+from it3_lightning.methods import (
+    EATA,
+    LAME,
+    MEMO,
+    ROID,
+    SAR,
+    T3A,
+    TTT,
+    TTTMAE,
+    ActMAD,
+    Auxiliary,
+    Contrastive,
+    CoTTA,
+    DeYO,
+    Entropy,
+    MaskedPatches,
+    RDumb,
+    Rotation,
+    Tent,
+    TestTimeAugmentation,
+    TestTimeMethod,
+    TTTPlusPlus,
+)
+from it3_lightning.methods.views import crop_and_flip
+
+Make = Callable[[], TestTimeMethod]
+
+METHODS: dict[str, Make] = {
+    "ActMAD": ActMAD,
+    "LAME": LAME,
+    "T3A": lambda: T3A("net.head"),
+    "augmentation": TestTimeAugmentation,
+    "CoTTA": lambda: CoTTA(views=2, confidence=1.0, augment=crop_and_flip),
+    "RDumb": lambda: RDumb(margin=1.1, epsilon=1.0),
+    "ROID": ROID,
+    "DeYO": lambda: DeYO(tau_entropy=1.1, tau_plpd=-1.0, margin=1.1, patches=2),
+    "EATA": lambda: EATA(margin=1.1, epsilon=1.0, fisher_samples=4),
+    "ETA": lambda: EATA(margin=1.1, epsilon=1.0, fisher_weight=0),
+    "Entropy": Entropy,
+    "MEMO": lambda: MEMO(views=2, augment=crop_and_flip),
+    "SAR": lambda: SAR(margin=1.1, recovery=0.0),
+    "TTT": TTT,
+    "TTT++": lambda: TTTPlusPlus(alignment=0.01, queue=6),
+    "TTT-MAE": lambda: TTTMAE(masks=2),
+    "Tent": Tent,
+}
+"""With settings by which every sample counts: small networks are not sure of anything."""
+
+TASKS: dict[str, Callable[[], Auxiliary]] = {
+    "TTT": lambda: Rotation("net.dense", 8),
+    "TTT++": lambda: Contrastive("net.dense", 8),
+    "TTT-MAE": lambda: MaskedPatches("net.conv", 2, image_channels=1, patch=2),
+}
+"""What those of them need that step on the loss of an auxiliary head."""
 
 NEVER = 1000
 """Batches after which weights go back: none has as many."""

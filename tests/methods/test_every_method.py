@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.auxiliary import headed
+from helpers.method_runs import METHODS, TASKS, Make
 from helpers.modules import stream, takes_prior, toy
 from helpers.reference import softmax_label
 from helpers.toy import (
@@ -43,7 +44,6 @@ from it3_lightning.methods import (
     Contrastive,
     CoTTA,
     DeYO,
-    Entropy,
     MaskedPatches,
     RDumb,
     Rotation,
@@ -52,37 +52,6 @@ from it3_lightning.methods import (
     TestTimeMethod,
     TTTPlusPlus,
 )
-from it3_lightning.methods.views import crop_and_flip
-
-Make = Callable[[], TestTimeMethod]
-
-METHODS: dict[str, Make] = {
-    "ActMAD": ActMAD,
-    "LAME": LAME,
-    "T3A": lambda: T3A("net.head"),
-    "augmentation": TestTimeAugmentation,
-    "CoTTA": lambda: CoTTA(views=2, confidence=1.0, augment=crop_and_flip),
-    "RDumb": lambda: RDumb(margin=1.1, epsilon=1.0),
-    "ROID": ROID,
-    "DeYO": lambda: DeYO(tau_entropy=1.1, tau_plpd=-1.0, margin=1.1, patches=2),
-    "EATA": lambda: EATA(margin=1.1, epsilon=1.0, fisher_samples=4),
-    "ETA": lambda: EATA(margin=1.1, epsilon=1.0, fisher_weight=0),
-    "Entropy": Entropy,
-    "MEMO": lambda: MEMO(views=2, augment=crop_and_flip),
-    "SAR": lambda: SAR(margin=1.1, recovery=0.0),
-    "TTT": TTT,
-    "TTT++": lambda: TTTPlusPlus(alignment=0.01, queue=6),
-    "TTT-MAE": lambda: TTTMAE(masks=2),
-    "Tent": Tent,
-}
-"""With settings by which every sample counts: small networks are not sure of anything."""
-
-TASKS: dict[str, Callable[[], Auxiliary]] = {
-    "TTT": lambda: Rotation("net.dense", 8),
-    "TTT++": lambda: Contrastive("net.dense", 8),
-    "TTT-MAE": lambda: MaskedPatches("net.conv", 2, image_channels=1, patch=2),
-}
-"""What those of them need that step on the loss of an auxiliary head."""
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
