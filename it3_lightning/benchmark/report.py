@@ -192,13 +192,24 @@ def overview(folders: Sequence[Path]) -> str:
     of the unadapted ways are those on the shifted samples.
 
     Args:
-        folders: outputs of ``it3 benchmark``; a table's lines are named after them.
+        folders: outputs of ``it3 benchmark``; a table's lines are named after them, with as many of
+            the folders above as tell those of one name apart.
 
     Raises:
         FileNotFoundError: a folder holds no ``results.json``.
         ValueError: it is damaged, or of another program.
     """
-    return _compared({folder.name: _results_in(folder) for folder in folders})
+    paths = list(dict.fromkeys(folder.absolute() for folder in folders))
+    return _compared({_name_among(paths, path): _results_in(path) for path in paths})
+
+
+def _name_among(paths: Sequence[Path], path: Path) -> str:
+    """Return the shortest end of a path that no other path has."""
+    for count in range(1, len(path.parts)):
+        end = path.parts[-count:]
+        if [other.parts[-count:] for other in paths].count(end) == 1:
+            return Path(*end).as_posix()
+    return path.as_posix()
 
 
 def _compared(read: dict[str, dict[str, Any]]) -> str:

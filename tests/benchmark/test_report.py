@@ -158,6 +158,23 @@ def test_a_line_for_each_benchmark_and_stream(folders: list[Path]) -> None:
     assert len({len(line) for line in posthoc.strip().splitlines()}) == 1  # aligned
 
 
+def test_folders_of_one_name_are_named_by_as_many_above_as_tell_them_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["a/results", "b/results", "b/x/run", "c/x/run", "other", "results"]
+    for place, gain in zip(places, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0), strict=True):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        adapted = entry("ordinary", "adapted", equal=(97, 81, gain))
+        source = entry("ordinary", "source", equal=(97, 77, None))
+        written(tmp_path / place, "test_acc", 1, source, adapted)
+    monkeypatch.chdir(tmp_path)
+    main(["compare", *places, "other"])
+    _, _, *lines = cells(capsys.readouterr().out.strip().split("\n\n")[1])
+    names = [*places[:5], f"{tmp_path.name}/results"]
+    gains = [f"+{gain:.1f} ± 0.3" for gain in (1, 2, 3, 4, 5, 6)]
+    assert [(line[0], line[-1]) for line in lines] == list(zip(names, gains, strict=True))
+
+
 def test_the_command_prints_the_tables(
     folders: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
