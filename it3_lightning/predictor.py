@@ -245,7 +245,9 @@ class IT3Predictor:
         self.precision = precision
         self.prediction = prediction
         moments = moments_of(module) if self.settings.norm_stats == "evidence" else None
-        self._adapter = adapter_of(module, self._host, self.settings, moments=moments)
+        self._adapter = adapter_of(
+            module, self._host, self.settings, moments=moments, prediction=prediction
+        )
         self._answer = answer_of(self._host, prediction)
         self._lock = threading.Lock()
 

@@ -22,9 +22,21 @@ _SHARDED = tuple(
 
 
 def check_trainer(
-    trainer: Trainer, module: LightningModule, settings: Settings, independent_ranks: bool
+    trainer: Trainer,
+    module: LightningModule,
+    settings: Settings,
+    independent_ranks: bool,
+    *,
+    second: bool = False,
 ) -> None:
     """Refuse what cannot be adapted, before any batch.
+
+    Args:
+        trainer: about to run.
+        module: that it runs.
+        settings: how to adapt.
+        independent_ranks: whether processes may carry weights of their own.
+        second: whether second predictions are asked for.
 
     Raises:
         MisconfigurationException: sharded weights, carried weights or shared batch statistics on
@@ -43,7 +55,15 @@ def check_trainer(
             "different numbers of passes and would wait for each other for ever. Test with "
             "sync_batchnorm=False, on one process, or with norm_stats='source'."
         )
-    if settings.needs_batch and any(size == 1 for size in _batch_sizes(trainer)):
+    alone = any(size == 1 for size in _batch_sizes(trainer))
+    context = getattr(getattr(module, "it3_prior", None), "context", None)
+    if second and context == "batch" and alone:
+        raise MisconfigurationException(
+            "context='batch' of the prior is the mean of several samples, and a dataloader has "
+            "batch_size=1. Use batches about as large as those in training, or a module whose "
+            "prior was trained without a context."
+        )
+    if settings.needs_batch and alone:
         raise MisconfigurationException(
             "norm_stats='batch' and balance terms need several samples, and a dataloader has "
             "batch_size=1. Use larger batches, or norm_stats='source' without a balance term."

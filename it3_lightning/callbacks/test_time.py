@@ -272,7 +272,8 @@ class TestTimeCallback(AnyCallback):
         if stage not in self.stages:
             return
         host = host_of(module, self.settings.method, outputs=self.outputs)
-        check_trainer(trainer, module, self.settings, self.independent_ranks)
+        second = self.prediction != "first" or self.settings.method.needs_prior
+        check_trainer(trainer, module, self.settings, self.independent_ranks, second=second)
         settings, moments = self.settings, None
         if self._source is not None:
             self._source.load(module)
@@ -282,7 +283,9 @@ class TestTimeCallback(AnyCallback):
         runner: BatchStep | PerSampleStep
         still = settings.steps == 0 and settings.norm_stats == "source"
         if settings.scope == "batch" or still:
-            adapter = adapter_of(module, host, settings, moments=moments)
+            adapter = adapter_of(
+                module, host, settings, moments=moments, prediction=self.prediction
+            )
             runner = BatchStep(module, host, adapter, self.prediction)
         else:
             runner = PerSampleStep(

@@ -22,7 +22,7 @@ def seen(
 
     Args:
         source: knows the presence flag and the neutral prior.
-        prior: ``(B, C, ...)`` in label space, or ``None``.
+        prior: ``(B, C, ...)`` in label space, beside any context, or ``None``.
         present: ``(B,)`` booleans, or ``None`` for all.
         batch_size: of the neutral prior, where none is given.
         like: device and, where it is floating, data type of the result.
@@ -48,7 +48,7 @@ class Shown:
     """What a pass is shown.
 
     Args:
-        prior: ``(B, C, ...)`` in label space; ``None``: the neutral one.
+        prior: ``(B, C, ...)`` in label space, beside any context; ``None``: the neutral one.
         present: ``(B,)`` booleans: samples that see the prior; ``None``: all.
         ran: names of the layers where it has entered.
     """
@@ -78,6 +78,7 @@ class Conditioning(nn.Module, ABC):
         self.layers = tuple(layers)
         self.shown = Shown()
         self._attached = False
+        self._source: Prior
 
     def attach(self, network: nn.Module, prior: Prior) -> None:
         """Build the weights and put the hooks on the network's layers; once is enough.
@@ -96,22 +97,28 @@ class Conditioning(nn.Module, ABC):
         for name in self.layers:
             if name not in modules:
                 raise ValueError(unknown("layer", name, modules))
+        object.__setattr__(self, "_source", prior)  # the module owns the prior, not this one
         for name in self.layers:
             self._attach(name, modules, prior)
         self._attached = True
         return None
 
     @contextmanager
-    def given(self, prior: Tensor | None, present: Tensor | None = None) -> Iterator[None]:
+    def given(
+        self, prior: Tensor | None, present: Tensor | None = None, context: Tensor | None = None
+    ) -> Iterator[None]:
         """Condition every forward within on this prior; on the neutral one where it is ``None``.
 
         Args:
             prior: ``(B, C, ...)`` in label space, or ``None``.
             present: ``(B,)`` booleans: samples that see the prior; the others see the neutral one.
+            context: ``(1, K)``, for a prior that has one; default: that of these priors.
 
         Raises:
             RuntimeError: the forward within never ran one of the layers, so the prior was lost.
         """
+        if prior is not None and self._attached and self._source.context is not None:
+            prior = self._source.joined(prior, context)
         outer, self.shown = self.shown, Shown(prior, present)
         try:
             yield

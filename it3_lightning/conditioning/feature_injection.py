@@ -72,7 +72,8 @@ class FeatureInjection(Conditioning):
         layer, layout = modules[name], Layout.of(name, modules, self.channels)
         parts = 2 if self.modes[name] == "film" else 1
         neutral = None if prior.neutral_is_zero else prior.neutral_input(1, torch.zeros(1))
-        embedder = Embedder(prior.channels, self.hidden, parts * layout.channels, neutral)
+        channels = prior.channels + prior.context_channels
+        embedder = Embedder(channels, self.hidden, parts * layout.channels, neutral)
         weight = next(layer.parameters(), None)
         self.embedders[key(name)] = embedder if weight is None else embedder.to(weight.device)
         layer.register_forward_hook(partial(self._inject, layout, key(name)))

@@ -41,10 +41,8 @@ class ForwardArgument(Conditioning):
     def __init__(self, argument: str = "prior", *, layer: str = "") -> None:
         super().__init__([layer])
         self.argument = argument
-        self._source: Prior
 
     def _attach(self, name: str, modules: Mapping[str, nn.Module], prior: Prior) -> None:
-        object.__setattr__(self, "_source", prior)  # the module owns the prior, not this one
         modules[name].register_forward_pre_hook(partial(self._hand_over, name), with_kwargs=True)
 
     def _hand_over(

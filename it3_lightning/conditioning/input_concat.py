@@ -44,11 +44,9 @@ class InputConcat(Conditioning):
     def __init__(self, layer: str) -> None:
         super().__init__([layer])
         self.extra = nn.ModuleDict()
-        self._source: Prior
 
     def _attach(self, name: str, modules: Mapping[str, nn.Module], prior: Prior) -> None:
         self.extra[key(name)] = widened(name, modules[name], prior.input_channels)
-        object.__setattr__(self, "_source", prior)  # the module owns the prior, not this one
         layout = Layout.of(name, modules, None)
         modules[name].register_forward_hook(partial(self._widen, layout), with_kwargs=True)
 

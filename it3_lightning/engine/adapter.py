@@ -71,6 +71,8 @@ class BatchAdapter:
         inputs_in: finds the network's inputs in what :meth:`adapted` is given.
         sample_dims: says which dimension of each tensor holds the samples; default: the first.
         moments: of source data, for ``norm_stats="evidence"``; :meth:`fit_moments` adds to them.
+        in_company: whether a second prediction depends on the other samples of its batch, so that a
+            gate takes none of them out.
 
     Raises:
         ValueError: the selection of parameters matches nothing, there is no layer of a name, or the
@@ -99,8 +101,9 @@ class BatchAdapter:
         inputs_in: InputsIn | None = None,
         sample_dims: SampleDims | None = None,
         moments: SourceMoments | None = None,
+        in_company: bool = False,
     ) -> None:
-        self._sample_dims = sample_dims
+        self._sample_dims, self._in_company = sample_dims, in_company
         self.moments = moments
         self.believes = settings.norm_stats == "evidence" and check_moments(module, moments)
         self.selected = select(module, settings.parameters)
@@ -331,7 +334,7 @@ class BatchAdapter:
         before = self._measure(inputs, state)
         within = before.objective.measure <= limit
         known = self._sample_dims is not None or divisible(inputs, len(within), self._module)
-        alone = self._settings.norm_stats == "source" and known
+        alone = self._settings.norm_stats == "source" and known and not self._in_company
         rows = (~within).nonzero()[:, 0].tolist()
         alone = alone and bool(rows)
         return Movers(before, within, taken(inputs, rows) if alone else inputs, alone)

@@ -168,7 +168,9 @@ class Conditioned(ModuleMixin):
     @contextmanager
     def it3_given(self, prior: Tensor | None) -> Iterator[None]:
         """Condition every forward pass within on this prior, or on the neutral one (``None``)."""
-        conditioning = self.it3_parts()[1]
+        source, conditioning = self.it3_parts()
+        if prior is not None and source.context is not None:
+            prior = source.joined(prior)
         outer, conditioning.shown = conditioning.shown, Shown(prior)
         try:
             yield

@@ -35,6 +35,13 @@ WhichPrediction = Literal["first", "second", "mean"]
 Adapter = BatchAdapter | SampleAdapter
 
 
+_NO_COMPANY = (
+    "scope='sample' adapts to each sample as if it had come alone, and the prior has "
+    "context='batch', the mean of its batch. Use scope='batch', or a module whose prior was "
+    "trained without a context."
+)
+
+
 def adapter_of(
     module: LightningModule,
     host: IT3Module,
@@ -44,6 +51,7 @@ def adapter_of(
     inputs_in: InputsIn | None = None,
     sample_dims: SampleDims | None = None,
     moments: SourceMoments | None = None,
+    prediction: WhichPrediction = "first",
     silent: bool = False,
 ) -> Adapter:
     """Return the engine for a module, and say which weights it adapts.
@@ -56,13 +64,22 @@ def adapter_of(
         inputs_in: finds the module's inputs in what the engine is given.
         sample_dims: says which dimensions of that hold samples; default: as the module does.
         moments: of source data, for ``norm_stats="evidence"``.
+        prediction: which one is wanted.
         silent: say nothing.
 
     Raises:
-        MisconfigurationException: the selection of parameters matches nothing, or moments are
-            needed and unknown.
+        MisconfigurationException: the selection of parameters matches nothing, moments are needed
+            and unknown, or second predictions that see the context of a batch are asked for, of
+            single samples.
     """
     kind = SampleAdapter if settings.scope == "sample" else BatchAdapter
+    company = {}
+    if getattr(host.it3_prior, "context", None) and (
+        settings.method.needs_prior or prediction != "first"
+    ):
+        if kind is SampleAdapter:
+            raise MisconfigurationException(_NO_COMPANY)
+        company = {"in_company": True}
     frozen = getattr(module, "it3_frozen", None) is not None  # while it is fitted
     trainable: Isolation = module.it3_trainable if frozen else nullcontext  # type: ignore[assignment]
     to_label = host.it3_prior.from_output
@@ -78,6 +95,7 @@ def adapter_of(
                 inputs_in=inputs_in,
                 sample_dims=sample_dims or sample_dims_of(module),
                 moments=moments,
+                **company,
             )
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error

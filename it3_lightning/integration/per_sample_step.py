@@ -114,6 +114,7 @@ class PerSampleStep:
             inputs_in=_inputs_in,
             sample_dims=self._dims if self._dims_of_inputs is not None else None,
             moments=moments,
+            prediction=prediction,
         )
         self.undo = Undo()
         self._module = module

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from it3_lightning.priors.prior import Neutral, Prior
+from it3_lightning.priors.prior import Context, Neutral, Prior
 
 OutputKind = Literal["logits", "probabilities"]
 
@@ -26,6 +26,12 @@ class ClassPrior(Prior):
         neutral_value: see :class:`Prior`.
         ignore_index: the label that the loss ignores, such as -100; its prior says nothing: all
             classes alike.
+        context: ``"batch"``: beside its own prior each sample sees the mean of its batch's, which
+            for first predictions says how frequent the classes are in this batch. The second pass
+            learns how far to trust it; train it with ``DualPass(unequal_share=0.5)``, on batches
+            about as large as those at test time. A sample's second prediction then depends on the
+            others of its batch, and so on batch size, order, padding, and the number of processes;
+            samples that are not finite have no part in it. Not with ``scope="sample"``.
 
     Shapes:
         targets ``(B,)`` or ``(B, 1)`` indices, or ``(B, C)`` probabilities; outputs ``(B, C)``.
@@ -33,7 +39,7 @@ class ClassPrior(Prior):
         1, and outputs of those shapes its logits.
 
     Raises:
-        ValueError: fewer than 2 classes, or a target or output that does not fit them.
+        ValueError: fewer than 2 classes, an unknown name, or a target or output that does not fit.
 
     >>> ClassPrior(3).from_target(torch.tensor([2]))
     tensor([[0., 0., 1.]])
@@ -47,9 +53,14 @@ class ClassPrior(Prior):
         neutral: Neutral = "zeros",
         neutral_value: float = -1.0,
         ignore_index: int | None = None,
+        context: Context | None = None,
     ) -> None:
         super().__init__(
-            num_classes, neutral=neutral, neutral_value=neutral_value, presence_flag=False
+            num_classes,
+            neutral=neutral,
+            neutral_value=neutral_value,
+            presence_flag=False,
+            context=context,
         )
         if num_classes < 2:
             raise ValueError(f"Expected at least 2 classes, got {num_classes}.")
@@ -99,7 +110,7 @@ class ClassPrior(Prior):
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        own = {"num_classes": self.channels, "outputs": self.outputs}
+        own = {"num_classes": self.channels, "outputs": self.outputs, "context": self.context}
         return {**own, **super().init_args(), "ignore_index": self.ignore_index}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Neutral = Literal["none", "zeros", "uniform", "constant"]
+Context = Literal["batch"]
 Gather = Callable[[Tensor], Tensor]
 
 
@@ -25,16 +26,27 @@ class Prior(nn.Module, ABC):
         neutral_value: value of the neutral prior under ``neutral="constant"``.
         presence_flag: append a channel that is 1 where a prior is given and 0 where not, so that
             "unknown" differs from the value 0. Seen by the network only, never by the distance.
+        context: what stands beside the prior of each sample and says of which kind its company is:
+            ``"batch"``: the mean of the priors of its batch, :meth:`context_of`. Seen by the
+            network only; the neutral pass sees none. ``None``: nothing.
 
     Raises:
-        ValueError: ``channels`` is not positive or ``neutral`` is unknown.
+        ValueError: ``channels`` is not positive, ``neutral`` or ``context`` unknown.
     """
 
+    context: Context | None = None
+    context_channels: int = 0
     fitted: bool = True
     """Whether the prior knows what it must know of the targets, so that no fit is needed."""
 
     def __init__(
-        self, channels: int, *, neutral: Neutral, neutral_value: float, presence_flag: bool
+        self,
+        channels: int,
+        *,
+        neutral: Neutral,
+        neutral_value: float,
+        presence_flag: bool,
+        context: Context | None = None,
     ) -> None:
         super().__init__()
         if channels < 1:
@@ -43,15 +55,19 @@ class Prior(nn.Module, ABC):
             raise ValueError(
                 f"Expected neutral to be none, zeros, uniform or constant, got {neutral!r}."
             )
+        if context not in (None, *get_args(Context)):
+            raise ValueError(f"Expected context 'batch' or None, got {context!r}.")
         self.channels = channels
+        self.context = context
+        self.context_channels = 0 if context is None else channels
         self.neutral = neutral
         self.neutral_value = neutral_value
         self.presence_flag = presence_flag
 
     @property
     def input_channels(self) -> int:
-        """Channels the network sees: those of label space, and the presence flag if any."""
-        return self.channels + int(self.presence_flag)
+        """Channels the network sees: label space, any context, any presence flag."""
+        return self.channels + self.context_channels + int(self.presence_flag)
 
     @property
     def neutral_is_zero(self) -> bool:
@@ -101,6 +117,24 @@ class Prior(nn.Module, ABC):
             "unequal_share > 0 asks for. Return positive numbers that depend on the label alone."
         )
 
+    def context_of(self, prior: Tensor) -> Tensor:
+        """Return the context of a batch, ``(1, K)``: the mean of the priors that are finite.
+
+        Differentiable; gradients flow from each sample to all. Of no such prior: zeros.
+        """
+        finite = prior.isfinite().all(1, keepdim=True)
+        return torch.where(finite, prior, 0.0).sum(0, keepdim=True) / finite.sum().clamp_min(1)
+
+    def joined(self, prior: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return priors, each beside a context: ``(B, C) -> (B, C + K)``.
+
+        Args:
+            prior: in label space.
+            context: ``(1, K)``; default: that of these priors.
+        """
+        found = self.context_of(prior) if context is None else context.to(prior)
+        return torch.cat([prior, found.expand(prior.shape[0], -1)], dim=1)
+
     def as_input(self, prior: Tensor) -> Tensor:
         """Append the presence flag, where there is one: ``(B, C, ...) -> (B, C + 1, ...)``."""
         if not self.presence_flag:
@@ -108,9 +142,10 @@ class Prior(nn.Module, ABC):
         return torch.cat([prior, torch.ones_like(prior[:, :1])], dim=1)
 
     def neutral_input(self, batch_size: int, like: Tensor) -> Tensor:
-        """Return the neutral prior as the network sees it, ``(B, C)`` with any presence flag 0."""
+        """Return the neutral prior as the network sees it, ``(B, C + K)``, any flag being 0."""
         fill = {"uniform": 1 / self.channels, "constant": self.neutral_value}.get(self.neutral, 0.0)
-        values = torch.full((batch_size, self.channels), fill, device=like.device, dtype=like.dtype)
+        size = batch_size, self.channels + self.context_channels
+        values = torch.full(size, fill, device=like.device, dtype=like.dtype)
         return F.pad(values, (0, 1)) if self.presence_flag else values
 
     def fit(self, targets: Iterable[Tensor]) -> None:

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -296,11 +297,16 @@ class _SkippedError(Exception):
 
 
 def _given(
-    module: Conditioned, prior: Tensor | None, step: Step, batch: Any, present: Tensor | None = None
+    module: Conditioned,
+    prior: Tensor | None,
+    step: Step,
+    batch: Any,
+    present: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> Any:
     """Run the step on a prior; a step that skips the batch need not run the network."""
     try:
-        with module.it3_parts()[1].given(prior, present):
+        with module.it3_parts()[1].given(prior, present, context):
             output = step(batch)
             if output is None:
                 raise _SkippedError
@@ -311,9 +317,9 @@ def _given(
 
 def _label_pass(module: Conditioned, settings: DualPass, batch: Any, step: Step) -> Tensor | None:
     """Run the step on perturbed inputs and the label's perturbed prior, without a trace."""
-    given, prior = _label_prior(module, settings, batch)
+    given, prior, context = _label_prior(module, settings, batch)
     with muted(module):
-        return loss_of(_given(module, prior, step, given))
+        return loss_of(_given(module, prior, step, given, context=context))
 
 
 def _own_pass(module: Conditioned, batch: Any, step: Step) -> Tensor | None:
@@ -327,24 +333,31 @@ def _single_pass(
     module: Conditioned, settings: DualPass, batch: Any, step: Step
 ) -> tuple[Any, Tensor | None]:
     """Run the step once, each sample on its prior or on the neutral one."""
-    given, prior = _label_prior(module, settings, batch)
+    given, prior, context = _label_prior(module, settings, batch)
     present = settings.present(prior.shape[0], prior.device)
     shown, structure = tree_flatten(module.it3_inputs(given))
     plain = tree_leaves(module.it3_inputs(batch))
     leaves = [_chosen(present, a, b) for a, b in zip(shown, plain, strict=True)]
     mixed = module.it3_with_inputs(batch, tree_unflatten(leaves, structure))
-    output = _given(module, prior, step, mixed, present)
+    output = _given(module, prior, step, mixed, present, context)
     return output, loss_of(output)
 
 
-def _label_prior(module: Conditioned, settings: DualPass, batch: Any) -> tuple[Any, Tensor]:
-    """Return the batch of the label pass, which the step may change, and its priors."""
+def _label_prior(
+    module: Conditioned, settings: DualPass, batch: Any
+) -> tuple[Any, Tensor, Tensor | None]:
+    """Return the batch of the label pass, which the step may change, its priors and any context.
+
+    The context is that of the first predictions on the same inputs, as at test time.
+    """
     prior = module.it3_parts()[0]
     given = copy.copy(batch)
     if settings.perturb_inputs is not None:
         given = module.it3_with_inputs(batch, settings.perturb_inputs(module.it3_inputs(batch)))
     inputs = module.it3_inputs(given)
-    return given, settings.prior(prior, module.it3_target(batch), lambda: _own(module, inputs))
+    own = cache(lambda: _own(module, inputs))
+    shown = settings.prior(prior, module.it3_target(batch), own)
+    return given, shown, None if prior.context is None else prior.context_of(own())
 
 
 def _own(module: Conditioned, inputs: Any) -> Tensor:

@@ -488,6 +488,7 @@ def test_values_may_be_perturbed_by_nothing() -> None:
     "prior",
     [
         ClassPrior(3, outputs="probabilities", neutral="uniform", ignore_index=-100),
+        ClassPrior(3, context="batch"),
         ValuePrior(2, noise=0.5, neutral="constant", neutral_value=-50.0),
         MaskPrior(4, outputs="probabilities", neutral="none"),
     ],
