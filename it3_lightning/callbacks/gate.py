@@ -97,9 +97,10 @@ class _Measurement:
         self._module = module
         self._host = checked_module(module)
         self._by = measured_by(settings.objective, settings.norm_stats)
+        company = settings.scope == "batch" and self._host.it3_prior.context is not None
         still = replace(
-            settings,
-            scope="batch" if settings.needs_batch else "sample",  # a bad one spoils no other
+            settings,  # alone, a bad sample spoils no other
+            scope="batch" if settings.needs_batch or company else "sample",
             reset="batch",
             compile=False,
             steps=0,

@@ -293,6 +293,26 @@ def test_samples_within_the_gate_stay_in_the_context(norm_stats: Any) -> None:
         torch.testing.assert_close(found.outputs, predict(source, images, None))
 
 
+def test_the_gate_is_calibrated_in_the_company_of_the_batch() -> None:
+    class Validated(IT3Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+    model, gated = module(Validated).eval(), adapting(gate=0.5)
+    quiet(callbacks=[gated]).validate(model, loader(count=20, seed=1), verbose=False)
+    images = list(torch.split(samples(20, seed=1)[0], 4))
+    records = adapt_stream(
+        model, images, predict=predict, to_label=softmax, lr=0.0, steps=0, norm_stats="source"
+    )
+    found = model.it3_calibration.quantile(
+        0.5, by="Idempotence, distance 'l2', norm_stats 'source'"
+    )
+    distances = torch.cat([record.distance_source for record in records]).quantile(0.5)
+    assert found == pytest.approx(distances.item(), rel=1e-6)
+    quiet(callbacks=[gated]).predict(model, loader())
+    assert 0 < gated.summary.gated < 12
+
+
 # What it refuses, and what is kept
 
 
