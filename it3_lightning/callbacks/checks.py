@@ -39,8 +39,8 @@ def check_trainer(
         second: whether second predictions are asked for.
 
     Raises:
-        MisconfigurationException: sharded weights, carried weights or shared batch statistics on
-            several processes, or single samples where several are needed.
+        MisconfigurationException: sharded weights, or on several processes carried weights, carried
+            contexts or shared batch statistics, or single samples where several are needed.
     """
     check_strategy(trainer)
     if trainer.world_size > 1 and not settings.episodic and not independent_ranks:
@@ -56,8 +56,14 @@ def check_trainer(
             "sync_batchnorm=False, on one process, or with norm_stats='source'."
         )
     alone = any(size == 1 for size in _batch_sizes(trainer))
-    context = getattr(getattr(module, "it3_prior", None), "context", None)
-    if second and context == "batch" and alone:
+    context = getattr(getattr(module, "it3_prior", None), "context", None) if second else None
+    if trainer.world_size > 1 and context == "stream" and not independent_ranks:
+        raise MisconfigurationException(
+            f"context='stream' of the prior is carried along the stream, and {trainer.world_size} "
+            "processes would each carry their own. Use one process, or independent_ranks=True if "
+            "that is what you want."
+        )
+    if context == "batch" and alone:
         raise MisconfigurationException(
             "context='batch' of the prior is the mean of several samples, and a dataloader has "
             "batch_size=1. Use batches about as large as those in training, or a module whose "

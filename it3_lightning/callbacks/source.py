@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -70,8 +70,8 @@ class SourceData:
             self._method.load_source_dict({})
         self.moments = SourceMoments()
         host = host_of(module, self._method, outputs=self._outputs)
-        adapter = adapter_of(module, host, self._settings, moments=self.moments, silent=True)
-        assert isinstance(adapter, BatchAdapter)
+        made = adapter_of(module, host, self._settings, moments=self.moments, silent=True)
+        adapter = cast(BatchAdapter, made)
         self._adapter, self._host, self._module = adapter, host, module
         self._weights = ""
 

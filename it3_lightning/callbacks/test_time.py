@@ -79,8 +79,9 @@ class TestTimeCallback(AnyCallback):
             ``"mean"``: the mean of both, of probabilities or of values, for steps that predict by
             ``self(...)``: it returns outputs of the same kind, logits for logits.
         stages: where to adapt; ``"validate"`` includes the validation inside ``fit``.
-        independent_ranks: allow carried weights (``reset`` other than ``"batch"``) on several
-            processes, each of which then adapts to its own share of the stream.
+        independent_ranks: allow carried weights (``reset`` other than ``"batch"``) and contexts
+            (``context="stream"`` of the prior) on several processes, each of which then has those
+            of its own share of the stream.
         outputs: what the outputs of a module without a prior are: ``"logits"`` or
             ``"probabilities"``; a module with a prior knows.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,6 +30,8 @@ from it3_lightning.engine.types import Forward, InputsIn, Isolation, SampleDims
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import hooked_by, muted, patched, without_logs
 from it3_lightning.integration.module import Conditioned, IT3Module, outputs_in, replaced
+from it3_lightning.priors import Prior
+from it3_lightning.priors.prior import Carried
 
 WhichPrediction = Literal["first", "second", "mean"]
 Adapter = BatchAdapter | SampleAdapter
@@ -69,17 +71,20 @@ def adapter_of(
 
     Raises:
         MisconfigurationException: the selection of parameters matches nothing, moments are needed
-            and unknown, or second predictions that see the context of a batch are asked for, of
-            single samples.
+            and unknown, or second predictions are asked for that see the context of a batch, of
+            single samples, or that of a stream, without measuring.
     """
     kind = SampleAdapter if settings.scope == "sample" else BatchAdapter
-    company = {}
-    if getattr(host.it3_prior, "context", None) and (
-        settings.method.needs_prior or prediction != "first"
-    ):
-        if kind is SampleAdapter:
-            raise MisconfigurationException(_NO_COMPANY)
-        company = {"in_company": True}
+    asked = settings.method.needs_prior or prediction != "first"
+    context = getattr(host.it3_prior, "context", None) if asked else None
+    if context == "batch" and kind is SampleAdapter:
+        raise MisconfigurationException(_NO_COMPANY)
+    if context == "stream" and not settings.measure:
+        raise MisconfigurationException(
+            "context='stream' of the prior is the mean of first predictions, which measure=False "
+            "leaves out. Use measure=True."
+        )
+    company = {"in_company": True} if context and kind is BatchAdapter else {}
     frozen = getattr(module, "it3_frozen", None) is not None  # while it is fitted
     trainable: Isolation = module.it3_trainable if frozen else nullcontext  # type: ignore[assignment]
     to_label = host.it3_prior.from_output
@@ -101,7 +106,48 @@ def adapter_of(
         raise MisconfigurationException(str(error)) from error
     if not silent:
         rank_zero_info(_announced(made))
+    if context == "stream":
+        return cast(Adapter, ContextStream(made, host, alone=kind is SampleAdapter))
     return made
+
+
+class ContextStream:
+    """An adapter that carries the context of a stream from batch to batch.
+
+    Args:
+        adapter: adapts.
+        host: the module, as what predicts with a prior; the context is in place while it adapts.
+        alone: whether each sample is adapted to by itself.
+    """
+
+    def __init__(self, adapter: Adapter, host: IT3Module, *, alone: bool) -> None:
+        self._adapter, self._prior = adapter, host.it3_prior
+        self._carried = self._at_first = Carried(alone)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapter, name)
+
+    def restart(self) -> None:
+        """Forget what was carried along."""
+        self._adapter.restart()
+        self._carried = self._at_first
+        vars(self._prior).pop("carried", None)
+
+    @contextmanager
+    def adapted(self, inputs: Any, answer: Answer | None = None) -> Iterator[Adaptation]:
+        """Adapt with the context of the stream so far; what is not skipped becomes part of it."""
+        self._prior.carried = self._carried
+        try:
+            with self._adapter.adapted(inputs, answer) as adaptation:
+                yield adaptation
+        finally:
+            vars(self._prior).pop("carried", None)
+        if adaptation.outputs is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            first = self._prior.from_output(adaptation.outputs)
+            good = first.isfinite().all(1) & ~adaptation.skipped.to(first.device)
+            self._carried = self._carried.followed(first[good], self._prior.window)
 
 
 def in_precision(

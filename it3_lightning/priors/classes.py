@@ -28,10 +28,15 @@ class ClassPrior(Prior):
             classes alike.
         context: ``"batch"``: beside its own prior each sample sees the mean of its batch's, which
             for first predictions says how frequent the classes are in this batch. The second pass
-            learns how far to trust it; train it with ``DualPass(unequal_share=0.5)``, on batches
-            about as large as those at test time. A sample's second prediction then depends on the
-            others of its batch, and so on batch size, order, padding, and the number of processes;
-            samples that are not finite have no part in it. Not with ``scope="sample"``.
+            learns how far to trust it; train it with ``DualPass(own_share=1.0, unequal_share=0.5)``
+            on batches about as large as those at test time, and with their ``norm_stats``. A
+            sample's second prediction then depends on the others of its batch, and so on batch
+            size, order, padding, and the number of processes; samples that are not finite have no
+            part in it. Not with ``scope="sample"``.
+            ``"stream"``: the mean along the stream, its own and those of earlier batches, for
+            batches of one or a few samples and ``scope="sample"``: a prediction depends on those
+            before it. Each dataloader begins anew; batches that are skipped do not count.
+        window: how many samples, about, the mean along a stream is made of.
 
     Shapes:
         targets ``(B,)`` or ``(B, 1)`` indices, or ``(B, C)`` probabilities; outputs ``(B, C)``.
@@ -54,6 +59,7 @@ class ClassPrior(Prior):
         neutral_value: float = -1.0,
         ignore_index: int | None = None,
         context: Context | None = None,
+        window: int = 30,
     ) -> None:
         super().__init__(
             num_classes,
@@ -61,7 +67,9 @@ class ClassPrior(Prior):
             neutral_value=neutral_value,
             presence_flag=False,
             context=context,
+            window=window,
         )
+        self._window = window
         if num_classes < 2:
             raise ValueError(f"Expected at least 2 classes, got {num_classes}.")
         check_outputs(outputs)
@@ -104,14 +112,22 @@ class ClassPrior(Prior):
         share = torch.rand(prior.shape[0], 1, device=prior.device, dtype=prior.dtype)
         return share * prior + (1 - share) * F.one_hot(other, self.channels).to(prior.dtype)
 
+    def as_context(self, context: Tensor) -> Tensor:
+        r"""Return frequencies as :math:`\log \frac{C m + 0.02}{1.02}`, 0 where all are the same.
+
+        Odds are multiplied by ratios of frequencies, so that their logarithms add to logits.
+        """
+        return (self.channels * context + _RARE).log() - math.log1p(_RARE)
+
     def weights(self, prior: Tensor) -> Tensor:
         """Return the weights of samples by random weights of their classes."""
         return random_weights(prior)
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        own = {"num_classes": self.channels, "outputs": self.outputs, "context": self.context}
-        return {**own, **super().init_args(), "ignore_index": self.ignore_index}
+        own = {"num_classes": self.channels, "outputs": self.outputs}
+        context = {"context": self.context, "window": self._window}
+        return {**own, **super().init_args(), "ignore_index": self.ignore_index, **context}
 
 
 def one_hot(target: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
@@ -143,6 +159,7 @@ def one_hot(target: Tensor, classes: int, ignore_index: int | None = None) -> Te
     return vectors.masked_fill(ignored.unsqueeze(1), 1 / classes)
 
 
+_RARE = 0.02  # of the frequency that classes have on average: less is all the same
 _CONCENTRATION = 0.3  # of class frequencies: of ten classes, three or four share most of a batch
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,8 +12,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Neutral = Literal["none", "zeros", "uniform", "constant"]
-Context = Literal["batch"]
+Context = Literal["batch", "stream"]
 Gather = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The mean of the first predictions along a stream.
+
+    Args:
+        alone: whether each sample is adapted to by itself.
+        count: number of samples so far.
+        mean: of them, ``(1, K)``; ``None``: there is none yet.
+    """
+
+    alone: bool
+    count: int = 0
+    mean: Tensor | None = None
+
+    def before(self, window: int | None, size: int) -> int:
+        """Return how many samples it counts as beside ``size`` new ones."""
+        return self.count if window is None else min(self.count, max(window - size, 0))
+
+    def followed(self, rows: Tensor, window: int | None) -> Carried:
+        """Return the same after further samples, ``(B, K)``.
+
+        >>> carried = Carried(alone=True)
+        >>> for row in ([[1.0]], [[2.0]], [[6.0]]):
+        ...     carried = carried.followed(torch.tensor(row), 2)
+        >>> carried.mean  # ((1 + 2) / 2 + 6) / 2
+        tensor([[3.7500]])
+        """
+        if not len(rows):
+            return self
+        before = self.before(window, len(rows))
+        total = rows.sum(0, keepdim=True) + (0.0 if self.mean is None else before * self.mean)
+        return replace(self, count=self.count + len(rows), mean=total / (before + len(rows)))
 
 
 class Prior(nn.Module, ABC):
@@ -27,15 +62,20 @@ class Prior(nn.Module, ABC):
         presence_flag: append a channel that is 1 where a prior is given and 0 where not, so that
             "unknown" differs from the value 0. Seen by the network only, never by the distance.
         context: what stands beside the prior of each sample and says of which kind its company is:
-            ``"batch"``: the mean of the priors of its batch, :meth:`context_of`. Seen by the
-            network only; the neutral pass sees none. ``None``: nothing.
+            ``"batch"``: the mean of the priors of its batch, :meth:`context_of`; ``"stream"``: that
+            of the samples before it and its own. Seen by the network only, as :meth:`as_context`
+            gives it; the neutral pass sees none. ``None``: nothing.
+        window: number of samples that count in ``"stream"``.
 
     Raises:
-        ValueError: ``channels`` is not positive, ``neutral`` or ``context`` unknown.
+        ValueError: ``channels`` or ``window`` is not positive, ``neutral`` or ``context`` unknown.
     """
 
     context: Context | None = None
     context_channels: int = 0
+    window: int | None = None
+    carried: Carried | None = None
+    """What a stream has come to, while an adaptation runs."""
     fitted: bool = True
     """Whether the prior knows what it must know of the targets, so that no fit is needed."""
 
@@ -47,6 +87,7 @@ class Prior(nn.Module, ABC):
         neutral_value: float,
         presence_flag: bool,
         context: Context | None = None,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         if channels < 1:
@@ -56,9 +97,12 @@ class Prior(nn.Module, ABC):
                 f"Expected neutral to be none, zeros, uniform or constant, got {neutral!r}."
             )
         if context not in (None, *get_args(Context)):
-            raise ValueError(f"Expected context 'batch' or None, got {context!r}.")
+            raise ValueError(f"Expected context 'batch', 'stream' or None, got {context!r}.")
+        if window is not None and window < 1:
+            raise ValueError(f"Expected a window of at least 1 sample, got {window}.")
         self.channels = channels
         self.context = context
+        self.window = window if context == "stream" else None
         self.context_channels = 0 if context is None else channels
         self.neutral = neutral
         self.neutral_value = neutral_value
@@ -118,21 +162,35 @@ class Prior(nn.Module, ABC):
         )
 
     def context_of(self, prior: Tensor) -> Tensor:
-        """Return the context of a batch, ``(1, K)``: the mean of the priors that are finite.
+        r"""Return the context of a batch, ``(1, K)``: the mean of the priors that are finite.
 
+        In a stream, of these and the ``n`` samples before, with mean ``m``, in a window ``N``:
+        :math:`\bar m = (n' m + \sum_b p_b) / (n' + B)`, :math:`n' = \min(n, \max(N - B, 0))`.
+        Where each sample has weights of its own, ``(B, K)``: of each as if it had come alone.
         Differentiable; gradients flow from each sample to all. Of no such prior: zeros.
         """
         finite = prior.isfinite().all(1, keepdim=True)
-        return torch.where(finite, prior, 0.0).sum(0, keepdim=True) / finite.sum().clamp_min(1)
+        total, count = torch.where(finite, prior, 0.0), finite.to(prior.dtype)
+        carried = self.carried
+        if carried is None or not carried.alone:
+            total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)
+        if carried is not None and carried.mean is not None:
+            before = carried.before(self.window, 1 if carried.alone else prior.shape[0])
+            total, count = total + before * carried.mean.to(prior), count + before
+        return total / count.clamp_min(1)
+
+    def as_context(self, context: Tensor) -> Tensor:
+        """Return a context, ``(B, K)``, as the network sees it; 0 where it says nothing."""
+        return context
 
     def joined(self, prior: Tensor, context: Tensor | None = None) -> Tensor:
         """Return priors, each beside a context: ``(B, C) -> (B, C + K)``.
 
         Args:
             prior: in label space.
-            context: ``(1, K)``; default: that of these priors.
+            context: ``(1, K)`` or ``(B, K)``; default: that of these priors.
         """
-        found = self.context_of(prior) if context is None else context.to(prior)
+        found = self.as_context(self.context_of(prior) if context is None else context.to(prior))
         return torch.cat([prior, found.expand(prior.shape[0], -1)], dim=1)
 
     def as_input(self, prior: Tensor) -> Tensor:
@@ -144,8 +202,8 @@ class Prior(nn.Module, ABC):
     def neutral_input(self, batch_size: int, like: Tensor) -> Tensor:
         """Return the neutral prior as the network sees it, ``(B, C + K)``, any flag being 0."""
         fill = {"uniform": 1 / self.channels, "constant": self.neutral_value}.get(self.neutral, 0.0)
-        size = batch_size, self.channels + self.context_channels
-        values = torch.full(size, fill, device=like.device, dtype=like.dtype)
+        values = torch.full((batch_size, self.channels), fill, device=like.device, dtype=like.dtype)
+        values = F.pad(values, (0, self.context_channels)) if self.context_channels else values
         return F.pad(values, (0, 1)) if self.presence_flag else values
 
     def fit(self, targets: Iterable[Tensor]) -> None:

@@ -348,7 +348,8 @@ def _label_prior(
 ) -> tuple[Any, Tensor, Tensor | None]:
     """Return the batch of the label pass, which the step may change, its priors and any context.
 
-    The context is that of the first predictions on the same inputs, as at test time.
+    The context is that of the first predictions on the same inputs, as at test time; in a stream,
+    of as many as count there.
     """
     prior = module.it3_parts()[0]
     given = copy.copy(batch)
@@ -357,7 +358,7 @@ def _label_prior(
     inputs = module.it3_inputs(given)
     own = cache(lambda: _own(module, inputs))
     shown = settings.prior(prior, module.it3_target(batch), own)
-    return given, shown, None if prior.context is None else prior.context_of(own())
+    return given, shown, None if prior.context is None else prior.context_of(own()[: prior.window])
 
 
 def _own(module: Conditioned, inputs: Any) -> Tensor:

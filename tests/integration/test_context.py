@@ -9,7 +9,19 @@ import pytest
 import torch
 from helpers.by_hand import ONE_HOT, X, Y, agree, by_hand, step_once
 from helpers.reference import _source, adapt_stream
-from helpers.toy import IT3Net, adapting, doubles, loader, net, parts, quiet, samples
+from helpers.toy import (
+    IT3Net,
+    adapting,
+    differing,
+    doubles,
+    ending,
+    everything,
+    loader,
+    net,
+    parts,
+    quiet,
+    samples,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +39,7 @@ from it3_lightning import (
     Settings,
     TestTimeCallback,
 )
+from it3_lightning.callbacks.checks import check_trainer
 from it3_lightning.integration.module import plain
 from it3_lightning.methods import Tent
 
@@ -41,10 +54,14 @@ def module(kind: Any = IT3Net, **args: Any) -> Any:
     return net(kind, prior=ClassPrior(3, context="batch"), **args)
 
 
+def logs(frequencies: Tensor) -> Tensor:
+    return torch.log((3 * frequencies + 0.02) / 1.02)
+
+
 def beside(prior: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Join the mean of the rows, by default of all, to each."""
+    """Join the mean of the rows, by default of all, to each: its logarithm."""
     mean = (prior if rows is None else rows).mean(0)
-    return torch.cat([prior, mean.expand(len(prior), -1)], 1)
+    return torch.cat([prior, logs(mean).expand(len(prior), -1)], 1)
 
 
 def predict(model: Any, x: Tensor, prior: Tensor | None) -> Tensor:
@@ -80,8 +97,9 @@ def test_context_is_the_mean_of_the_finite_priors_with_gradients_to_each() -> No
     torch.testing.assert_close(gradient, expected)
     joined = prior.joined(rows)
     assert torch.equal(joined[:, :3].nan_to_num(9.0), rows.nan_to_num(9.0))
-    assert torch.equal(joined[:, 3:], context.expand(5, 3))
-    assert torch.equal(prior.joined(rows, torch.ones(1, 3))[:, 3:], torch.ones(5, 3))
+    torch.testing.assert_close(joined[:, 3:], logs(context).expand(5, 3))
+    same = prior.joined(rows, torch.full((1, 3), 1 / 3))[:, 3:]
+    torch.testing.assert_close(same, torch.zeros(5, 3), rtol=0, atol=1e-15)
     assert prior.context_of(rows[[1, 3]]).tolist() == [[0.0, 0.0, 0.0]]
     assert prior.joined(rows[:0]).shape == (0, 6)
 
@@ -90,13 +108,11 @@ def test_a_prior_without_a_context_is_as_wide_as_its_classes() -> None:
     assert (ClassPrior(3).input_channels, ClassPrior(3).context_channels) == (3, 0)
     prior = ClassPrior(3, context="batch", neutral="uniform")
     assert (prior.channels, prior.input_channels) == (3, 6)
-    torch.testing.assert_close(
-        prior.neutral_input(2, torch.zeros(1)), torch.full((2, 6), 1 / 3, dtype=torch.float64)
-    )
+    assert prior.neutral_input(2, torch.zeros(1)).tolist() == [[1 / 3] * 3 + [0.0] * 3] * 2
 
 
 def test_unknown_context_is_refused() -> None:
-    with pytest.raises(ValueError, match="Expected context 'batch' or None, got 'epoch'"):
+    with pytest.raises(ValueError, match="Expected context 'batch', 'stream' or None, got 'epoch'"):
         ClassPrior(3, context="epoch")  # type: ignore[arg-type]
 
 
@@ -119,7 +135,7 @@ def test_neutral_pass_is_the_network_bit_for_bit(conditioning: str, neutral: Any
     model: Any = net(prior=prior, conditioning=made or InputConcat("net.conv"))
     if conditioning == "injection" or neutral == "zeros":
         assert torch.equal(model.predict_with(X, None), model.net(X))
-    if conditioning == "concat" or neutral == "uniform":
+    if neutral == "uniform":
         told_nothing = model.predict_with(X, prior.neutral_input(6, X)[:, :3])
         torch.testing.assert_close(told_nothing, model.predict_with(X, None), rtol=0, atol=1e-12)
     assert not torch.equal(model.predict_with(X, ONE_HOT), model.predict_with(X, None))
@@ -128,11 +144,11 @@ def test_neutral_pass_is_the_network_bit_for_bit(conditioning: str, neutral: Any
 def test_every_conditioning_sees_the_context_beside_the_prior() -> None:
     model = module()
     torch.testing.assert_close(model.predict_with(X, ONE_HOT), predict(model, X, ONE_HOT))
-    with model.it3_conditioning.given(ONE_HOT, context=beside(ONE_HOT)[:1, 3:]):
+    with model.it3_conditioning.given(ONE_HOT, context=ONE_HOT.mean(0, keepdim=True)):
         assert torch.equal(model(X), model.predict_with(X, ONE_HOT))
     takes = module(Takes, conditioning=ForwardArgument())
     found, mean = takes.predict_with(X, ONE_HOT), ONE_HOT.mean(0)
-    torch.testing.assert_close(found, takes.net(X) + ONE_HOT - mean.square())
+    torch.testing.assert_close(found, takes.net(X) + ONE_HOT - logs(mean).square())
     concat = module(conditioning=InputConcat("net.conv"))
     maps = beside(ONE_HOT)[:, :, None, None].expand(-1, -1, *X.shape[2:])
     extra = concat.it3_conditioning.extra["net-conv"](maps)
@@ -150,7 +166,7 @@ def test_training_shows_the_mean_of_the_first_predictions() -> None:
 
     def loss(f: Any) -> Tensor:
         shown, plain = f(X + 1, None).softmax(1).detach(), f(X, None).softmax(1).detach()
-        label = torch.cat([ONE_HOT, shown.mean(0).expand(6, 3)], 1)
+        label = beside(ONE_HOT, shown)
         passes = f(X, None), f(X + 1, label), f(X, beside(plain))
         return sum(F.cross_entropy(outputs, Y) for outputs in passes)  # type: ignore[return-value]
 
@@ -168,8 +184,7 @@ def test_post_hoc_training_sees_the_context_of_the_samples_drawn() -> None:
     def loss(f: Any) -> Tensor:
         own = f(X[rows], None).softmax(1).detach()
         shown = torch.where(chosen, own, ONE_HOT[rows])
-        context = own.mean(0).expand(6, 3)
-        return F.cross_entropy(f(X[rows], torch.cat([shown, context], 1)), Y[rows])
+        return F.cross_entropy(f(X[rows], beside(shown, own)), Y[rows])
 
     recorded = step_once(module(dual_pass=dual, train="conditioning"), (X, Y))
     expected = by_hand(module(), loss)
@@ -185,8 +200,7 @@ def test_single_pass_shows_the_context_to_those_that_see_a_prior() -> None:
     present = (torch.rand(6) >= 0.5)[:, None]
 
     def loss(f: Any) -> Tensor:
-        context = f(X, None).softmax(1).detach().mean(0).expand(6, 3)
-        shown = f(X, torch.cat([ONE_HOT, context], 1))
+        shown = f(X, beside(ONE_HOT, f(X, None).softmax(1).detach()))
         return F.cross_entropy(torch.where(present, shown, f(X, None)), Y)
 
     agree(step_once(module(dual_pass=dual), (X, Y)), by_hand(module(), loss))
@@ -372,3 +386,180 @@ def test_context_is_copied_with_its_module() -> None:
     twin = copy.deepcopy(model)
     nn.init.zeros_(model.it3_conditioning.embedders["net-dense"].last.weight)
     assert torch.equal(twin.predict_with(X, ONE_HOT), module().predict_with(X, ONE_HOT))
+
+
+# Along a stream
+
+
+def streaming(window: int = 5, **args: Any) -> Any:
+    return net(prior=ClassPrior(3, context="stream", window=window), **args).eval()
+
+
+class Stream:
+    """The running mean in plain torch: of a batch, or of each sample by itself."""
+
+    def __init__(self, window: int, *, alone: bool) -> None:
+        self.window, self.alone = window, alone
+        self.mean, self.count = torch.zeros(3), 0
+
+    def beside(self, prior: Tensor) -> Tensor:
+        size = 1 if self.alone else len(prior)
+        before = min(self.count, max(self.window - size, 0))
+        own = prior if self.alone else prior.sum(0, keepdim=True)
+        context = (before * self.mean + own) / (before + size)
+        return torch.cat([prior, logs(context).expand(len(prior), -1)], 1)
+
+    def predict(self, model: Any, x: Tensor, prior: Tensor | None) -> Tensor:
+        if prior is None:
+            return model.net(x)  # type: ignore[no-any-return]
+        embedder = model.it3_conditioning.embedders["net-dense"]
+        added = embedder.last(embedder.first(self.beside(prior)).relu())
+        hook = model.net.dense.register_forward_hook(lambda _, __, features: features + added)
+        outputs: Tensor = model.net(x)
+        hook.remove()
+        return outputs
+
+    def follow(self, first: Tensor) -> None:
+        before = min(self.count, max(self.window - len(first), 0))
+        self.mean = (before * self.mean + first.sum(0)) / (before + len(first))
+        self.count += len(first)
+
+
+def expected_along(
+    model: Any, batches: list[Tensor], stream: Stream, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """Adapt to batches in turn; return the first predictions and the distances."""
+    outputs, distances = [], []
+    for x in batches:
+        parts = x.split(1) if stream.alone else [x]  # type: ignore[no-untyped-call]
+        records = [
+            adapt_stream(
+                model,
+                [part],
+                predict=stream.predict,
+                to_label=softmax,
+                lr=0.05,
+                parameters=lambda name: name.startswith("net."),
+                **settings,
+            )[0]
+            for part in parts
+        ]
+        found = torch.cat([record.outputs for record in records])
+        outputs.append(found)
+        distances.append(torch.cat([record.distance_source for record in records]))
+        stream.follow(found.softmax(1))
+    return torch.cat(outputs), torch.cat(distances)
+
+
+@pytest.mark.parametrize(
+    ("scope", "backend", "size"),
+    [
+        ("batch", "auto", 1),
+        ("batch", "auto", 4),
+        ("batch", "auto", 6),
+        ("sample", "loop", 1),
+        ("sample", "loop", 4),
+        ("sample", "vectorised", 4),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_context_of_a_stream_is_a_running_mean(
+    scope: Any, backend: Any, size: int, steps: int
+) -> None:
+    model = streaming()
+    batches = list(torch.split(samples()[0], size))
+    stream = Stream(5, alone=scope == "sample")
+    outputs, distances = expected_along(model, batches, stream, steps=steps)
+    settings = {"scope": scope, "backend": backend, "steps": steps}
+    predictor = IT3Predictor(
+        model,
+        Settings(objective=Idempotence(reliability=None), optimizer="sgd", lr=0.05, **settings),
+    )
+    for _ in range(2):
+        found = [predictor(x) for x in batches]
+        torch.testing.assert_close(torch.cat([f.outputs for f in found]), outputs)
+        torch.testing.assert_close(torch.cat([f.distance for f in found]), distances)
+        predictor.restart()
+    callback = adapting(**settings)
+    quiet().predict(model, loader())
+    before = everything(model)
+    for data in (loader(batch=size), [loader(batch=size)] * 2):
+        answers: Any = quiet(callbacks=[callback]).predict(model, data)
+        assert differing(before, everything(model)) == []
+        for run in answers if isinstance(data, list) else [answers]:
+            torch.testing.assert_close(torch.cat(run), outputs)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+def test_second_predictions_see_the_context_of_the_stream(scope: Any) -> None:
+    model, images = streaming(), samples()[0]
+    stream, expected = Stream(5, alone=scope == "sample"), []
+    with torch.no_grad():
+        for x in torch.split(images, 2):
+            first = model.net(x).softmax(1)
+            expected.append(stream.predict(model, x, first))
+            stream.follow(first)
+    callback = adapting(scope=scope, steps=0, prediction="second")
+    found: Any = quiet(callbacks=[callback]).predict(model, loader(batch=2))
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected))
+
+
+@pytest.mark.parametrize(("scope", "kept"), [("batch", [0, 1, 4, 5]), ("sample", [0, 1, 3, 4, 5])])
+def test_what_is_skipped_does_not_count_in_the_stream(scope: Any, kept: list[int]) -> None:
+    images = samples(6)[0]
+    images[2, 0, 0, 0] = torch.nan
+    settings = Settings(objective=Idempotence(reliability=None), scope=scope, steps=1, lr=0.05)
+    odd, clean = IT3Predictor(streaming(), settings), IT3Predictor(streaming(), settings)
+    found = [odd(x) for x in torch.split(images, 2)]
+    assert found[1].skipped.any()
+    for rows in ([0, 1], kept[2:-2], kept[-2:]):
+        expected = clean(images[rows]) if rows else None
+    assert expected is not None
+    torch.testing.assert_close(found[2].distance, expected.distance)
+
+
+@pytest.mark.parametrize("error", [ValueError("a step"), KeyboardInterrupt()])
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+def test_a_stream_that_is_cut_short_leaves_nothing_behind(scope: Any, error: Any) -> None:
+    class Fails(IT3Net):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            outputs = self(batch[0])
+            if batch_idx == 1:
+                raise error
+            return outputs
+
+    model = net(Fails, prior=ClassPrior(3, context="stream")).eval()
+    with ending(error):
+        quiet().predict(model, loader())
+    before = everything(model)
+    with ending(error):
+        quiet(callbacks=[adapting(scope=scope)]).predict(model, loader())
+    assert differing(before, everything(model)) == []
+    assert model.it3_prior.carried is None
+
+
+def test_training_for_a_stream_sees_as_many_samples_as_count_there() -> None:
+    dual = DualPass(perturb_prior=False)
+
+    def loss(f: Any) -> Tensor:
+        own = f(X, None).softmax(1).detach()
+        label = beside(ONE_HOT, own[:4])
+        return F.cross_entropy(f(X, None), Y) + F.cross_entropy(f(X, label), Y)
+
+    model = net(prior=ClassPrior(3, context="stream", window=4), dual_pass=dual)
+    agree(step_once(model, (X, Y)), by_hand(module(), loss))
+
+
+def test_what_a_stream_cannot_do_is_refused() -> None:
+    with pytest.raises(ValueError, match="a window of at least 1 sample, got 0"):
+        ClassPrior(3, context="stream", window=0)
+    with pytest.raises(MisconfigurationException, match="Use measure=True"):
+        quiet(callbacks=[adapting(measure=False)]).predict(streaming(), loader())
+    trainer = quiet()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(trainer), "world_size", 2)
+        with pytest.raises(MisconfigurationException, match="2 processes would each carry their"):
+            check_trainer(trainer, streaming(), Settings(), False, second=True)
+        check_trainer(trainer, streaming(), Settings(), False, second=False)
+        check_trainer(trainer, streaming(), Settings(), True, second=True)
+        check_trainer(trainer, module(), Settings(), False, second=True)
