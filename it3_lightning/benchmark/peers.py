@@ -202,7 +202,8 @@ def _rows(
     most = alone if settings.scope == "sample" else None
     if most is not None:
         yield Row(training, FEWER, samples=most)
-    yield Row(training, name, settings, samples=most, published=True)
+    company = facts.kind.context == "batch" and method.needs_prior
+    yield Row(training, name, settings, samples=most, published=True, company=company)
 
 
 def at_rate(row: Row, factor: float) -> Row:

@@ -14,6 +14,7 @@ from it3_lightning.integration.module_adapter import WhichPrediction as Predicti
 from it3_lightning.methods import Entropy, Idempotence
 from it3_lightning.methods.terms import Distance, DistanceName
 from it3_lightning.priors import ClassPrior, MaskPrior, ValuePrior
+from it3_lightning.priors.prior import Context
 from it3_lightning.training.mixin import IT3Mixin
 
 Training = str
@@ -33,12 +34,14 @@ class Kind:
             pixels are not.
         values: whether it predicts values or binary masks of one channel, which distances of
             probabilities cannot compare.
+        context: what second predictions see beside their prior.
     """
 
     classes: bool
     batch_norm: bool
     balanced: bool = True
     values: bool = False
+    context: Context | None = None
 
     @classmethod
     def of(cls, model: IT3Mixin) -> Kind:
@@ -50,6 +53,7 @@ class Kind:
             batch_norm=bool(batch_norms(model)),
             balanced=not maps,
             values=isinstance(prior, ValuePrior) or (isinstance(prior, MaskPrior) and not maps),
+            context=None if prior is None else prior.context,
         )
 
     def check(self, distance: DistanceName | Distance) -> None:
@@ -77,6 +81,7 @@ class Row:
         prediction: what is predicted; see :class:`~it3_lightning.IT3TestTimeCallback`.
         samples: the most of each loader; ``None``: all.
         published: whether it is a method from the literature, with the settings of its paper.
+        company: whether its second predictions see the context of a batch.
 
     Raises:
         ValueError: the settings have a gate, which is a distance; that of a callback is a share.
@@ -93,6 +98,7 @@ validation samples in a callback, which a benchmark does not calibrate. Leave it
     prediction: Prediction = "first"
     samples: int | None = None
     published: bool = False
+    company: bool = False
 
     def __post_init__(self) -> None:
         if self.settings is not None and self.settings.gate is not None:
@@ -120,7 +126,8 @@ validation samples in a callback, which a benchmark does not calibrate. Leave it
         name, size = stream_and_size(stream)
         if self.alone or self.samples is not None:
             return name in ("equal", "unequal") and size is None
-        return size != 1 or self.settings is None or not self.settings.method.needs_batch
+        several = self.settings is not None and (self.company or self.settings.method.needs_batch)
+        return size != 1 or not several
 
     def on(self, stream: str) -> Row:
         """Return the row as it is on a stream: single images have no batch statistics."""
@@ -145,6 +152,8 @@ def rows_for(recipe: Recipe, kind: Kind) -> list[Row]:
     rows = list(_ordinary(recipe, still, kind))
     for training in ("joint", "post-hoc"):
         rows += _with_priors(recipe, still, training, kind)
+    if kind.context == "batch":  # which a sample by itself has not
+        rows = [replace(r, company=r.training != "ordinary") for r in rows if not r.alone]
     return _different([row for row in rows if kind.balanced or "balance" not in row.name], kind)
 
 

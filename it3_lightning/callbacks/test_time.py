@@ -273,9 +273,10 @@ class TestTimeCallback(AnyCallback):
         if stage not in self.stages:
             return
         host = host_of(module, self.settings.method, outputs=self.outputs)
-        second = self.prediction != "first" or self.settings.method.needs_prior
-        check_trainer(trainer, module, self.settings, self.independent_ranks, second=second)
         settings, moments = self.settings, None
+        measured = bool(settings.steps or settings.measure or settings.predicts)
+        second = self.prediction != "first" or (settings.method.needs_prior and measured)
+        check_trainer(trainer, module, settings, self.independent_ranks, second=second)
         if self._source is not None:
             self._source.load(module)
             moments = self._source.moments

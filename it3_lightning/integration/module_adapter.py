@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -30,7 +30,6 @@ from it3_lightning.engine.types import Forward, InputsIn, Isolation, SampleDims
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import hooked_by, muted, patched, without_logs
 from it3_lightning.integration.module import Conditioned, IT3Module, outputs_in, replaced
-from it3_lightning.priors import Prior
 from it3_lightning.priors.prior import Carried
 
 WhichPrediction = Literal["first", "second", "mean"]
@@ -70,20 +69,18 @@ def adapter_of(
         silent: say nothing.
 
     Raises:
-        MisconfigurationException: the selection of parameters matches nothing, moments are needed
+            MisconfigurationException: the selection of parameters matches nothing, moments are needed
             and unknown, or second predictions are asked for that see the context of a batch, of
             single samples, or that of a stream, without measuring.
-    """
+        """
     kind = SampleAdapter if settings.scope == "sample" else BatchAdapter
-    asked = settings.method.needs_prior or prediction != "first"
+    measured = settings.steps or settings.measure or settings.predicts
+    asked = prediction != "first" or (settings.method.needs_prior and measured)
     context = getattr(host.it3_prior, "context", None) if asked else None
     if context == "batch" and kind is SampleAdapter:
         raise MisconfigurationException(_NO_COMPANY)
-    if context == "stream" and not settings.measure:
-        raise MisconfigurationException(
-            "context='stream' of the prior is the mean of first predictions, which measure=False "
-            "leaves out. Use measure=True."
-        )
+    if context == "stream":  # the mean of first predictions: they have to be there
+        settings = replace(settings, measure=True)
     company = {"in_company": True} if context and kind is BatchAdapter else {}
     frozen = getattr(module, "it3_frozen", None) is not None  # while it is fitted
     trainable: Isolation = module.it3_trainable if frozen else nullcontext  # type: ignore[assignment]

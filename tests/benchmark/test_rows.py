@@ -1,20 +1,29 @@
 """Rows of a benchmark: which there are for a kind of model, and in what they differ."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.benchmark_runs import benchmark, digits
 
-from it3_lightning import FeatureInjection, IT3TestTimeCallback, MaskPrior, ValuePrior
+from it3_lightning import (
+    ClassPrior,
+    DualPass,
+    FeatureInjection,
+    IT3TestTimeCallback,
+    MaskPrior,
+    ValuePrior,
+)
 from it3_lightning.benchmark import Row, rows_for
 from it3_lightning.benchmark.config import Recipe
 from it3_lightning.benchmark.rows import Kind
 from it3_lightning.data import BundledDataModule
 from it3_lightning.engine import Settings
 from it3_lightning.methods import Entropy, Idempotence
-from it3_lightning.networks import MLP
-from it3_lightning.tasks import IT3Regressor, IT3Segmenter
+from it3_lightning.networks import MLP, SmallCNN
+from it3_lightning.tasks import IT3Classifier, IT3Regressor, IT3Segmenter
 
 
 def test_a_distance_of_probabilities_is_refused_for_values(tmp_path: Path) -> None:
@@ -51,6 +60,37 @@ def test_rows_of_maps_have_entropy_but_no_balance() -> None:
     names = {row.name for row in rows}
     assert {"Tent", "filtered entropy, online", "default objective, episodic"} <= names
     assert not any("balance" in name for name in names)
+
+
+def test_rows_that_see_the_context_of_a_batch_have_several_samples_in_it() -> None:
+    kind = Kind(classes=True, batch_norm=True, context="batch")
+    rows, plain = rows_for(Recipe(), kind), rows_for(Recipe(), replace(kind, context=None))
+    assert [row for row in plain if not row.alone] == [replace(r, company=False) for r in rows]
+    single = {row.name for row in rows if row.goes_with("equal/1") and row.training == "post-hoc"}
+    assert single == {"source"}
+    assert all(row.goes_with("equal/2") for row in rows)
+
+
+@pytest.mark.parametrize("context", ["batch", "stream"])
+def test_a_model_with_a_context_is_scored(tmp_path: Path, context: Any) -> None:
+    def make() -> IT3Classifier:
+        return IT3Classifier(
+            SmallCNN(1, 10, 8, width=4, hidden=16),
+            prior=ClassPrior(10, context=context),
+            conditioning=FeatureInjection("network.dense1"),
+        )
+
+    small = benchmark(
+        tmp_path,
+        rows="all",
+        streams=("equal", "equal/1"),
+        methods=["Iterates"],
+        posthoc=DualPass(own_share=1.0, unequal_share=0.5, norm_stats="batch"),
+    )
+    results = small.run(make, digits(test_size=20))
+    scored = {(record.row, record.stream) for record in results.records}
+    assert ("second prediction", "equal") in scored
+    assert (("second prediction", "equal/1") in scored) == (context == "stream")
 
 
 def test_filtered_entropy_and_filtered_distance_differ_in_the_objective_alone() -> None:

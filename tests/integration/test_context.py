@@ -538,6 +538,16 @@ def test_a_stream_that_is_cut_short_leaves_nothing_behind(scope: Any, error: Any
     assert model.it3_prior.carried is None
 
 
+def test_a_stream_goes_on_where_no_distance_is_asked_for() -> None:
+    found = [
+        quiet(callbacks=[adapting(measure=measure, prediction="second")]).predict(
+            streaming(), loader()
+        )
+        for measure in (True, False)
+    ]
+    torch.testing.assert_close(*(torch.cat(batches) for batches in found))  # type: ignore[arg-type]
+
+
 def test_training_for_a_stream_sees_as_many_samples_as_count_there() -> None:
     dual = DualPass(perturb_prior=False)
 
@@ -553,8 +563,6 @@ def test_training_for_a_stream_sees_as_many_samples_as_count_there() -> None:
 def test_what_a_stream_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="a window of at least 1 sample, got 0"):
         ClassPrior(3, context="stream", window=0)
-    with pytest.raises(MisconfigurationException, match="Use measure=True"):
-        quiet(callbacks=[adapting(measure=False)]).predict(streaming(), loader())
     trainer = quiet()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(trainer), "world_size", 2)
