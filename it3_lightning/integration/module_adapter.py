@@ -69,10 +69,10 @@ def adapter_of(
         silent: say nothing.
 
     Raises:
-            MisconfigurationException: the selection of parameters matches nothing, moments are needed
-            and unknown, or second predictions are asked for that see the context of a batch, of
-            single samples, or that of a stream, without measuring.
-        """
+        MisconfigurationException: the selection of parameters matches nothing, moments are needed
+            and unknown, or second predictions that see the context of a batch are asked for, of
+            single samples.
+    """
     kind = SampleAdapter if settings.scope == "sample" else BatchAdapter
     measured = settings.steps or settings.measure or settings.predicts
     asked = prediction != "first" or (settings.method.needs_prior and measured)
