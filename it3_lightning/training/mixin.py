@@ -76,7 +76,6 @@ class IT3Mixin(Conditioned):
     """
 
     it3_frozen: Frozen | None = None
-    _it3_checked = False  # whether a batch has been through all passes since fitting began
 
     def __init__(
         self,
@@ -109,6 +108,7 @@ class IT3Mixin(Conditioned):
         self.it3_dual_pass = DualPass.of(settings, post_hoc=mode == "conditioning")
         self.it3_optimizer: OptimizerCallable = optimizer or _adam
         self.it3_frozen = None
+        self._it3_checked = False  # whether a batch has been through all passes of this fit
 
     def it3_loss(self, batch: Any, loss_fn: LossFn) -> Tensor:
         """Return the dual-pass loss of a batch, for a ``training_step`` of one's own.
@@ -183,7 +183,6 @@ class IT3Mixin(Conditioned):
     def on_train_start(self) -> None:
         """Put a frozen network into evaluation mode, in a search for a learning rate too."""
         super().on_train_start()
-        self._it3_checked = False
         if self.it3_frozen is not None:
             self.it3_frozen.stay_in_eval()
 
@@ -224,7 +223,8 @@ class IT3Mixin(Conditioned):
             self.it3_frozen = Frozen(self, self.it3_parts()[1])
 
     def it3_thaw(self) -> None:
-        """Undo the freezing of post-hoc training."""
+        """Undo the freezing of post-hoc training; the next fit checks its first batch anew."""
+        self._it3_checked = False
         if self.it3_frozen is not None:
             self.it3_frozen.thaw()
             self.it3_frozen = None
