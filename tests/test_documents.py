@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -16,10 +17,18 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from it3_lightning.cli import main
 from it3_lightning.engine import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "RESULTS.md", "CONTRIBUTING.md", "docs/testing.md", "docs/ttt_layers.md")
+DOCUMENTS = (
+    "README.md",
+    "RESULTS.md",
+    "CONTRIBUTING.md",
+    "docs/testing.md",
+    "docs/ttt_layers.md",
+    "docs/which_method.md",
+)
 RUN = (
     "CONTRIBUTING.md",
     "docs/methods.md",
@@ -80,6 +89,28 @@ def test_examples_that_are_whole_run(code: str, tmp_path: Path) -> None:
     tests: list[Callable[[], None]] = [v for k, v in defined.items() if k.startswith("test_")]
     for test in tests:
         test()
+
+
+def commands(name: str) -> list[list[str]]:
+    """Return the arguments of the commands `it3 benchmark` in a document that name a config."""
+    lines = "".join(blocks(name, "sh")).replace("\\\n", " ").splitlines()
+    ours = [line for line in lines if line.startswith("it3 benchmark --config c")]
+    found = [shlex.split(line, comments=True)[1:] for line in ours]
+    return [[word for word in words if not word.startswith("$")] for words in found]
+
+
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "docs/which_method.md"])
+def test_benchmarks_in_documents_are_understood(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    found = commands(name)
+    assert found
+    for arguments in found:
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "--print_config"])
+        assert ended.value.code in (0, None)
+        assert "benchmark:" in capsys.readouterr().out
 
 
 def test_checks_are_the_same_everywhere() -> None:
