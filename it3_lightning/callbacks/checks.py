@@ -55,7 +55,6 @@ def check_trainer(
             "different numbers of passes and would wait for each other for ever. Test with "
             "sync_batchnorm=False, on one process, or with norm_stats='source'."
         )
-    alone = any(size == 1 for size in _batch_sizes(trainer))
     context = getattr(getattr(module, "it3_prior", None), "context", None) if second else None
     if trainer.world_size > 1 and context == "stream" and not independent_ranks:
         raise MisconfigurationException(
@@ -63,13 +62,13 @@ def check_trainer(
             "processes would each carry their own. Use one process, or independent_ranks=True if "
             "that is what you want."
         )
-    if context == "batch" and alone:
+    if context == "batch" and any(size == 1 for size in _batch_sizes(trainer)):
         raise MisconfigurationException(
             "context='batch' of the prior is the mean of several samples, and a dataloader has "
             "batch_size=1. Use batches about as large as those in training, or a module whose "
             "prior was trained without a context."
         )
-    if settings.needs_batch and alone:
+    if settings.needs_batch and any(size == 1 for size in _batch_sizes(trainer)):
         raise MisconfigurationException(
             "norm_stats='batch' and balance terms need several samples, and a dataloader has "
             "batch_size=1. Use larger batches, or norm_stats='source' without a balance term."
