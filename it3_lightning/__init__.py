@@ -16,6 +16,21 @@
 ===============  =================================================================================
 """
 
+# ruff: noqa: E402
+import sys
+
+from lightning_utilities.core import rank_zero
+
+# Each namespace of Lightning, as it is imported, takes the messages of both for its own logger.
+_log = rank_zero.log if "pytorch_lightning" in sys.modules else None
+import lightning.pytorch  # noqa: F401
+
+_log = _log or rank_zero.log
+import pytorch_lightning  # noqa: F401
+
+rank_zero.log = _log
+
+# isort: split
 from it3_lightning.callbacks import IT3TestTimeCallback, TestTimeCallback
 from it3_lightning.conditioning import (
     Conditioning,

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -272,14 +274,23 @@ def test_a_prior_measures_the_targets_of_the_other_namespace() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return F.mse_loss(self(batch[0]), batch[0][:, :3])
 
+    class IT3Regression(IT3Mixin, Regression):  # type: ignore[misc]
         def it3_target(self, batch: Any) -> Tensor:
             target: Tensor = batch[0][:, :3]
             return target
-
-    class IT3Regression(IT3Mixin, Regression):  # type: ignore[misc]
-        pass
 
     model = made(IT3Regression, prior=ValuePrior(3), conditioning=FeatureInjection("net.1"))
     trainer(pytorch_lightning, max_epochs=1).fit(model, data(), data())
     everything = torch.cat([inputs for inputs, _ in data()])[:, :3]
     torch.testing.assert_close(model.it3_prior.mean, everything.mean(0))
+
+
+@pytest.mark.parametrize("namespace", ["lightning.pytorch", "pytorch_lightning"])
+def test_messages_stay_with_the_logger_of_the_namespace_that_was_imported(namespace: str) -> None:
+    code = (
+        f"import {namespace}, it3_lightning\n"
+        "from lightning_utilities.core import rank_zero\n"
+        "print(rank_zero.log.name)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == f"{namespace}.utilities.rank_zero"
