@@ -89,7 +89,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = {"fingerprint": FINGERPRINT, "states": {"joint": state}}
     write(folder / "seed_0.ckpt", lambda stream: torch.save(models, stream))
     few = [asdict(each) for each in toy_distances()[:3]]
-    write_json(folder / "distances_seed_0.json", {"fingerprint": FINGERPRINT, "distances": few})
+    told = [asdict(each) for each in toy_results().records[:2]]
+    content = {"fingerprint": FINGERPRINT, "separations": told, "distances": few}
+    write_json(folder / "distances_seed_0.json", content)
     toy_results().save(folder)
     mark_folder(folder, {"epochs": 1})
     return folder
