@@ -153,7 +153,8 @@ class BenchmarkSettings:
             are called *tuned*. Empty: the published ones alone.
         rate_batches: batches of each loader to choose on, with the models of the first seed.
         batches: the most of each loader in streams with a size of batches of their own.
-        alone: the most samples of each loader for methods in which each adapts by itself.
+        alone: samples of each loader for methods in which each adapts by itself, rounded up to
+            whole batches.
         recipe: settings that the rows share.
         distance_samples: samples of each split whose idempotence distances are measured; 0: none.
         joint: the dual pass of joint training; ``None``: the model's own.
