@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from types import MappingProxyType
@@ -49,6 +49,7 @@ from it3_lightning.engine.types import (
     Forward,
     InputsIn,
     Isolation,
+    NormStats,
     Plain,
     SampleDims,
     Skip,
@@ -275,32 +276,33 @@ class BatchAdapter:
         """
         if self._settings.needs_batch and batch_size(inputs) < 2:
             return
-        with self.undo.begin() as undo:
-            kind, count = self._settings.norm_stats, self._settings.norm_prior
-            statistics = NormStatistics(self._module, kind, undo, count)
-            undo.add((source := Snapshot(self._module)).restore)
-            isolated = without_side_effects(source, self._isolation)
-            with torch.inference_mode(False), torch.enable_grad(), isolated, suppress(Skip):
+
+        def see(source: Snapshot) -> None:
+            with suppress(Skip):
                 source.detach_parameters()
                 self._state()[0].enter()
                 self._method.fit_source(self._passes(inputs, _InPlace()))
                 if self._stateful:
                     self._settings.method.load_source_dict(self._method.source_dict())
-            self.network.restart()
-            undo.end(source.restore_weights, statistics.restore)
+
+        self._shown(see, self._settings.norm_stats)
 
     def fit_moments(self, inputs: Any) -> None:
         """Add a batch of source data, inputs ``(B, ...)``, to :attr:`moments`."""
-        if self.moments is None:
-            self.moments = SourceMoments()
+        moments = self.moments = self.moments or SourceMoments()
+        run = partial(self.network.run, inputs, None)
+        self._shown(lambda _: moments.add(self._module, inputs, run, self.network.to_label))
+
+    def _shown(self, see: Callable[[Snapshot], None], norm_stats: NormStats = "source") -> None:
+        """Let something see source data with these statistics; the module stays as it is."""
         with self.undo.begin() as undo:
+            statistics = NormStatistics(self._module, norm_stats, undo, self._settings.norm_prior)
             undo.add((source := Snapshot(self._module)).restore)
-            without = without_side_effects(source, self._isolation)
-            with torch.inference_mode(False), torch.enable_grad(), without:
-                run = partial(self.network.run, inputs, None)
-                self.moments.add(self._module, inputs, run, self.network.to_label)
+            isolated = without_side_effects(source, self._isolation)
+            with torch.inference_mode(False), torch.enable_grad(), isolated:
+                see(source)
             self.network.restart()
-            undo.end(source.restore_weights)
+            undo.end(source.restore_weights, statistics.restore)
 
     def _keep_source(self, inputs: Any, answer: Answer | None, reason: str) -> Adaptation:
         """Return what a skipped batch gets: the source prediction, and why."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.benchmark_runs import benchmark, digits, make_model
+from helpers.benchmark_runs import benchmark, digits, make_model, scored_rows
 from torch import nn
 
 from it3_lightning import FeatureInjection, ValuePrior
@@ -162,17 +162,9 @@ def test_nothing_is_trained_or_scored_again(
 def test_other_methods_cost_their_own_scores_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[tuple[str, str]] = []
-    plain = scoring.scored
-
-    def noted(settings: Any, row: Row, *args: Any) -> Any:
-        ran.append((row.training, row.name))
-        return plain(settings, row, *args)
-
-    monkeypatch.setattr(scoring, "scored", noted)
     given: dict[str, Any] = {"rates": (), "distance_samples": 0}
     benchmark(tmp_path, **given).run(make_model, digits())
-    ran.clear()
+    ran = scored_rows(monkeypatch)
     more = benchmark(tmp_path, methods=["Tent", "TTTPlusPlus"], heads=HEADS[1:2], **given)
     more.run(make_model, digits())
     head = "with Contrastive"

@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers.benchmark_runs import benchmark, digits, make_model
+from helpers.benchmark_runs import benchmark, digits, make_model, scored_rows
 
 from it3_lightning import FeatureInjection, ValuePrior
-from it3_lightning.benchmark import Benchmark, Results, Row, scoring
+from it3_lightning.benchmark import Benchmark, Results
 from it3_lightning.benchmark.config import Recipe
 from it3_lightning.data import BundledDataModule, DigitsDataModule, ImageSet
 from it3_lightning.networks import MLP, SmallCNN
@@ -38,17 +37,10 @@ def test_a_row_of_other_settings_is_run_again_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = benchmark(tmp_path, recipe=Recipe(tent_lr=1e-4)).run(make_model, digits())
-    ran: list[str] = []
-    plain = scoring.scored
-
-    def noted(settings: Any, row: Row, *args: Any) -> Any:
-        ran.append(row.name)
-        return plain(settings, row, *args)
-
-    monkeypatch.setattr(scoring, "scored", noted)
+    ran = scored_rows(monkeypatch)
     with pytest.warns(UserWarning, match=r"distances_seed_0\.json is of other settings: .*tent_lr"):
         after = benchmark(tmp_path, recipe=Recipe(tent_lr=0.5)).run(make_model, digits())
-    assert ran == ["Tent"]
+    assert ran == [("ordinary", "Tent")]
     same = [r for r in before.records if r.row != "Tent"]
     assert [r for r in after.records if r.row != "Tent"] == same
 

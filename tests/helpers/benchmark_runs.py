@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from it3_lightning import ClassPrior, FeatureInjection
-from it3_lightning.benchmark import Benchmark, Record, Results, Row, Tuned
+from it3_lightning.benchmark import Benchmark, Record, Results, Row, Tuned, scoring
 from it3_lightning.benchmark.config import Recipe
 from it3_lightning.benchmark.distances import ADAPTED, SOURCE
 from it3_lightning.benchmark.results import Distances
@@ -35,6 +36,19 @@ def digits(**sizes: int) -> DigitsDataModule:
 def benchmark(folder: Path, **arguments: object) -> Benchmark:
     settings = {"epochs": 1, "posthoc_epochs": 1, "streams": ("equal",), "accelerator": "cpu"}
     return Benchmark(output=str(folder), **{**settings, **arguments})  # type: ignore[arg-type]
+
+
+def scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Return a list to which training and name of each row are added that is scored from now on."""
+    ran: list[tuple[str, str]] = []
+    plain = scoring.scored
+
+    def noted(settings: Any, row: Row, *args: Any) -> Any:
+        ran.append((row.training, row.name))
+        return plain(settings, row, *args)
+
+    monkeypatch.setattr(scoring, "scored", noted)
+    return ran
 
 
 def toy_results() -> Results:
