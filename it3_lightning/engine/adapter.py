@@ -15,31 +15,23 @@ inside :meth:`BatchAdapter.adapted` uses them, and the source comes back by refe
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from it3_lightning.engine.evidence import SourceMoments, believed, check_moments, put
-from it3_lightning.engine.optimizers import OnlyStep
 from it3_lightning.engine.passes import AnchoredWeights, Network, NetworkPasses, all_finite
-from it3_lightning.engine.restore import (
-    Draws,
-    NormStatistics,
-    Snapshot,
-    Undo,
-    without_side_effects,
-)
+from it3_lightning.engine.restore import Draws, NormStatistics, Snapshot, Undo, without_side_effects
 from it3_lightning.engine.result import Adaptation
 from it3_lightning.engine.selection import Movers, select
 from it3_lightning.engine.settings import Settings
-from it3_lightning.engine.state import State
+from it3_lightning.engine.state import Carried, SourceInPlace, State, Unshared
 from it3_lightning.engine.trees import batch_size, divisible, laid_out, taken
 from it3_lightning.engine.types import (
     SOURCE,
@@ -56,6 +48,8 @@ from it3_lightning.engine.types import (
     ToLabel,
 )
 from it3_lightning.methods.base import TestTimeMethod
+
+_T = TypeVar("_T")
 
 
 class BatchAdapter:
@@ -114,22 +108,15 @@ class BatchAdapter:
         if type(settings.method).check is not TestTimeMethod.check:
             settings.method.check(module)
         self._isolation = isolation
-        self._stateful = type(settings.method).state_dict is not TestTimeMethod.state_dict
-        with torch.inference_mode(False):  # a state is nobody else's, and may need a graph
-            self._method = copy.deepcopy(settings.method) if self._stateful else settings.method
-        self._at_first = copy.deepcopy(self._method.state_dict()) if self._stateful else {}
+        self._carried = Carried(self.selected, settings)
+        self._method = self._carried.method
         self.network = Network(
             module, self.selected, forward, to_label, enters, self._method.layers, inputs_in
         )
-        self.restart()
-        self._only_step = _only_step(settings)
 
     def restart(self) -> None:
         """Forget what was carried along: the next batch starts from the source."""
-        self._carried: State | None = None
-        self._batches = 0
-        if self._stateful:
-            self._method.load_state_dict(copy.deepcopy(self._at_first))
+        self._carried.restart()
 
     @contextmanager
     def adapted(self, inputs: Any, answer: Answer | None = None) -> Iterator[Adaptation]:
@@ -196,28 +183,26 @@ class BatchAdapter:
         if settings.needs_batch and batch_size(inputs) < 2:
             raise Skip("batch statistics and batch terms need at least two samples")
         source.detach_parameters()
-        state, carried = self._state()
-        unadapted = self._measure(inputs, _InPlace()) if carried and settings.measure else None
+        state, carried = self._carried.start()
+        unadapted = self._measure(inputs, SourceInPlace()) if carried and settings.measure else None
         with state.all_or_nothing():
             state.enter()
             started, version = time.perf_counter(), state.version
             gate = None if settings.gate is None else self._gate(inputs, state, settings.gate)
             first = self._steps(inputs, state, gate)
             seconds = time.perf_counter() - started
-            moves = state.version != version and _differs(state)
             last, outputs, answers = self._predict(inputs, state, gate, answer)
             prediction = (
                 self._prediction(inputs, state, outputs) if self._settings.predicts else None
             )
+        moves = state.version != version and state.differs
         if not settings.episodic:
-            self._carried = state
-            self._batches += 1
+            self._carried.keep(state)
         moved = first or last
-        unadapted = unadapted if carried else moved
         return Adaptation.of(
             inputs,
             outputs=outputs,
-            source=unadapted,
+            source=unadapted if carried else moved,
             moved=moved,
             moves=moves,
             adapted=last if settings.measure else None,
@@ -280,9 +265,9 @@ class BatchAdapter:
         def see(source: Snapshot) -> None:
             with suppress(Skip):
                 source.detach_parameters()
-                self._state()[0].enter()
-                self._method.fit_source(self._passes(inputs, _InPlace()))
-                if self._stateful:
+                self._carried.start()[0].enter()
+                self._method.fit_source(self._passes(inputs, SourceInPlace()))
+                if self._carried.stateful:
                     self._settings.method.load_source_dict(self._method.source_dict())
 
         self._shown(see, self._settings.norm_stats)
@@ -293,16 +278,17 @@ class BatchAdapter:
         run = partial(self.network.run, inputs, None)
         self._shown(lambda _: moments.add(self._module, inputs, run, self.network.to_label))
 
-    def _shown(self, see: Callable[[Snapshot], None], norm_stats: NormStats = "source") -> None:
+    def _shown(self, see: Callable[[Snapshot], _T], norm_stats: NormStats = "source") -> _T:
         """Let something see source data with these statistics; the module stays as it is."""
         with self.undo.begin() as undo:
             statistics = NormStatistics(self._module, norm_stats, undo, self._settings.norm_prior)
             undo.add((source := Snapshot(self._module)).restore)
             isolated = without_side_effects(source, self._isolation)
             with torch.inference_mode(False), torch.enable_grad(), isolated:
-                see(source)
+                seen = see(source)
             self.network.restart()
             undo.end(source.restore_weights, statistics.restore)
+            return seen
 
     def _keep_source(self, inputs: Any, answer: Answer | None, reason: str) -> Adaptation:
         """Return what a skipped batch gets: the source prediction, and why."""
@@ -341,61 +327,19 @@ class BatchAdapter:
         alone = alone and bool(rows)
         return Movers(before, within, taken(inputs, rows) if alone else inputs, alone)
 
-    def _state(self) -> tuple[State, bool]:
-        """Return the state this batch starts from, and whether earlier batches have moved it."""
-        reset = self._settings.reset
-        due = isinstance(reset, int) and self._batches % reset == 0
-        if self._carried is not None and not due:
-            self._carried.backwards = 0
-            if reset == "weights":
-                self._carried.return_to_source()
-                return self._carried, False
-            return self._carried, self._carried.moved
-        if self._stateful:
-            self._method.load_state_dict(copy.deepcopy(self._at_first))
-        given = self.selected, self._settings, self._method, self._only_step
-        return State(*given, stateful=self._stateful), False
-
     def draws(self, inputs: Any) -> frozenset[str] | None:
         """Return the random generators that the method's passes draw from; ``None``: unknown."""
-        return self.network.draws(partial(self._measure, inputs, _InPlace()))
+        return self.network.draws(partial(self._measure, inputs, SourceInPlace()))
 
     def bytes_of_step(self, inputs: Any, count: Any) -> int:
         """Return ``count(run)`` of the passes of a step, as the bytes that they keep."""
-        source = Snapshot(self._module)
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            without_side_effects(source, self._isolation),
-        ):
-            state, _ = self._state()
+
+        def see(_: Snapshot) -> int:
+            state = self._carried.start()[0]
             state.enter()
-            self.network.restart()
-            weights = AnchoredWeights()
-            weights.version, weights.anchor, weights.anchor_version = SOURCE, state.anchor, None
-            try:
-                kept: int = count(lambda: self._method.loss(self._passes(inputs, weights)))
-            except Skip:
-                return 0
-            finally:
-                self.network.restart()
-        return kept
+            passes = partial(self._passes, inputs, Unshared(state.anchor))
+            return int(count(lambda: self._method.loss(passes())))
 
-
-class _InPlace(AnchoredWeights):
-    """The source weights, where they are in place, as their own anchor."""
-
-    version = anchor_version = SOURCE
-    anchor = None
-
-
-def _differs(state: State) -> bool:
-    """Whether any weight is not the source's: a step may be shorter than the rounding."""
-    pairs = ((weights, state.source[name]) for name, weights in state.weights.items())
-    return any(mine is not its and not torch.equal(mine, its) for mine, its in pairs)
-
-
-def _only_step(settings: Settings) -> OnlyStep | None:
-    """Return the step in closed form, where it is all there is."""
-    rule = settings.rule
-    return OnlyStep(rule, settings.moves[1]) if rule is not None and settings.single_step else None
+        with suppress(Skip):
+            return self._shown(see)
+        return 0

@@ -1,4 +1,4 @@
-"""State of an adaptation: weights, optimizer, anchor, method; stepped, copied, rolled back."""
+"""State of an adaptation: weights, optimizer, anchor, method; stepped, rolled back, carried on."""
 
 from __future__ import annotations
 
@@ -170,6 +170,12 @@ class State(AnchoredWeights):
         self._to_source()
         self.enter()
 
+    @property
+    def differs(self) -> bool:
+        """Whether any weight is not the source's: a step may be shorter than the rounding."""
+        pairs = ((weights, self.source[name]) for name, weights in self.weights.items())
+        return any(mine is not its and not torch.equal(mine, its) for mine, its in pairs)
+
     def _check(self, loss: Tensor) -> None:
         if not loss.isfinite():
             raise Skip("non-finite loss")
@@ -287,6 +293,72 @@ class State(AnchoredWeights):
             f"{', '.join(list(self.source)[:5])}. Select parameters of the network itself, "
             "and let the forward pass keep its graph (no detach, no torch.no_grad)."
         )
+
+
+class Carried:
+    """What a batch leaves to the next: a state and what the method keeps, until they are reset.
+
+    Args:
+        selected: the adapting parameters by name.
+        settings: how to adapt.
+
+    Attributes:
+        method: of these settings; a copy, where it has a state.
+        stateful: whether it has one.
+    """
+
+    def __init__(self, selected: Mapping[str, nn.Parameter], settings: Settings) -> None:
+        self._selected, self._settings = selected, settings
+        self.stateful = type(settings.method).state_dict is not TestTimeMethod.state_dict
+        with torch.inference_mode(False):  # a state is nobody else's, and may need a graph
+            self.method = copy.deepcopy(settings.method) if self.stateful else settings.method
+        self._at_first = copy.deepcopy(self.method.state_dict()) if self.stateful else {}
+        rule = settings.rule if settings.single_step else None  # in closed form
+        self._only_step = None if rule is None else OnlyStep(rule, settings.moves[1])
+        self._state: State | None = None
+        self._batches = 0
+
+    def restart(self) -> None:
+        """Forget it: the next batch starts from the source."""
+        self._state, self._batches = None, 0
+        if self.stateful:
+            self.method.load_state_dict(copy.deepcopy(self._at_first))
+
+    def start(self) -> tuple[State, bool]:
+        """Return the state a batch starts from, and whether earlier batches have moved it."""
+        reset, state = self._settings.reset, self._state
+        due = isinstance(reset, int) and self._batches % reset == 0
+        if state is not None and not due:
+            state.backwards = 0
+            if reset == "weights":
+                state.return_to_source()
+                return state, False
+            return state, state.moved
+        if self.stateful:
+            self.method.load_state_dict(copy.deepcopy(self._at_first))
+        given = self._selected, self._settings, self.method, self._only_step
+        return State(*given, stateful=self.stateful), False
+
+    def keep(self, state: State) -> None:
+        """Let the next batch go on from here."""
+        self._state = state
+        self._batches += 1
+
+
+class SourceInPlace(AnchoredWeights):
+    """The source weights, where they are in place, as their own anchor."""
+
+    version = anchor_version = SOURCE
+    anchor = None
+
+
+class Unshared(AnchoredWeights):
+    """The source weights in place, and an anchor that shares no pass with them."""
+
+    version, anchor_version = SOURCE, None
+
+    def __init__(self, anchor: Weights | None) -> None:
+        self.anchor = anchor
 
 
 def _cloned(weights: Weights) -> Weights:
