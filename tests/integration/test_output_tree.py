@@ -307,7 +307,9 @@ def test_outputs_of_which_none_can_be_told_are_refused(
 
 
 @pytest.mark.parametrize("method", [None, LAME()])
-@pytest.mark.parametrize("settings", [{"prediction": "mean"}, {"scope": "sample"}, {}])
+@pytest.mark.parametrize(
+    "settings", [{"prediction": "mean"}, {"scope": "sample", "backend": "vectorised"}, {}]
+)
 def test_forward_called_by_its_name_is_a_call(settings: Any, method: Any) -> None:
     class ByName(IT3Net):
         def predict_step(self, batch: Batch, batch_idx: int) -> Any:  # type: ignore[override]
