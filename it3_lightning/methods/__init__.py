@@ -23,6 +23,7 @@ from it3_lightning.methods.deyo import DeYO
 from it3_lightning.methods.eata import EATA
 from it3_lightning.methods.idempotence import Idempotence
 from it3_lightning.methods.iterates import Iterates
+from it3_lightning.methods.label_shift import LabelShiftEM
 from it3_lightning.methods.lame import LAME
 from it3_lightning.methods.masked_patches import TTTMAE, MaskedPatches
 from it3_lightning.methods.memo import MEMO
@@ -51,6 +52,7 @@ __all__ = [
     "Entropy",
     "Idempotence",
     "Iterates",
+    "LabelShiftEM",
     "MaskedPatches",
     "Objective",
     "Passes",

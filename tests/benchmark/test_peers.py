@@ -46,7 +46,8 @@ def test_all_are_those_that_go_with_model_and_data() -> None:
     assert facts().last == "network.head"
     assert names(peers("all", facts())) == set(PEERS) - {"TTT", "TTTPlusPlus", "TTTMAE"}
     rows = Facts.of(make_model(), Kind.of(make_model()), torch.zeros(2, 8))
-    without_views = {"Tent", "EATA", "SAR", "RDumb", "ActMAD", "LAME", "T3A", "Iterates"}
+    of_classes = {"Tent", "EATA", "SAR", "RDumb", "LAME", "LabelShiftEM", "T3A"}
+    without_views = of_classes | {"ActMAD", "Iterates"}
     assert names(peers("all", rows)) == without_views
     values = IT3Regressor(
         MLP(10, 1, (8,)), prior=ValuePrior(), conditioning=FeatureInjection("network.layer0")

@@ -28,6 +28,7 @@ from it3_lightning.methods import (
     CoTTA,
     DeYO,
     Entropy,
+    LabelShiftEM,
     MaskedPatches,
     RDumb,
     Rotation,
@@ -43,6 +44,7 @@ Make = Callable[[], TestTimeMethod]
 METHODS: dict[str, Make] = {
     "ActMAD": ActMAD,
     "LAME": LAME,
+    "LabelShiftEM": LabelShiftEM,
     "T3A": lambda: T3A("net.head"),
     "augmentation": TestTimeAugmentation,
     "CoTTA": lambda: CoTTA(views=2, confidence=1.0, augment=crop_and_flip),
