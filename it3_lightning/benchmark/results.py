@@ -220,7 +220,8 @@ class Results:
 
         See :func:`~it3_lightning.data.mean_corruption_error`; ``None`` without a baseline.
         """
-        if self.baseline_errors is None or "continual" in self.shifts_of(stream):
+        joined = {"continual", "mixed"} & {*self.shifts_of(stream)}
+        if self.baseline_errors is None or joined:
             return None
         scores = {
             name: self.scores(row, stream, [f"{name}/{severity}" for severity in SEVERITIES])

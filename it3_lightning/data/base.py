@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from it3_lightning.data.sampling import (
     Chained,
     DrawSampler,
+    Mixed,
     S,
     Views,
     chosen,
@@ -36,7 +37,8 @@ from it3_lightning.data.sampling import (
 from it3_lightning.data.shifts import SEVERITIES, Severity, check_severity
 from it3_lightning.utils.messages import undefined, unknown
 
-Stream = Literal["equal", "unequal", "correlated", "continual"]
+Stream = Literal["equal", "unequal", "correlated", "continual", "mixed"]
+_JOINED = ("continual", "mixed")  # streams that have all shifts in one loader
 Split = Literal["test", "validation"]
 _AGAIN = "Delete it and fetch it again."
 
@@ -69,7 +71,8 @@ class ShiftedData(_AnyDataModule):
             some tenths of the values, ten times as frequent, see
             :func:`~it3_lightning.data.unequal_stream`; ``"correlated"`` has neighbours of few
             classes, see :func:`~it3_lightning.data.correlated_stream`; ``"continual"`` has all
-            shifts one after another in one loader, ``"continual"``, beside the clean one.
+            shifts one after another in one loader, ``"continual"``, beside the clean one;
+            ``"mixed"`` has samples of all of them side by side in every batch of one.
         evaluate_on: ``"validation"`` has the test loaders hold the validation samples, for
             choosing settings without a look at the test samples.
         val_size: Samples to validate on; None for a tenth of those to train on, or for all that
@@ -136,7 +139,7 @@ class ShiftedData(_AnyDataModule):
     @property
     def test_names(self) -> list[str]:
         """Names of the test and prediction loaders, in their order: clean first."""
-        return ["clean", *(["continual"] if self.stream == "continual" else self.shifted_names)]
+        return ["clean", *([self.stream] if self.stream in _JOINED else self.shifted_names)]
 
     @property
     def shifted_names(self) -> list[str]:
@@ -193,8 +196,8 @@ class ShiftedData(_AnyDataModule):
         for name in ("num_workers", "seed"):
             check_integer(name, getattr(self, name), 0)
         check_choice("stream", self.stream, get_args(Stream))
-        if self.stream == "continual" and not self.shifts:
-            raise ValueError("Expected shifts for stream='continual', got none. Name some.")
+        if self.stream in _JOINED and not self.shifts:
+            raise ValueError(f"Expected shifts for stream={self.stream!r}, got none. Name some.")
         check_choice("evaluate_on", self.evaluate_on, get_args(Split))
         if self.severity not in (None, "all"):
             check_severity(self.severity)
@@ -247,7 +250,10 @@ class ShiftedData(_AnyDataModule):
         if self.stream in ("unequal", "correlated"):
             orders = (streamed(self.groups(each), self.stream, self.seed) for each in sets)
             sets = [samples.select(order) for samples, order in zip(sets, orders, strict=True)]
-        loaders = [self._loader(self.dataset(samples), self.eval_batch_size) for samples in sets]
+        datasets = [self.dataset(samples) for samples in sets]
+        if self.stream == "mixed":
+            datasets = [datasets[0], Mixed.of(datasets[1:], self.seed)]
+        loaders = [self._loader(each, self.eval_batch_size) for each in datasets]
         if self.stream == "continual":
             return [loaders[0], Chained(loaders[1:])]  # type: ignore[list-item]  # as good as one
         return loaders

@@ -213,6 +213,54 @@ class Rows(Samples):
 
 
 @dataclass(eq=False)
+class Mixed(Samples):
+    """Samples of several sets side by side.
+
+    Args:
+        sources: sets that hand out batches of tensors.
+        places: which set, and which of its samples, ``(N, 2)`` integers.
+    """
+
+    sources: Sequence[Any]
+    places: Tensor
+
+    @classmethod
+    def of(cls, sources: Sequence[Any], seed: int) -> Mixed:
+        """Take of each of ``k`` sets every ``k``-th sample, in an order that the seed picks.
+
+        Of sets of the same samples each sample comes once, in one of them.
+        """
+        longest = max(map(len, sources))
+        turn = torch.randperm(longest, generator=seeded(seed, "mixed shifts")) % len(sources)
+        rows = [(turn[: len(s)] == place).nonzero()[:, 0] for place, s in enumerate(sources)]
+        places = [torch.stack([torch.full_like(r, n), r], 1) for n, r in enumerate(rows)]
+        joined = torch.cat(places)
+        order = torch.randperm(len(joined), generator=seeded(seed, "mixed stream"))
+        return cls(sources, joined[order])
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        places = self.places[torch.as_tensor(indices)]
+        came, parts = [], []
+        for number, source in enumerate(self.sources):
+            here = (places[:, 0] == number).nonzero()[:, 0]
+            if len(here):
+                came.append(here)
+                parts.append(source.__getitems__(places[here, 1].tolist()))
+        back = torch.cat(came).argsort()
+        try:
+            inputs, targets = (torch.cat(each)[back] for each in zip(*parts, strict=True))
+        except TypeError as error:
+            raise ValueError(
+                "Expected batches of an input and a target tensor for stream='mixed', got others. "
+                "Use stream='continual', which has the shifts one after another."
+            ) from error
+        return inputs, targets
+
+
+@dataclass(eq=False)
 class DrawSampler(Sampler[int]):
     """Shuffles the samples anew in each pass, each as ``index + count * draw``."""
 

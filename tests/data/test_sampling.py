@@ -1,10 +1,13 @@
 """Streams of unequal classes, and rows handed out in batches."""
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 
 from it3_lightning.data import DigitsDataModule, ShiftedData, correlated_stream, unequal_stream
-from it3_lightning.data.sampling import Rows, subset
+from it3_lightning.data.sampling import Mixed, Rows, subset
 
 
 def test_unequal_stream_makes_three_classes_ten_times_as_frequent() -> None:
@@ -90,3 +93,41 @@ def test_a_continual_stream_has_all_shifts_one_after_another_in_one_loader() -> 
             assert torch.equal(y, v)
     with pytest.raises(ValueError, match="shifts for stream='continual', got none"):
         DigitsDataModule(shifts=(), stream="continual")
+
+
+def test_a_mixed_stream_has_each_sample_once_under_one_of_the_shifts() -> None:
+    data = DigitsDataModule(shifts=("contrast", "fog", "blur"), severity=4, test_size=130)
+    whole = [[torch.cat(each) for each in zip(*d, strict=True)] for d in data.test_dataloader()]
+    data.stream = "mixed"
+    assert data.test_names == ["clean", "mixed"]
+    clean, mixed = (
+        [torch.cat(each) for each in zip(*d, strict=True)] for d in data.test_dataloader()
+    )
+    assert torch.equal(clean[0], whole[0][0])
+    came, shifts = [], []
+    for image, label in zip(*mixed, strict=True):
+        found = [
+            (shift, row)
+            for shift, (images, labels) in enumerate(whole[1:])
+            for row in range(130)
+            if torch.equal(images[row], image) and labels[row] == label
+        ]
+        shifts.append(found[0][0])
+        came.append(found[0][1])
+    assert sorted(came) == list(range(130))
+    assert {shifts.count(shift) for shift in range(3)} == {43, 44}
+    assert sum(a != b for a, b in pairwise(shifts)) > 43  # side by side
+    data.seed = 1
+    assert not torch.equal(mixed[0], torch.cat([x for x, _ in data.test_dataloader()[1]]))
+    with pytest.raises(ValueError, match="shifts for stream='mixed', got none"):
+        DigitsDataModule(shifts=(), stream="mixed")
+
+
+def test_a_mixed_stream_of_other_batches_than_two_tensors_is_refused() -> None:
+    class Named(Rows):
+        def __getitems__(self, indices: Any) -> Any:
+            return {"x": self.inputs[indices]}, self.targets[indices]
+
+    rows = Named(torch.arange(4.0), torch.arange(4))
+    with pytest.raises(ValueError, match=r"input and a target tensor for stream='mixed'"):
+        Mixed.of([rows, rows], 0).__getitems__([0, 1])
