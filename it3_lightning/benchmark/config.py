@@ -133,7 +133,7 @@ class BenchmarkSettings:
         pretrained: whether the model comes with trained weights: then ordinary training is left
             out, and joint training starts from these weights.
         streams: ``"equal"`` and ``"unequal"`` class frequencies, ``"correlated"`` neighbours, or
-            ``"continual"``: one shift after another without a reset; see
+            ``"continual"``: one shift after another without a reset, or ``"mixed"``; see
             :class:`~it3_lightning.data.ShiftedData`. After a slash a size of batches of its own, as
             ``"equal/16"``.
         metric: key that the module's ``test_step`` logs; the score.
@@ -143,7 +143,12 @@ class BenchmarkSettings:
         decimals: of scores and gains in the tables.
         rows: ``"main"``: each training's unadapted rows and the default objective; ``"all"``: also
             the published objective, the balance term, filtered entropy, the mean prediction, and
-            each sample by itself.
+            each sample by itself; or patterns of *training: row*, as ``"perturbed*: *"``, beside
+            which stand the unadapted rows of their trainings.
+        controls: also the matched controls of what a conditioning gains: ordinary training on
+            inputs perturbed as in the label pass, conditionings on that network, trained as they
+            are used, with the context of the batch and without; statistics by evidence; priors of
+            other samples. Those on a network that is given are trained on that.
         methods: ``"all"`` or names of methods from the literature that are rows too, as far as they
             go with model and data: those of
             :data:`~it3_lightning.benchmark.peers.PEERS`.
@@ -176,7 +181,8 @@ class BenchmarkSettings:
     percent: bool = True
     higher_is_better: bool = True
     decimals: int = 1
-    rows: Literal["main", "all"] = "main"
+    rows: Literal["main", "all"] | Sequence[str] = "main"
+    controls: bool = True
     methods: Literal["all"] | Sequence[str] = ()
     heads: Sequence[Auxiliary] = ()
     rates: Sequence[float] = (0.1, 1.0, 10.0)
@@ -210,6 +216,11 @@ class BenchmarkSettings:
                 raise ValueError(f"Expected {name} >= 1, got {getattr(self, name)}.")
         if any(rate <= 0 for rate in self.rates):
             raise ValueError(f"Expected rates > 0, factors, got {list(self.rates)}.")
+
+    @property
+    def label_pass(self) -> DualPass:
+        """The dual pass of post-hoc training."""
+        return DualPass.of(self.posthoc, post_hoc=True)
 
     @property
     def sign(self) -> int:

@@ -34,6 +34,7 @@ from it3_lightning.utils.files import write_json
 
 SOURCE, STATISTICS, ADAPTED = "source", "batch statistics", "default objective, episodic"
 DISTANCE, CONFIDENCE = "distance", "1 - confidence"
+_TRAININGS = ("joint", "post-hoc")  # those whose distances are told
 _DIGITS = 6  # significant ones that a file holds: float32 has about as many
 _Loader = DataLoader[Any]
 
@@ -100,7 +101,8 @@ def measured(
     """
     if size == 0:
         return []
-    adapted = {row.training: row.settings for row in rows if row.name == ADAPTED}
+    on = (row for row in rows if row.training in _TRAININGS)
+    adapted = {row.training: row.settings for row in on if row.name == ADAPTED}
     homes = {training: models[training].device for training in adapted}
     found = []
     try:
@@ -161,7 +163,7 @@ def separations(
     return [
         record
         for training, model in models.items()
-        if training in ("joint", "post-hoc")
+        if training in _TRAININGS
         for record in _of_model(model, training, data, objective)
     ]
 

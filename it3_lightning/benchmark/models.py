@@ -8,6 +8,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -23,12 +24,18 @@ from torch import Tensor
 from it3_lightning.benchmark.config import BenchmarkSettings
 from it3_lightning.benchmark.kept import kept, mark_folder
 from it3_lightning.benchmark.peers import training_of
-from it3_lightning.benchmark.rows import Training
+from it3_lightning.benchmark.rows import (
+    CONTEXT,
+    PERTURBED,
+    UNEQUAL,
+    Training,
+)
 from it3_lightning.data import ShiftedData
-from it3_lightning.integration.namespaces import ONE_LINE
+from it3_lightning.engine.restore import batch_norms
+from it3_lightning.integration.namespaces import ONE_LINE, ModuleMixin
 from it3_lightning.methods import Auxiliary
 from it3_lightning.training.auxiliary import with_auxiliary
-from it3_lightning.training.dual_pass import DualPass
+from it3_lightning.training.dual_pass import DualPass, called, partly
 from it3_lightning.training.mixin import IT3Mixin, Train
 from it3_lightning.training.post_hoc import load_source, network_weights
 from it3_lightning.utils.files import load_plain, write
@@ -55,7 +62,7 @@ def models_of(
     say: Say,
     training: Any,
 ) -> Models:
-    """Return the three trained models of a seed, and those beside an auxiliary task, from files.
+    """Return the three trained models of a seed, from its file.
 
     They are kept in ``models/seed_N.ckpt`` of the output folder: their states, and what the
     training depended on. Rows, recipes, shifts and splits to evaluate on are no part of that, so
@@ -83,13 +90,12 @@ def models_of(
         _keep(file, fingerprint, _states(models))
     else:
         say(f"seed {seed}: models from {file}")
-    for head in settings.heads if settings.methods else ():
-        models[training_of(head)] = _beside(head, settings, seed, make_model, data, say, training)
     return models
 
 
-def _beside(
-    head: Auxiliary,
+def further_model(
+    name: Training,
+    models: Models,
     settings: BenchmarkSettings,
     seed: int,
     make_model: MakeModel,
@@ -97,12 +103,53 @@ def _beside(
     say: Say,
     training: Any,
 ) -> IT3Mixin:
-    """Return a model that has learnt an auxiliary task beside its own, kept in a file too."""
-    name = training_of(head)
+    """Return the model of a control, or of training beside an auxiliary task, from its file.
+
+    Args:
+        name: of the training.
+        models: those of the seed so far; what it stands on is added.
+        settings: of the training.
+        seed: of weights and order.
+        make_model: returns a fresh model with priors.
+        data: to train on.
+        say: is told what is being done.
+        training: plain data, all that training depends on besides the seed.
+    """
+    base = PERTURBED if name.startswith(PERTURBED) and name != PERTURBED else "ordinary"
+    given = settings, seed, make_model
+    if base not in models:
+        models[base] = further_model(base, models, *given, data, say, training)
+    make = partial(_control, name, *given, models[base])
+    for head in settings.heads:
+        if name == training_of(head):
+            make = partial(_with_head, head, *given)
+            training = {**training, "head": _plain(spec(head))}
+    return _beside(name, make, settings, seed, data, say, training)
+
+
+def _beside(
+    name: Training,
+    make: Callable[[], tuple[IT3Mixin, int]],
+    settings: BenchmarkSettings,
+    seed: int,
+    data: ShiftedData,
+    say: Say,
+    training: Any,
+) -> IT3Mixin:
+    """Return a model of a further training, kept in a file of its own.
+
+    Args:
+        name: of the training.
+        make: returns the model before it, and epochs.
+        settings: of the Trainer.
+        seed: of the order.
+        data: to train on.
+        say: is told what is being done.
+        training: plain data, all that training depends on besides the seed.
+    """
     file = Path(settings.output) / "models" / f"seed_{seed}_{name.replace(' ', '_')}.ckpt"
-    fingerprint = json.dumps({**training, "head": _plain(spec(head))}, sort_keys=True)
-    model = _fresh(settings, seed, make_model, "ordinary")
-    with_auxiliary(model, type(head)(**head.init_args()))
+    fingerprint = json.dumps(training, sort_keys=True)
+    model, epochs = make()
 
     def read(content: dict[str, Any]) -> IT3Mixin:
         model.load_state_dict(content["states"])
@@ -112,9 +159,68 @@ def _beside(
     if found is None:
         say(f"seed {seed}: training, {name}")
         data.seed, data.stream = seed, "equal"
-        settings.trainer(max_epochs=2 * settings.epochs).fit(model, datamodule=data)
+        settings.trainer(max_epochs=epochs).fit(model, datamodule=data)
         _keep(file, fingerprint, model.state_dict())
     return model
+
+
+def _with_head(
+    head: Auxiliary, settings: BenchmarkSettings, seed: int, make_model: MakeModel
+) -> tuple[IT3Mixin, int]:
+    """Return a model that is to learn an auxiliary task beside its own."""
+    model = _fresh(settings, seed, make_model, "ordinary")
+    with_auxiliary(model, type(head)(**head.init_args()))
+    return model, 2 * settings.epochs
+
+
+def _control(
+    name: Training, settings: BenchmarkSettings, seed: int, make_model: MakeModel, base: IT3Mixin
+) -> tuple[IT3Mixin, int]:
+    """Return a model of a control training, before it.
+
+    Args:
+        name: of the training.
+        settings: of all trainings.
+        seed: of the first weights.
+        make_model: returns a fresh model with priors.
+        base: the network that a conditioning is trained on.
+    """
+    label = settings.label_pass
+    if name == PERTURBED:
+        model = _fresh(settings, seed, make_model, "ordinary")
+        model.it3_parts()[0].load_state_dict(base.it3_parts()[0].state_dict())
+        assert label.perturb_inputs is not None
+        model.__class__ = type(type(model).__name__, (_PerturbedInputs, type(model)), {})
+        object.__setattr__(model, "it3_perturbation", label.perturb_inputs)
+        return model, 2 * settings.epochs
+    model = _fresh(settings, seed, make_model, "post-hoc")
+    if name.endswith(CONTEXT):
+        _give_context(model)
+    if name.endswith((CONTEXT, UNEQUAL)):
+        used = replace(label, own_share=1.0, unequal_share=0.5)
+        model.it3_dual_pass = replace(used, norm_stats="batch") if batch_norms(model) else used
+    model.load_state_dict(network_weights(base.state_dict()))
+    return model, settings.posthoc_epochs
+
+
+class _PerturbedInputs(ModuleMixin):
+    """Trains a model by its own step on batches of which half the samples are perturbed."""
+
+    it3_perturbation: Callable[[Any], Any]
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own step."""
+        batch = partly(self, self.it3_perturbation, batch)  # type: ignore[arg-type]
+        return called(super().training_step, batch, *args, **kwargs)
+
+
+def _give_context(model: IT3Mixin) -> None:
+    """Let second predictions of a fresh model see the context of their batch too."""
+    prior, conditioning = model.it3_parts()
+    conditioning.detach(model)
+    model.it3_prior = type(prior)(**{**prior.init_args(), "context": "batch"})
+    model.it3_conditioning = type(conditioning)(**conditioning.init_args())
+    model.it3_conditioning.attach(model, model.it3_prior)
 
 
 def _keep(file: Path, fingerprint: str, states: Any) -> None:
@@ -162,7 +268,7 @@ def _fresh(
     seed_everything(seed, verbose=False)
     model = with_priors(make_model())
     if training == "post-hoc":
-        model.it3_dual_pass = DualPass.of(settings.posthoc, post_hoc=True)
+        model.it3_dual_pass = settings.label_pass
     elif training == "joint" and settings.joint is not None:
         model.it3_dual_pass = settings.joint
     elif model.it3_train == "conditioning":

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fnmatch
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
-from it3_lightning.benchmark.config import Recipe, stream_and_size
+from torch import Tensor
+
+from it3_lightning.benchmark.config import BenchmarkSettings, Recipe, stream_and_size
 from it3_lightning.callbacks.test_time import IT3TestTimeCallback
 from it3_lightning.engine import Settings
 from it3_lightning.engine.restore import batch_norms
+from it3_lightning.engine.types import NormStats
 from it3_lightning.integration.module_adapter import WhichPrediction as Prediction
-from it3_lightning.methods import Entropy, Idempotence
+from it3_lightning.methods import Entropy, Idempotence, Iterates, Passes
+from it3_lightning.methods.iterates import Which
 from it3_lightning.methods.terms import Distance, DistanceName
 from it3_lightning.priors import ClassPrior, MaskPrior, ValuePrior
 from it3_lightning.priors.prior import Context
 from it3_lightning.training.mixin import IT3Mixin
+from it3_lightning.utils.messages import unknown
 
 Training = str
-"""``"ordinary"``, ``"joint"``, ``"post-hoc"``, or beside an auxiliary task: ``"with Rotation"``."""
+"""``"ordinary"``, ``"joint"``, ``"post-hoc"``; a control as ``"perturbed"``; or beside an auxiliary
+task: ``"with Rotation"``."""
+PERTURBED = "perturbed"  # ordinary training on inputs perturbed as in the label pass
+UNEQUAL, CONTEXT = "unequal", "context"  # at the end of conditionings trained as they are used
 FEWER = "source, fewer samples"  # beside methods in which each sample adapts by itself
 _FURTHER = ("published", "balance", "filtered", "mean", "each sample")  # not in the short table
 
@@ -35,6 +45,7 @@ class Kind:
         values: whether it predicts values or binary masks of one channel, which distances of
             probabilities cannot compare.
         context: what second predictions see beside their prior.
+        redrawn: whether unequal batches can be drawn of a batch, sample by sample.
     """
 
     classes: bool
@@ -42,6 +53,7 @@ class Kind:
     balanced: bool = True
     values: bool = False
     context: Context | None = None
+    redrawn: bool = True
 
     @classmethod
     def of(cls, model: IT3Mixin) -> Kind:
@@ -54,6 +66,7 @@ class Kind:
             balanced=not maps,
             values=isinstance(prior, ValuePrior) or (isinstance(prior, MaskPrior) and not maps),
             context=None if prior is None else prior.context,
+            redrawn=type(model).it3_sample_dims is IT3Mixin.it3_sample_dims,
         )
 
     def check(self, distance: DistanceName | Distance) -> None:
@@ -81,7 +94,7 @@ class Row:
         prediction: what is predicted; see :class:`~it3_lightning.IT3TestTimeCallback`.
         samples: the most of each loader; ``None``: all.
         published: whether it is a method from the literature, with the settings of its paper.
-        company: whether its second predictions see the context of a batch.
+        company: whether its second predictions depend on the other samples of a batch.
 
     Raises:
         ValueError: the settings have a gate, which is a distance; that of a callback is a share.
@@ -205,6 +218,100 @@ def _with_priors(recipe: Recipe, still: Settings, training: Training, kind: Kind
     yield Row(training, "default objective, mean prediction", mean, "mean")
     yield Row(training, "published objective, each sample", adam.each(still, published))
     yield Row(training, "default objective, each sample", recipe.each(still, default))
+
+
+def control_trainings(settings: BenchmarkSettings, kind: Kind) -> list[Training]:
+    """Return what else is trained, so that no gain is put down to the method that is not its own.
+
+    Ordinary training with the input perturbation of the label pass, and a conditioning on that
+    network; and conditionings trained as they are used, under the statistics of test time and on
+    unequal batches, without the context of the batch and with it.
+    """
+    if not settings.controls:
+        return []
+    given = settings.pretrained or settings.ckpt_path is not None
+    perturbed = not given and settings.label_pass.perturb_inputs is not None
+    base = PERTURBED if perturbed else "post-hoc"
+    found = [PERTURBED, f"{PERTURBED} post-hoc"] if perturbed else []
+    if kind.classes and kind.balanced and kind.redrawn and kind.context is None:
+        found += [f"{base} {UNEQUAL}", f"{base} {CONTEXT}"]
+    return found
+
+
+@dataclass(frozen=True)
+class ShuffledPrior(Iterates):
+    """The second prediction from the prior of another sample of the batch: a control."""
+
+    count: int = 1
+    which: Which = "last"
+
+    def predict(self, passes: Passes) -> Tensor:
+        """Return :math:`F(x_b, y_0^{(b - 1)})`."""
+        return passes.second(passes.y0.roll(1, 0))
+
+
+def control_rows(recipe: Recipe, kind: Kind, trainings: Sequence[Training]) -> Iterator[Row]:
+    """Return the rows of control trainings, and the controls of all others.
+
+    Args:
+        recipe: the settings that rows share.
+        kind: of the model.
+        trainings: of :func:`control_trainings`.
+    """
+    stats: NormStats = "batch" if kind.batch_norm else "source"
+    still = Settings(steps=0, norm_stats=stats, measure=False)
+    evidence = replace(still, norm_stats="evidence")
+    shuffled = Settings(objective=ShuffledPrior(), steps=0, norm_stats=stats, measure=False)
+    published = Idempotence(recipe.distance, reliability=None)
+    kept = replace(recipe.by_adam.episodic(still, published), reset="weights")
+    for training in ("ordinary", "joint", "post-hoc", *trainings):
+        company = training.endswith(CONTEXT)
+        own = training in trainings
+        if own:
+            yield Row(training, "source")
+        if own and kind.batch_norm:
+            yield Row(training, "batch statistics", still)
+        if training in ("ordinary", PERTURBED):
+            if kind.batch_norm:
+                yield Row(training, "evidence", evidence)
+            continue
+        if own:
+            yield Row(training, "second prediction", still, "second", company=company)
+        yield Row(training, "second prediction, shuffled prior", shuffled, company=True)
+        if kind.batch_norm:
+            name = "second prediction, evidence"
+            yield Row(training, name, evidence, "second", company=company)
+        if not own:
+            yield Row(training, "published objective, kept moments", kept)
+        elif not training.endswith(UNEQUAL):
+            steps = recipe.episodic(still, recipe.objective)
+            yield Row(training, "default objective, episodic", steps, company=company)
+            steps = recipe.online(still, recipe.objective)
+            yield Row(training, "default objective, online", steps, company=company)
+
+
+def asked_for(rows: list[Row], which: Literal["main", "all"] | Sequence[str]) -> list[Row]:
+    """Return the rows of the short table, all, or those of patterns with their unadapted ones.
+
+    Raises:
+        ValueError: no row goes with a pattern.
+
+    >>> rows = [Row("joint", "source"), Row("joint", "mean prediction"), Row("ordinary", "source")]
+    >>> [row.name for row in asked_for(rows, ["joint: mean*"])]
+    ['source', 'mean prediction']
+    """
+    if which == "all":
+        return rows
+    if which == "main":
+        return [row for row in rows if row.main]
+    names = {f"{row.training}: {row.name}": row for row in rows}
+    for pattern in which:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(unknown("row", pattern, names))
+    found = {name for pattern in which for name in fnmatch.filter(names, pattern)}
+    trainings = {names[name].training for name in found}
+    beside = {f"{t}: {name}" for t in trainings for name in ("source", "batch statistics")}
+    return [row for name, row in names.items() if name in found | beside]
 
 
 def _different(rows: list[Row], kind: Kind) -> list[Row]:

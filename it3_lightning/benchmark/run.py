@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from it3_lightning.benchmark.config import BenchmarkSettings
@@ -13,7 +13,15 @@ from it3_lightning.benchmark.kept import check_folder
 from it3_lightning.benchmark.models import MakeModel, about, with_priors
 from it3_lightning.benchmark.peers import Facts, peers
 from it3_lightning.benchmark.results import Distances, Record, Results
-from it3_lightning.benchmark.rows import Kind, Row, rows_for
+from it3_lightning.benchmark.rows import (
+    PERTURBED,
+    Kind,
+    Row,
+    asked_for,
+    control_rows,
+    control_trainings,
+    rows_for,
+)
 from it3_lightning.benchmark.scoring import Progress, Scoring, quiet, streaming, threads
 from it3_lightning.benchmark.tune import at_chosen_rates
 from it3_lightning.data import ShiftedData
@@ -50,9 +58,14 @@ class Benchmark(BenchmarkSettings):
             kind.check(self.recipe.distance)
             facts = about(self, probe, data, configuration)
             check_folder(Path(self.output), facts["training"])
-            rows = [r for r in rows_for(self.recipe, kind) if r.main or self.rows == "all"]
+            rows = rows_for(self.recipe, kind)
+            controls = control_trainings(self, kind)
+            if self.controls:
+                rows += control_rows(self.recipe, kind, controls)
+            rows = asked_for(rows, self.rows)
             rows = _with(rows, self._peers(probe, kind, data))
             moving = [r for r in rows if r.published and r.settings and r.settings.steps]
+            moving = [row for row in moving if row.training != PERTURBED]
             results = Results(
                 self.metric,
                 rows,
@@ -83,7 +96,11 @@ class Benchmark(BenchmarkSettings):
             return []
         batch = next(iter(data.val_dataloader()))
         facts = Facts.of(model, kind, model.it3_inputs(batch))
-        return peers(self.methods, facts, self.heads, self.alone)
+        rows = peers(self.methods, facts, self.heads, self.alone)
+        again = [r for r in rows if r.training == "ordinary" and r.samples is None]
+        if PERTURBED not in control_trainings(self, kind):
+            return rows
+        return rows + [replace(row, training=PERTURBED) for row in again]
 
     def _pairs(self, rows: Sequence[Row]) -> list[tuple[Row, str]]:
         """Return what is scored."""

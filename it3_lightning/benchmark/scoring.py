@@ -19,10 +19,10 @@ from rich.progress import Progress as Bar
 
 from it3_lightning.benchmark.config import BenchmarkSettings, stream_and_size
 from it3_lightning.benchmark.kept import kept, rebuilt
-from it3_lightning.benchmark.models import MakeModel, Models, models_of
+from it3_lightning.benchmark.models import MakeModel, Models, further_model, models_of
 from it3_lightning.benchmark.peers import training_of
 from it3_lightning.benchmark.results import Record
-from it3_lightning.benchmark.rows import Row
+from it3_lightning.benchmark.rows import Row, Training
 from it3_lightning.callbacks.test_time import TestTimeCallback
 from it3_lightning.data import ShiftedData
 from it3_lightning.engine.selection import select
@@ -54,12 +54,20 @@ class Scoring:
     _files: dict[int, _Kept] = field(default_factory=dict, init=False)
 
     def models(self, seed: int) -> Models:
-        """Return the trained models of a seed; those of one seed at a time are in memory."""
+        """Return the three trained models of a seed; those of one seed at a time are in memory."""
         if seed not in self._models:
             say, training = self.progress.say, self.facts["training"]
             found = models_of(self.settings, seed, self.make_model, self.data, say, training)
             self._models = {seed: found}
         return self._models[seed]
+
+    def model(self, seed: int, training: Training) -> IT3Mixin:
+        """Return the model of a seed and a training, which is done where it has not been."""
+        models = self.models(seed)
+        if training not in models:
+            given = self.settings, seed, self.make_model, self.data, self.progress.say
+            models[training] = further_model(training, models, *given, self.facts["training"])
+        return models[training]
 
     def records(
         self, row: Row, seed: int, stream: str, *, batches: int | None = None
@@ -79,7 +87,7 @@ class Scoring:
         key = self._key(row, stream, batches)
         if key not in scores.records:
             self.progress.say(f"seed {seed}, {stream}: {row.training}, {row.name}")
-            model = self.models(seed)[row.training]
+            model = self.model(seed, row.training)
             with streaming(self.data, seed, stream):
                 scores.add(key, scored(self.settings, row, model, self.data, stream, batches))
         self.progress.advance()

@@ -103,6 +103,17 @@ class Conditioning(nn.Module, ABC):
         self._attached = True
         return None
 
+    def detach(self, network: nn.Module) -> None:
+        """Take the hooks off the network's layers again, for another conditioning; for good."""
+        for layer in network.modules():
+            for hooks, others in (
+                (layer._forward_hooks, layer._forward_hooks_with_kwargs),
+                (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs),
+            ):
+                for number in [n for n, hook in hooks.items() if self.owns(hook)]:
+                    del hooks[number]
+                    others.pop(number, None)
+
     @contextmanager
     def given(
         self, prior: Tensor | None, present: Tensor | None = None, context: Tensor | None = None

@@ -335,10 +335,7 @@ def _single_pass(
     """Run the step once, each sample on its prior or on the neutral one."""
     given, prior, context = _label_prior(module, settings, batch)
     present = settings.present(prior.shape[0], prior.device)
-    shown, structure = tree_flatten(module.it3_inputs(given))
-    plain = tree_leaves(module.it3_inputs(batch))
-    leaves = [_chosen(present, a, b) for a, b in zip(shown, plain, strict=True)]
-    mixed = module.it3_with_inputs(batch, tree_unflatten(leaves, structure))
+    mixed = _mixed(module, present, batch, module.it3_inputs(given))
     output = _given(module, prior, step, mixed, present, context)
     return output, loss_of(output)
 
@@ -367,6 +364,26 @@ def _own(module: Conditioned, inputs: Any) -> Tensor:
         prior = module.it3_parts()[0].from_output(module.predict_with(inputs, None))
     torch.clear_autocast_cache()  # weights cast without a gradient must not serve the other passes
     return prior
+
+
+def partly(
+    module: Conditioned, perturbation: Callable[[Any], Any], batch: Any, share: float = 0.5
+) -> Any:
+    """Return a batch of which a share of the samples, drawn at random, has perturbed inputs.
+
+    Ordinary training on such batches is the matched control of a label pass that perturbs inputs.
+    """
+    inputs = module.it3_inputs(batch)
+    present = torch.rand(batch_size(inputs), device=module.device) < share
+    return _mixed(module, present, batch, perturbation(inputs))
+
+
+def _mixed(module: Conditioned, present: Tensor, batch: Any, inputs: Any) -> Any:
+    """Return a batch with other inputs for the samples that are present, ``(B,)`` booleans."""
+    shown, structure = tree_flatten(inputs)
+    plain = tree_leaves(module.it3_inputs(batch))
+    leaves = [_chosen(present, a, b) for a, b in zip(shown, plain, strict=True)]
+    return module.it3_with_inputs(batch, tree_unflatten(leaves, structure))
 
 
 def _chosen(present: Tensor, a: Any, b: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from helpers.benchmark_runs import benchmark, digits, make_model
 from lightning.pytorch import Trainer, seed_everything
 
-from it3_lightning import ClassPrior, DualPass, FeatureInjection
+from it3_lightning import ClassPrior, DualPass, FeatureInjection, RandomNoise
 from it3_lightning.benchmark import Results, Row, Tuning, models
 from it3_lightning.benchmark.config import Recipe
 from it3_lightning.benchmark.models import about
@@ -159,3 +159,100 @@ def test_kept_models_are_states_alone_and_a_damaged_file_trains_again(tmp_path: 
     with pytest.warns(UserWarning, match=r"seed_0\.ckpt is damaged .* It is made again"):
         again = benchmark(tmp_path).run(make_model, digits())
     assert [r.score for r in again.records] == [r.score for r in first.records]
+
+
+def by_hand(epochs: int) -> IT3Classifier:
+    """Train as an ordinary module does, seed 0, half of each batch with noise."""
+    seed_everything(0, verbose=False)
+    model, loader, noise = make_model(), digits().train_dataloader(), RandomNoise()
+    optimizer = model.configure_optimizers()
+    for _ in range(epochs):
+        for images, labels in loader:
+            present = torch.rand(len(images)) < 0.5
+            x = torch.where(present[:, None, None, None], noise(images), images)
+            optimizer.zero_grad()
+            torch.autograd.backward(torch.nn.functional.cross_entropy(model(x), labels))
+            optimizer.step()
+    return model
+
+
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
+    folder = tmp_path_factory.mktemp("controls")
+    settings = benchmark(folder, controls=True, distance_samples=0)
+    return folder, settings.run(make_model, digits())
+
+
+def states(folder: Path, training: str) -> dict[str, torch.Tensor]:
+    content = torch.load(folder / "models" / f"seed_0_{training.replace(' ', '_')}.ckpt")
+    return dict(content["states"])
+
+
+def test_the_control_of_perturbed_inputs_is_ordinary_training_on_them(
+    controlled: tuple[Path, Results],
+) -> None:
+    folder, _ = controlled
+    reference = by_hand(epochs=2)
+    found = states(folder, "perturbed")
+    for name, weight in reference.network.named_parameters():
+        torch.testing.assert_close(found[f"network.{name}"], weight.data)
+
+
+def test_conditionings_of_controls_leave_their_network_alone(
+    controlled: tuple[Path, Results],
+) -> None:
+    folder, results = controlled
+    network = {k: v for k, v in states(folder, "perturbed").items() if k.startswith("network.")}
+    widths = {}
+    for training in ("perturbed post-hoc", "perturbed unequal", "perturbed context"):
+        found = states(folder, training)
+        assert all(torch.equal(found[name], weight) for name, weight in network.items())
+        (first,) = (v for k, v in found.items() if k.endswith("first.weight"))
+        widths[training] = first.shape[1]
+        assert any(v.any() for k, v in found.items() if k.endswith("last.weight"))  # it has learnt
+    assert list(widths.values()) == [10, 10, 20]  # the context is as wide as the prior
+    for name in ("source", "batch statistics"):
+        scores = {
+            tuple(results.scores(row, "equal", ["contrast"]))
+            for row in results.rows
+            if row.training.startswith("perturbed") and row.name == name
+        }
+        assert len(scores) == 1
+
+
+def test_controls_are_trained_once_and_only_for_their_rows(
+    controlled: tuple[Path, Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, results = controlled
+    fitted = []
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: fitted.append(1))
+    again = benchmark(folder, controls=True, distance_samples=0).run(make_model, digits())
+    assert again.records == results.records
+    (folder / "models" / "seed_0_perturbed_context.ckpt").unlink()
+    given: dict[str, Any] = {
+        "controls": True,
+        "distance_samples": 0,
+        "streams": ("equal", "correlated"),
+    }
+    benchmark(folder, rows=["perturbed unequal: *"], **given).run(make_model, digits())
+    assert not fitted
+    some = benchmark(folder, rows=["perturbed context: second prediction"], **given)
+    named = [(r.training, r.name) for r in some.run(make_model, digits()).rows]
+    assert named == [
+        ("perturbed context", name) for name in ("source", "batch statistics", "second prediction")
+    ]
+    assert len(fitted) == 1
+
+
+def test_on_a_network_that_is_given_controls_are_conditionings_alone(tmp_path: Path) -> None:
+    settings = benchmark(tmp_path, controls=True, pretrained=True, distance_samples=0)
+    trainings = {row.training for row in settings.run(make_model, digits()).rows}
+    assert trainings == {"ordinary", "joint", "post-hoc", "post-hoc unequal", "post-hoc context"}
+
+
+def test_a_row_that_is_not_there_is_named_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=r"Unknown row 'joint: tent'.*ordinary: Tent"):
+        benchmark(tmp_path, rows=["joint: tent"]).run(make_model, digits())

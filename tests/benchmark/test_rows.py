@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,12 @@ from it3_lightning import (
 )
 from it3_lightning.benchmark import Row, rows_for
 from it3_lightning.benchmark.config import Recipe
-from it3_lightning.benchmark.rows import Kind
+from it3_lightning.benchmark.rows import (
+    Kind,
+    ShuffledPrior,
+    control_rows,
+    control_trainings,
+)
 from it3_lightning.data import BundledDataModule
 from it3_lightning.engine import Settings
 from it3_lightning.methods import Entropy, Idempotence
@@ -159,3 +165,44 @@ def test_only_the_default_objective_takes_steps_of_polyak() -> None:
     for row in moving:
         assert row.settings is not None
         assert (row.settings.optimizer == "polyak") is row.name.startswith("default")
+
+
+def test_controls_are_those_that_go_with_model_and_settings(tmp_path: Path) -> None:
+    classes = Kind(classes=True, batch_norm=True)
+    settings = benchmark(tmp_path, controls=True)
+    beside = ["perturbed", "perturbed post-hoc"]
+    used = ["perturbed unequal", "perturbed context"]
+    assert control_trainings(settings, classes) == beside + used
+    for kind in (
+        replace(classes, context="batch"),
+        replace(classes, balanced=False),
+        replace(classes, redrawn=False),
+        Kind(classes=False, batch_norm=True, values=True),
+    ):
+        assert control_trainings(settings, kind) == beside
+    unperturbed = benchmark(tmp_path, controls=True, posthoc=DualPass())
+    assert control_trainings(unperturbed, classes) == ["post-hoc unequal", "post-hoc context"]
+    assert control_trainings(benchmark(tmp_path), classes) == []
+
+
+def test_control_rows_are_no_rows_that_are_there() -> None:
+    kind = Kind(classes=True, batch_norm=True)
+    trainings = ["perturbed", "perturbed context"]
+    rows = [*rows_for(Recipe(), kind), *control_rows(Recipe(), kind, trainings)]
+    names = [(row.training, row.name) for row in rows]
+    assert len(names) == len(set(names))
+    kept = next(row for row in rows if row.name == "published objective, kept moments")
+    assert kept.settings is not None
+    assert (kept.settings.reset, kept.settings.optimizer) == ("weights", "adam")
+    without = control_rows(Recipe(), replace(kind, batch_norm=False), trainings)
+    assert not any("evidence" in r.name or "statistics" in r.name for r in without)
+
+
+def test_a_shuffled_prior_is_that_of_the_sample_before() -> None:
+    def second(prior: torch.Tensor) -> torch.Tensor:
+        return 10 * prior
+
+    passes: Any = SimpleNamespace(y0=torch.tensor([[1.0], [2.0], [3.0]]), second=second)
+    assert ShuffledPrior().predict(passes).tolist() == [[30.0], [10.0], [20.0]]
+    shuffled = control_rows(Recipe(), Kind(classes=True, batch_norm=True), [])
+    assert not any(row.goes_with("equal/1") for row in shuffled if "shuffled" in row.name)

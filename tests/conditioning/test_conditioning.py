@@ -134,3 +134,20 @@ def test_a_layer_that_is_compiled_later_keeps_its_conditioning(kind: str) -> Non
     model.layer = nn.Linear(4, 8)
     with pytest.raises(ValueError, match="its layer was replaced since"):
         model.it3_conditioning.attach(model, model.it3_prior)
+
+
+@pytest.mark.parametrize("kind", [*CONDITIONINGS])
+def test_a_detached_one_leaves_no_hook_and_its_place_to_another(kind: str) -> None:
+    model, x = Model(CONDITIONINGS[kind]()), torch.randn(3, 4)
+    model.it3_conditioning.detach(model)
+    layers = [*model.modules()]
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    names = [*hooks, *(f"{name}_with_kwargs" for name in hooks)]
+    assert not any(getattr(layer, name) for layer in layers for name in names)
+    other = FeatureInjection("layer")
+    model.it3_conditioning = attached(other, model, model.it3_prior)
+    for weight in other.parameters():
+        nn.init.normal_(weight)
+    prior = model.it3_prior.from_target(torch.tensor([0, 1, 2]))
+    assert not torch.equal(model.conditioned(x, prior), model.layer(x))
+    torch.testing.assert_close(model(x), model.layer(x))

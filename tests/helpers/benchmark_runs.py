@@ -35,6 +35,7 @@ def digits(**sizes: int) -> DigitsDataModule:
 
 def benchmark(folder: Path, **arguments: object) -> Benchmark:
     settings = {"epochs": 1, "posthoc_epochs": 1, "streams": ("equal",), "accelerator": "cpu"}
+    settings["controls"] = False
     return Benchmark(output=str(folder), **{**settings, **arguments})  # type: ignore[arg-type]
 
 
