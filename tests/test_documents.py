@@ -14,6 +14,7 @@ from unittest.mock import patch
 import grimp
 import pytest
 import yaml
+from helpers.reader import reader
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -21,19 +22,9 @@ from it3_lightning.cli import main
 from it3_lightning.engine import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (
-    "README.md",
-    "RESULTS.md",
-    "CONTRIBUTING.md",
-    "docs/testing.md",
-    "docs/ttt_layers.md",
-    "docs/which_method.md",
-)
-RUN = (
-    "CONTRIBUTING.md",
-    "docs/methods.md",
-    "docs/ttt_layers.md",
-)  # their examples are whole programs
+PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *PAGES)
+WHOLE = ("CONTRIBUTING.md", "docs/from_torch_ttt.md", "docs/ttt_layers.md")
 TOP = ("it3_lightning", "configs", "tests", "examples", ".ci")  # folders
 PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(map(re.escape, TOP))})/[\w./-]*")
 FILE = re.compile(r"`(\.?[\w-]+\.(?:md|toml|cff|yaml))`")  # at the top
@@ -47,21 +38,53 @@ def text(name: str) -> str:
 
 
 def blocks(name: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text(name), re.DOTALL | re.MULTILINE)
+    return re.findall(
+        rf"^```{re.escape(language)}\n(.*?)^```$", text(name), re.DOTALL | re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_paths_in_documents_exist(name: str) -> None:
     paths = {path.rstrip(".") for path in PATH.findall(text(name))}
     paths |= set(FILE.findall(text(name))) - {"table.md", "tuning.md"}  # of a benchmark
-    assert paths
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
 
 
-def test_links_in_the_readme_lead_to_files() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text("README.md")) if ":" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).is_file()] == []
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_to_files(name: str) -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text(name)) if ":" not in link]
+    folder = (ROOT / name).parent
+    assert [link for link in links if not (folder / link.partition("#")[0]).is_file()] == []
+
+
+def test_the_readme_and_the_first_page_lead_to_every_page() -> None:
+    pages = {Path(page).stem for page in PAGES} - {"index"}
+    assert {page for page in pages if f"docs/{page}.md" not in text("README.md")} <= {
+        "api",
+        "testing",
+    }
+    listed = "\n".join(blocks("docs/index.md", "{toctree}")).split()
+    assert sorted(set(listed) & pages) == sorted(pages)
+
+
+def test_the_documents_are_built_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
+    found = subprocess.run(
+        [*command, "docs", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    page = (tmp_path / "api.html").read_text()
+    assert all(name in page for name in ("IT3Mixin", "IT3TestTimeCallback", "TTTLinear", "ROID"))
+
+
+def test_the_figure_is_what_its_script_draws(tmp_path: Path) -> None:
+    runpy.run_path(str(ROOT / "docs/draw_how_it_works.py"))["draw"](tmp_path / "figure.svg")
+    words = [re.findall(r"<text[^>]*>([^<]+)<", path.read_text()) for path in _figures(tmp_path)]
+    assert words[0] == words[1] != []
+
+
+def _figures(folder: Path) -> tuple[Path, Path]:
+    return folder / "figure.svg", ROOT / "docs/how_it_works.svg"
 
 
 def test_the_map_names_every_folder_of_the_package() -> None:
@@ -79,7 +102,7 @@ def test_laws_name_tests_that_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", [pytest.param(block, id=name) for name in RUN for block in blocks(name, "python")]
+    "code", [pytest.param(block, id=name) for name in WHOLE for block in blocks(name, "python")]
 )
 def test_examples_that_are_whole_run(code: str, tmp_path: Path) -> None:
     file = tmp_path / "example.py"
@@ -91,6 +114,18 @@ def test_examples_that_are_whole_run(code: str, tmp_path: Path) -> None:
         test()
 
 
+@pytest.mark.parametrize("name", [n for n in ("README.md", *PAGES) if n not in WHOLE])
+def test_examples_run_on_what_a_reader_has(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (code := blocks(name, "python")):
+        return
+    names = reader(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for block in code:
+        exec(compile(block.replace("cuda", "cpu"), name, "exec"), names)
+
+
 def commands(name: str) -> list[list[str]]:
     """Return the arguments of the commands `it3 benchmark` in a document that name a config."""
     lines = "".join(blocks(name, "sh")).replace("\\\n", " ").splitlines()
@@ -99,12 +134,12 @@ def commands(name: str) -> list[list[str]]:
     return [[word for word in words if not word.startswith("$")] for words in found]
 
 
-@pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "docs/which_method.md"])
+@pytest.mark.parametrize("name", ["command_line", "results", "which_method"])
 def test_benchmarks_in_documents_are_understood(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    found = commands(name)
+    found = commands(f"docs/{name}.md")
     assert found
     for arguments in found:
         with pytest.raises(SystemExit) as ended:

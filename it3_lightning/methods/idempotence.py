@@ -26,8 +26,8 @@ class Idempotence(TestTimeMethod):
 
     With ``reliability=None`` and ``balance=0`` it is the published objective. By default only
     reliable samples count, those whose second prediction confirms the first. It gains somewhat less
-    than the published form, and costs less where that one loses; see RESULTS.md, which has each
-    part as a row of its own.
+    than the published form, and costs less where that one loses; docs/results.md has each part as
+    a row of its own.
 
     Args:
         distance: a name, or a callable ``(B, C, ...), (B, C, ...) -> (B,)``.
