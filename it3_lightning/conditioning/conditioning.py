@@ -23,7 +23,7 @@ def seen(
     Args:
         source: knows the presence flag and the neutral prior.
         prior: ``(B, C, ...)`` in label space, beside any context, or ``None``.
-        present: ``(B,)`` booleans, or ``None`` for all.
+        present: ``(B,)`` booleans, or ``(B, ...)`` of its positions; ``None`` for all.
         batch_size: of the neutral prior, where none is given.
         like: device and, where it is floating, data type of the result.
 
@@ -40,7 +40,8 @@ def seen(
         return given
     neutral = source.neutral_input(given.shape[0], given)
     neutral = neutral.reshape(*neutral.shape[:2], *[1] * (given.ndim - 2))
-    return torch.where(present.reshape(-1, *[1] * (given.ndim - 1)), given, neutral)
+    shape = (present.shape[0], 1, *present.shape[1:], *[1] * (given.ndim - 1 - present.ndim))
+    return torch.where(present.reshape(shape), given, neutral)
 
 
 @dataclass
@@ -49,7 +50,8 @@ class Shown:
 
     Args:
         prior: ``(B, C, ...)`` in label space, beside any context; ``None``: the neutral one.
-        present: ``(B,)`` booleans: samples that see the prior; ``None``: all.
+        present: ``(B,)`` booleans, samples that see the prior, or ``(B, ...)``, positions that do;
+            the others see the neutral one. ``None``: all.
         ran: names of the layers where it has entered.
     """
 
@@ -122,7 +124,7 @@ class Conditioning(nn.Module, ABC):
 
         Args:
             prior: ``(B, C, ...)`` in label space, or ``None``.
-            present: ``(B,)`` booleans: samples that see the prior; the others see the neutral one.
+            present: see :class:`Shown`.
             context: ``(1, K)``, for a prior that has one; default: that of these priors.
 
         Raises:

@@ -96,13 +96,15 @@ class FeatureInjection(Conditioning):
         return (injected, *output[1:])
 
     def _combined(self, layout: Layout, own: str, features: Tensor, prior: Tensor) -> Tensor:
-        embedding = self.embedders[own](prior).to(features.dtype)
+        embedding, present = self.embedders[own](prior).to(features.dtype), self.shown.present
+        if present is not None and present.ndim > 1:  # positions without a prior add nothing
+            embedding, present = torch.where(present.unsqueeze(1), embedding, 0.0), None
         parts, batch_axis = layout.laid_out(embedding, features)
         injected = features + parts[0] if len(parts) == 1 else features * (1 + parts[0]) + parts[1]
-        if self.shown.present is None:
+        if present is None:
             return injected
         shape = [-1 if axis == batch_axis else 1 for axis in range(features.ndim)]
-        return torch.where(self.shown.present.reshape(shape), injected, features)
+        return torch.where(present.reshape(shape), injected, features)
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

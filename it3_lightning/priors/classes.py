@@ -24,8 +24,8 @@ class ClassPrior(Prior):
         outputs: what the network puts out: ``"logits"`` or ``"probabilities"``.
         neutral: see :class:`Prior`.
         neutral_value: see :class:`Prior`.
-        ignore_index: the label that the loss ignores, such as -100; its prior says nothing: all
-            classes alike.
+        ignore_index: the label that the loss ignores, such as -100: such samples see the neutral
+            prior.
         context: ``"batch"``: beside its own prior each sample sees the mean of its batch's, which
             for first predictions says how frequent the classes are in this batch. The second pass
             learns how far to trust it; train it with ``DualPass(own_share=1.0, unequal_share=0.5)``
@@ -88,6 +88,10 @@ class ClassPrior(Prior):
         if self.channels == 2 and target.is_floating_point():
             return both(shares(target.reshape(-1, 1), self.ignore_index))
         return one_hot(target.flatten(), self.channels, self.ignore_index)
+
+    def known(self, target: Tensor) -> Tensor | None:
+        """Return which samples have a label that is not ignored, ``(B,)``; ``None``: all."""
+        return counted(target.flatten(), self.ignore_index) if is_single(target) else None
 
     def from_output(self, output: Tensor) -> Tensor:
         """Return ``(B, C)`` probabilities."""
@@ -157,6 +161,18 @@ def one_hot(target: Tensor, classes: int, ignore_index: int | None = None) -> Te
     check_range(indices, 0, classes - 1, f"Set num_classes to the labels' number of classes{_OR}.")
     vectors = F.one_hot(indices, classes).movedim(-1, 1).to(torch.get_default_dtype())
     return vectors.masked_fill(ignored.unsqueeze(1), 1 / classes)
+
+
+def counted(target: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Return where labels are not ignored; ``None``: everywhere.
+
+    >>> counted(torch.tensor([1, 255]), 255), counted(torch.tensor([1, 0]), 255)
+    (tensor([ True, False]), None)
+    """
+    if ignore_index is None:
+        return None
+    found = target != ignore_index
+    return None if bool(found.all()) else found
 
 
 _RARE = 0.02  # of the frequency that classes have on average: less is all the same

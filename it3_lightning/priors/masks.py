@@ -11,6 +11,7 @@ from it3_lightning.priors.classes import (
     OutputKind,
     both,
     check_outputs,
+    counted,
     distributions,
     mean_outputs,
     one_hot,
@@ -36,8 +37,8 @@ class MaskPrior(Prior):
         outputs: what the network puts out: ``"logits"`` or ``"probabilities"``.
         neutral: see :class:`Prior`.
         neutral_value: see :class:`Prior`.
-        ignore_index: the label of pixels that the loss ignores, such as 255; the prior says
-            nothing there: all classes alike.
+        ignore_index: the label of pixels that the loss ignores, such as 255: there the network
+            sees the neutral prior.
 
     Shapes:
         targets ``(B, H, W)`` or ``(B, 1, H, W)`` indices, or ``(B, C, H, W)`` probabilities;
@@ -69,9 +70,9 @@ class MaskPrior(Prior):
 
     def from_target(self, target: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` maps."""
-        if self.channels > 1 and target.ndim == 4 and target.shape[1] == self.channels:
+        if self._shares(target):
             return distributions(target)
-        maps = target.squeeze(1) if target.ndim == 4 and target.shape[1] == 1 else target
+        maps = _single_map(target)
         if maps.ndim != 3:
             raise ValueError(
                 f"MaskPrior({self.channels}) expected a target of shape (B, H, W) or "
@@ -80,6 +81,10 @@ class MaskPrior(Prior):
         if self.channels > 1:
             return one_hot(maps, self.channels, self.ignore_index)
         return shares(maps.unsqueeze(1), self.ignore_index)
+
+    def known(self, target: Tensor) -> Tensor | None:
+        """Return which pixels are not ignored, ``(B, H, W)``; ``None``: all."""
+        return None if self._shares(target) else counted(_single_map(target), self.ignore_index)
 
     def from_output(self, output: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` probabilities."""
@@ -126,3 +131,12 @@ class MaskPrior(Prior):
         """Return the constructor's arguments."""
         own = {"num_classes": self.channels, "outputs": self.outputs}
         return {**own, **super().init_args(), "ignore_index": self.ignore_index}
+
+    def _shares(self, target: Tensor) -> bool:
+        """Whether a target has probabilities of the classes, not their indices."""
+        return self.channels > 1 and target.ndim == 4 and target.shape[1] == self.channels
+
+
+def _single_map(target: Tensor) -> Tensor:
+    """Return one map of each sample: ``(B, 1, H, W) -> (B, H, W)``; others as they are."""
+    return target.squeeze(1) if target.ndim == 4 and target.shape[1] == 1 else target

@@ -122,6 +122,13 @@ class Prior(nn.Module, ABC):
     def from_target(self, target: Tensor) -> Tensor:
         """Bring a target into label space, ``(B, C, ...)``."""
 
+    def known(self, target: Tensor) -> Tensor | None:
+        """Return where a target says something, booleans ``(B,)`` or ``(B, ...)`` of its positions.
+
+        What it says nothing of is shown as the neutral prior. ``None``: it says something all over.
+        """
+        return None
+
     @abstractmethod
     def from_output(self, output: Tensor) -> Tensor:
         """Bring a network's output into label space, ``(B, C, ...)``, differentiably."""

@@ -21,6 +21,8 @@ class Classifier(Supervised):
     Args:
         network: ``(B, ...) -> (B, C)`` logits.
         optimizer: makes the optimizer; default Adam, 1e-3.
+        ignore_index: the label of samples that count in no loss and no score, such as -100; give it
+            to ``ClassPrior`` too.
         auroc: also log :class:`~it3_lightning.tasks.AUROC` in validation and test. It keeps the
             logits of a whole dataloader until its end.
     """
@@ -30,19 +32,33 @@ class Classifier(Supervised):
         network: nn.Module,
         *,
         optimizer: OptimizerCallable | None = None,
+        ignore_index: int | None = None,
         auroc: bool = False,
     ) -> None:
         super().__init__(network, optimizer=optimizer)
+        self.ignore_index = ignore_index
         self.auroc = auroc
 
     def scores(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return cross-entropy and accuracy of logits ``(B, C)`` and labels ``(B,)``."""
-        accuracy = (outputs.argmax(dim=1) == target).float().mean()
-        return {"loss": F.cross_entropy(outputs, target), "acc": accuracy}
+        if self.ignore_index is None:
+            accuracy = (outputs.argmax(dim=1) == target).float().mean()
+            return {"loss": F.cross_entropy(outputs, target), "acc": accuracy}
+        kept = target != self.ignore_index
+        count, known = kept.sum().clamp_min(1), target.masked_fill(~kept, 0)
+        losses = F.cross_entropy(outputs, known, reduction="none")
+        right = (outputs.argmax(dim=1) == known) & kept
+        return {"loss": (losses * kept).sum() / count, "acc": right.sum() / count}
+
+    def size(self, target: Tensor) -> int:
+        """Return the number of samples that count."""
+        return (
+            len(target) if self.ignore_index is None else int((target != self.ignore_index).sum())
+        )
 
     def metrics(self) -> dict[str, Metric]:
         """Return the area under the ROC curve, where asked for."""
-        return {"auroc": AUROC()} if self.auroc else {}
+        return {"auroc": AUROC(self.ignore_index)} if self.auroc else {}
 
 
 class IT3Classifier(IT3Mixin, Classifier):
@@ -59,6 +75,9 @@ class AUROC(Metric):
     For two classes that is the binary AUROC. It differs from ``MulticlassAUROC`` where a class has
     no sample: that counts as 0 there, and is left out here. With a single class in all it is NaN.
 
+    Args:
+        ignore_index: the label of samples that do not count.
+
     Shapes:
         ``update`` takes logits ``(B, C)`` and labels ``(B,)``; ``compute`` returns a scalar.
 
@@ -74,13 +93,17 @@ class AUROC(Metric):
     logits: list[Tensor]
     labels: list[Tensor]
 
-    def __init__(self) -> None:
+    def __init__(self, ignore_index: int | None = None) -> None:
         super().__init__()
+        self.ignore_index = ignore_index
         self.add_state("logits", [], dist_reduce_fx="cat")
         self.add_state("labels", [], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Keep a batch."""
+        if self.ignore_index is not None:
+            kept = labels != self.ignore_index
+            logits, labels = logits[kept], labels[kept]
         self.logits.append(logits.detach())
         self.labels.append(labels)
 

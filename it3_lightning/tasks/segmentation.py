@@ -34,6 +34,8 @@ class Segmenter(Supervised):
         tolerance: pixels by which a road may be off; where given, ``correctness``,
             ``completeness`` and ``quality`` are logged, too: see
             :class:`~it3_lightning.tasks.RelaxedScore`.
+        ignore_index: label of pixels that count in no loss and no score, such as 255; give it to
+            ``MaskPrior`` too.
         optimizer: makes the optimizer; default Adam, 1e-3.
 
     Shapes:
@@ -50,6 +52,7 @@ class Segmenter(Supervised):
         num_classes: int = 1,
         loss: MaskLoss = "ce+dice",
         tolerance: float | None = None,
+        ignore_index: int | None = None,
         optimizer: OptimizerCallable | None = None,
     ) -> None:
         super().__init__(network, optimizer=optimizer)
@@ -61,20 +64,28 @@ class Segmenter(Supervised):
                 f"Expected tolerance=None with {num_classes} classes, got {tolerance}: correctness "
                 "and completeness are of binary masks."
             )
+        if tolerance is not None and ignore_index is not None:
+            raise ValueError(
+                f"Expected tolerance=None with ignore_index={ignore_index}, got {tolerance}: "
+                "correctness and completeness count all pixels."
+            )
         self.num_classes = num_classes
+        self.ignore_index = ignore_index
         self.loss: MaskLoss = loss
         self.tolerance = tolerance
 
     def scores(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return the loss of logits ``(B, C, H, W)`` and masks."""
         masks = _masks_for(outputs, target, self.num_classes)
-        return {"loss": mask_loss(outputs, masks, self.loss)}
+        return {"loss": mask_loss(outputs, masks, self.loss, ignore_index=self.ignore_index)}
 
     def metrics(self) -> dict[str, Metric]:
         """Return IoU, and the scores of roads where there is a tolerance."""
+        ignored = self.ignore_index
         if self.num_classes > 1:
-            return {"iou": _OfLogits(MulticlassJaccardIndex(self.num_classes), self.num_classes)}
-        metrics: dict[str, Metric] = {"iou": BinaryJaccardIndex()}
+            index = MulticlassJaccardIndex(self.num_classes, ignore_index=ignored)
+            return {"iou": _OfLogits(index, self.num_classes)}
+        metrics: dict[str, Metric] = {"iou": BinaryJaccardIndex(ignore_index=ignored)}
         if self.tolerance is not None:
             metrics["correctness"] = Correctness(self.tolerance)
             metrics["completeness"] = Completeness(self.tolerance)
@@ -86,7 +97,13 @@ class IT3Segmenter(IT3Mixin, Segmenter):
     """The same with priors: see :class:`~it3_lightning.IT3Mixin` and ``MaskPrior``."""
 
 
-def mask_loss(logits: Tensor, target: Tensor, kind: MaskLoss = "ce+dice") -> Tensor:
+def mask_loss(
+    logits: Tensor,
+    target: Tensor,
+    kind: MaskLoss = "ce+dice",
+    *,
+    ignore_index: int | None = None,
+) -> Tensor:
     """Return the loss of a batch, a scalar, in float32.
 
     Args:
@@ -94,6 +111,7 @@ def mask_loss(logits: Tensor, target: Tensor, kind: MaskLoss = "ce+dice") -> Ten
         target: ``(B, 1, H, W)`` of 0 and 1, or classes ``(B, H, W)``, int64.
         kind: ``"ce"``: (binary) cross-entropy, mean over pixels; ``"dice"``: see
             :func:`dice_loss`; ``"ce+dice"``: their sum, which minds a thin class as well.
+        ignore_index: label of pixels that do not count; where none counts, cross-entropy is 0.
 
     Raises:
         ValueError: The kind is unknown.
@@ -103,16 +121,27 @@ def mask_loss(logits: Tensor, target: Tensor, kind: MaskLoss = "ce+dice") -> Ten
     tensor(0.6931)
     """
     _check_loss(kind)
-    logits = logits.float()
-    loss = logits.new_zeros(())
+    logits, kept = logits.float(), None
+    if ignore_index is not None:
+        kept = target != ignore_index
+        target = target.masked_fill(~kept, 0)
+    loss, over = logits.new_zeros(()), "mean" if kept is None else "none"
     if kind != "dice" and logits.shape[1] == 1:
-        loss = loss + F.binary_cross_entropy_with_logits(logits, target.float())
+        found = F.binary_cross_entropy_with_logits(logits, target.float(), reduction=over)
+        loss = loss + _mean_of(found, kept)
     elif kind != "dice":
-        loss = loss + F.cross_entropy(logits, target)
-    return loss if kind == "ce" else loss + dice_loss(logits, target)
+        loss = loss + _mean_of(F.cross_entropy(logits, target, reduction=over), kept)
+    return loss if kind == "ce" else loss + dice_loss(logits, target, kept=kept)
 
 
-def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
+def _mean_of(values: Tensor, kept: Tensor | None) -> Tensor:
+    """Return the mean of those that are kept, 0 where none is; ``None``: it is one already."""
+    return values if kept is None else (values * kept).sum() / kept.sum().clamp_min(1)
+
+
+def dice_loss(
+    logits: Tensor, target: Tensor, *, smooth: float = 1.0, kept: Tensor | None = None
+) -> Tensor:
     r"""Return the soft Dice loss, the mean over channels of one minus the overlap.
 
     :math:`1 - (2 \sum p\,y + s) / (\sum p + \sum y + s)`, the sums over all pixels of the batch, so
@@ -122,6 +151,7 @@ def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
         logits: see :func:`mask_loss`.
         target: see :func:`mask_loss`.
         smooth: ``s``, pixels.
+        kept: pixels that count, in the shape of the target; ``None``: all.
 
     >>> import torch
     >>> dice_loss(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))  # p = 0.5: 1 - 5 / 7
@@ -133,6 +163,9 @@ def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
     else:
         probabilities = logits.softmax(dim=1)
         truth = F.one_hot(target, classes).movedim(-1, 1).to(logits.dtype)
+    if kept is not None:
+        kept = kept if classes == 1 else kept.unsqueeze(1)
+        probabilities, truth = probabilities * kept, truth * kept
     over = (0, 2, 3)
     overlap = 2 * (probabilities * truth).sum(over) + smooth
     total = probabilities.sum(over) + truth.sum(over) + smooth

@@ -41,6 +41,10 @@ class Supervised(LightningModule):
     def scores(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return scalars of a batch by name; ``"loss"`` is minimised."""
 
+    def size(self, target: Tensor) -> int:
+        """Return how much a batch counts in the mean of its scores over batches."""
+        return len(target)
+
     def metrics(self) -> dict[str, Metric]:
         """Return new metrics of a whole dataloader by name; they take outputs and target."""
         return {}
@@ -92,7 +96,7 @@ class Supervised(LightningModule):
         outputs = self(inputs)
         scores = self.scores(outputs, target)
         named = {f"{stage}_{name}": score for name, score in scores.items()}
-        self.log_dict(named, on_step=False, on_epoch=True, batch_size=len(target))
+        self.log_dict(named, on_step=False, on_epoch=True, batch_size=self.size(target))
         return scores["loss"], outputs, target
 
     def _judge(self, stage: str, outputs: Tensor, target: Tensor, loader: int) -> None:

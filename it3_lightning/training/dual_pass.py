@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -171,22 +171,27 @@ class DualPass:
                 "'single': its one pass is also that in which the network learns of its data."
             )
 
-    def prior(self, prior: Prior, target: Any, own: Callable[[], Tensor]) -> Tensor:
-        """Return the priors of the label pass, ``(B, C, ...)``.
+    def prior(
+        self, prior: Prior, target: Any, own: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the priors of the label pass, ``(B, C, ...)``, and where they say something.
+
+        That is told as in :meth:`~it3_lightning.priors.Prior.known`.
 
         Args:
             prior: brings targets and outputs into label space.
             target: of the batch.
             own: runs the network on the inputs and returns its prediction in label space.
         """
-        given = prior.from_target(target)
+        given, known = prior.from_target(target), prior.known(target)
         if self.perturb_prior:
             given = prior.perturb(given)
         if self.own_share == 0:
-            return given
+            return given, known
         theirs = own()
         chosen = torch.rand(given.shape[0], device=given.device) < self.own_share
-        return torch.where(chosen.reshape(-1, *[1] * (given.ndim - 1)), theirs.to(given), given)
+        given = torch.where(_spread(chosen, given), theirs.to(given), given)
+        return given, None if known is None else known | _spread(chosen, known)
 
     def present(self, batch_size: int, device: torch.device) -> Tensor:
         """Return which samples see their prior in a single pass, ``(B,)`` booleans."""
@@ -257,7 +262,7 @@ def run_passes(
             losses.append(_own_pass(module, given, step))
         undo.run()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        output = _given(module, None, step, batch)
+        output = _given(module, _Priors(None), step, batch)
     neutral = loss_of(output)
     found = [loss for loss in losses if loss is not None]
     if neutral is None or len(found) < len(losses):
@@ -289,24 +294,28 @@ def _redrawn(module: Conditioned, share: float, batch: Any) -> Any:
         )
     if torch.rand(()).item() >= share or len(given) < 2:
         return batch
-    return taken(batch, torch.multinomial(prior.weights(given), len(given), True).tolist())
+    weights, known = prior.weights(given), prior.known(target)
+    if known is not None and known.any():
+        weights = weights * known.reshape(len(given), -1).any(1)
+    return taken(batch, torch.multinomial(weights, len(given), True).tolist())
 
 
 class _SkippedError(Exception):
     """The step returned ``None``, so it may not have run the network."""
 
 
-def _given(
-    module: Conditioned,
-    prior: Tensor | None,
-    step: Step,
-    batch: Any,
-    present: Tensor | None = None,
-    context: Tensor | None = None,
-) -> Any:
-    """Run the step on a prior; a step that skips the batch need not run the network."""
+class _Priors(NamedTuple):
+    """What a pass is shown: priors, where they are present, and any context."""
+
+    prior: Tensor | None
+    present: Tensor | None = None
+    context: Tensor | None = None
+
+
+def _given(module: Conditioned, priors: _Priors, step: Step, batch: Any) -> Any:
+    """Run the step on priors; a step that skips the batch need not run the network."""
     try:
-        with module.it3_parts()[1].given(prior, present, context):
+        with module.it3_parts()[1].given(*priors):
             output = step(batch)
             if output is None:
                 raise _SkippedError
@@ -317,33 +326,34 @@ def _given(
 
 def _label_pass(module: Conditioned, settings: DualPass, batch: Any, step: Step) -> Tensor | None:
     """Run the step on perturbed inputs and the label's perturbed prior, without a trace."""
-    given, prior, context = _label_prior(module, settings, batch)
+    given, priors = _label_priors(module, settings, batch)
     with muted(module):
-        return loss_of(_given(module, prior, step, given, context=context))
+        return loss_of(_given(module, priors, step, given))
 
 
 def _own_pass(module: Conditioned, batch: Any, step: Step) -> Tensor | None:
     """Run the step on the module's own prediction as prior, without a trace."""
-    prior = _own(module, module.it3_inputs(batch))
+    priors = _Priors(_own(module, module.it3_inputs(batch)))
     with muted(module):
-        return loss_of(_given(module, prior, step, copy.copy(batch)))
+        return loss_of(_given(module, priors, step, copy.copy(batch)))
 
 
 def _single_pass(
     module: Conditioned, settings: DualPass, batch: Any, step: Step
 ) -> tuple[Any, Tensor | None]:
     """Run the step once, each sample on its prior or on the neutral one."""
-    given, prior, context = _label_prior(module, settings, batch)
-    present = settings.present(prior.shape[0], prior.device)
+    given, priors = _label_priors(module, settings, batch)
+    assert priors.prior is not None
+    present = settings.present(len(priors.prior), priors.prior.device)
     mixed = _mixed(module, present, batch, module.it3_inputs(given))
-    output = _given(module, prior, step, mixed, present, context)
+    known = priors.present
+    both = present if known is None else known & _spread(present, known)
+    output = _given(module, priors._replace(present=both), step, mixed)
     return output, loss_of(output)
 
 
-def _label_prior(
-    module: Conditioned, settings: DualPass, batch: Any
-) -> tuple[Any, Tensor, Tensor | None]:
-    """Return the batch of the label pass, which the step may change, its priors and any context.
+def _label_priors(module: Conditioned, settings: DualPass, batch: Any) -> tuple[Any, _Priors]:
+    """Return the batch of the label pass, which the step may change, and what it is shown.
 
     The context is that of the first predictions on the same inputs, as at test time; in a stream,
     of as many as count there.
@@ -354,8 +364,9 @@ def _label_prior(
         given = module.it3_with_inputs(batch, settings.perturb_inputs(module.it3_inputs(batch)))
     inputs = module.it3_inputs(given)
     own = cache(lambda: _own(module, inputs))
-    shown = settings.prior(prior, module.it3_target(batch), own)
-    return given, shown, None if prior.context is None else prior.context_of(own()[: prior.window])
+    shown, known = settings.prior(prior, module.it3_target(batch), own)
+    context = None if prior.context is None else prior.context_of(own()[: prior.window])
+    return given, _Priors(shown, known, context)
 
 
 def _own(module: Conditioned, inputs: Any) -> Tensor:
@@ -386,10 +397,15 @@ def _mixed(module: Conditioned, present: Tensor, batch: Any, inputs: Any) -> Any
     return module.it3_with_inputs(batch, tree_unflatten(leaves, structure))
 
 
+def _spread(samples: Tensor, like: Tensor) -> Tensor:
+    """Shape ``(B,)`` so that it broadcasts over ``(B, ...)``."""
+    return samples.reshape(-1, *[1] * (like.ndim - 1))
+
+
 def _chosen(present: Tensor, a: Any, b: Any) -> Any:
     """Take ``a`` where a prior is present and ``b`` where not; other leaves than samples: ``a``."""
     if a is not b and is_graph(a):
         return chosen_graphs(present, a, b)
     if a is b or not isinstance(a, Tensor) or a.shape[:1] != present.shape:
         return a
-    return torch.where(present.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+    return torch.where(_spread(present, a), a, b)

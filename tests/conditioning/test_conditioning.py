@@ -16,7 +16,7 @@ from it3_lightning.conditioning import (
     ForwardArgument,
     InputConcat,
 )
-from it3_lightning.priors import ClassPrior
+from it3_lightning.priors import ClassPrior, MaskPrior, Prior
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +151,47 @@ def test_a_detached_one_leaves_no_hook_and_its_place_to_another(kind: str) -> No
     prior = model.it3_prior.from_target(torch.tensor([0, 1, 2]))
     assert not torch.equal(model.conditioned(x, prior), model.layer(x))
     torch.testing.assert_close(model(x), model.layer(x))
+
+
+class Maps(nn.Module):
+    """A convolution on maps, and a forward that may take a prior and puts it out."""
+
+    def __init__(self, conditioning: Conditioning, prior: Prior) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(2, 5, 1)
+        self.it3_prior = prior
+        self.it3_conditioning = attached(conditioning, self, prior)
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        features: Tensor = self.layer(x)
+        return (
+            features
+            if prior is None
+            else torch.cat([features, prior.expand(-1, -1, *x.shape[2:])], dim=1)
+        )
+
+
+@pytest.mark.parametrize("neutral", ["zeros", "uniform", "constant"])
+@pytest.mark.parametrize("kind", CONDITIONINGS)
+def test_positions_without_a_prior_see_the_neutral_one(kind: str, neutral: Any) -> None:
+    model = Maps(CONDITIONINGS[kind](), MaskPrior(CLASSES, neutral=neutral))
+    x, present = torch.randn(2, 2, 4, 4), torch.rand(2, 4, 4) < 0.5
+    prior = torch.randn(2, CLASSES, 4, 4).softmax(1)
+    found = {}
+    for name, (given, at) in {
+        "all": (prior, None),
+        "none": (None, None),
+        "some": (prior, present),
+    }.items():
+        with model.it3_conditioning.given(given, at):
+            found[name] = model(x)
+    if kind == "argument":  # what broadcasts over positions
+        flag = found["some"][:, -1]
+        assert torch.equal(flag, present.float())
+        fill = {"zeros": 0.0, "uniform": 1 / CLASSES, "constant": -1.0}[neutral]
+        expected = torch.where(present[:, None], prior, fill)
+        assert torch.equal(found["some"][:, 5:-1], expected)
+        return
+    expected = torch.where(present[:, None], found["all"], found["none"])
+    torch.testing.assert_close(found["some"], expected)
+    assert not torch.allclose(found["all"], found["none"])

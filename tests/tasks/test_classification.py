@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.task_runs import loaders, outputs, quiet, targets
 from sklearn.metrics import roc_auc_score
+from torch.utils.data import DataLoader, TensorDataset
 
 from it3_lightning.networks import MLP
 from it3_lightning.tasks import AUROC, Classifier
@@ -45,3 +46,22 @@ def test_auroc_tells_very_confident_scores_apart() -> None:
     metric = AUROC()
     metric.update(torch.tensor([[0.0, 20.0], [0.0, 21.0], [0.0, 22.0]]), torch.tensor([0, 1, 1]))
     assert metric.compute() == 1  # in float32 all three probabilities are 1
+
+
+def test_ignored_labels_count_in_no_loss_and_no_score() -> None:
+    torch.manual_seed(0)
+    x, labels = torch.randn(10, 3), torch.arange(10) % 2
+    ignored = labels.clone()
+    ignored[[1, 2, 3, 6]] = 255  # of the first batch of four, one counts; of the last, both do
+    model = Classifier(MLP(3, 2, (8,)), ignore_index=255, auroc=True)
+    kept = ignored != 255
+    expected, found = (
+        quiet().test(net, DataLoader(TensorDataset(*data), batch_size=size), verbose=False)[0]
+        for net, data, size in (
+            (Classifier(model.network, auroc=True), (x[kept], labels[kept]), 6),
+            (model, (x, ignored), 4),
+        )
+    )
+    assert found == pytest.approx(expected)
+    scores = model.scores(torch.randn(2, 2), torch.tensor([255, 255]))
+    assert [value.item() for value in scores.values()] == [0.0, 0.0]

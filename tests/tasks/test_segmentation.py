@@ -121,6 +121,24 @@ def test_losses_of_half_precision_are_taken_in_full() -> None:
     torch.testing.assert_close(loss, mask_loss(logits.float(), torch.zeros(2, 1, 64, 64)))
 
 
+@pytest.mark.parametrize("kind", ["ce", "dice", "ce+dice"])
+@pytest.mark.parametrize("classes", [1, 4])
+def test_ignored_pixels_count_in_no_loss(classes: int, kind: Any) -> None:
+    logits, target = torch.randn(3, classes, 5, 5), torch.randint(max(2, classes), (3, 5, 5))
+    kept = torch.rand(3, 5, 5) < 0.6
+    ignored = target.masked_fill(~kept, 255)
+    rows = logits.movedim(1, -1)[kept].T[None, :, :, None]  # the pixels that count, as one image
+    expected = mask_loss(rows, _like_logits(target[kept][None, :, None], classes), kind)
+    given = _like_logits(ignored, classes)
+    torch.testing.assert_close(mask_loss(logits, given, kind, ignore_index=255), expected)
+    nothing = torch.full_like(given, 255)
+    assert mask_loss(logits, nothing, kind, ignore_index=255).item() == 0.0
+
+
+def _like_logits(masks: Tensor, classes: int) -> Tensor:
+    return masks if classes > 1 else masks.unsqueeze(1)
+
+
 # Scores
 
 
@@ -155,6 +173,27 @@ def test_iou_of_classes_is_the_mean_over_classes() -> None:
     expected = sum(iou(found == c, masks == c) for c in range(3)) / 3
     assert scores["test_iou"] == pytest.approx(expected)
     assert set(scores) == {"test_loss", "test_iou"}
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_iou_is_that_of_the_pixels_that_count(classes: int) -> None:
+    model = with_priors(classes, ignore_index=255)
+    images, masks = samples(classes=classes)
+    kept = torch.rand(masks.shape) < 0.7
+    data = TensorDataset(images, masks.long().masked_fill(~kept, 255))
+    (scores,) = scored(model, DataLoader(data, batch_size=4))
+    with torch.no_grad():
+        outputs = model.eval()(images)
+    found, true = (outputs.argmax(1) if classes > 1 else outputs > 0)[kept], masks[kept]
+    indices = [1] if classes == 1 else range(3)
+    expected = sum(iou(found == c, true == c) for c in indices) / len(indices)
+    assert scores["test_iou"] == pytest.approx(expected)
+    assert 0 < expected < 1
+
+
+def test_scores_of_roads_know_of_no_pixels_to_ignore() -> None:
+    with pytest.raises(ValueError, match="tolerance=None with ignore_index=255"):
+        Segmenter(SegNet(), tolerance=1.0, ignore_index=255)
 
 
 def test_a_run_counts_nothing_of_an_earlier_one_even_if_that_broke_off() -> None:
