@@ -71,7 +71,7 @@ from it3_lightning.methods import (
 )
 from it3_lightning.perturbations import RandomNoise
 from it3_lightning.predictor import IT3Predictor, Prediction
-from it3_lightning.priors import ClassPrior, MaskPrior, Prior, ValuePrior
+from it3_lightning.priors import ClassPrior, LabelsPrior, MaskPrior, Prior, ValuePrior
 from it3_lightning.training import AuxiliaryMixin, DualPass, IT3Mixin
 
 __all__ = [
@@ -104,6 +104,7 @@ __all__ = [
     "InputConcat",
     "Iterates",
     "LabelShiftEM",
+    "LabelsPrior",
     "MaskPrior",
     "MaskedPatches",
     "Objective",

@@ -6,8 +6,9 @@ distance. The neutral prior says "don't know".
 """
 
 from it3_lightning.priors.classes import ClassPrior
+from it3_lightning.priors.labels import LabelsPrior
 from it3_lightning.priors.masks import MaskPrior
 from it3_lightning.priors.prior import Neutral, Prior
 from it3_lightning.priors.values import ValuePrior
 
-__all__ = ["ClassPrior", "MaskPrior", "Neutral", "Prior", "ValuePrior"]
+__all__ = ["ClassPrior", "LabelsPrior", "MaskPrior", "Neutral", "Prior", "ValuePrior"]

@@ -97,6 +97,11 @@ class ClassPrior(Prior):
         """Return ``(B, C)`` probabilities."""
         return probabilities(output, self.channels, self.outputs)
 
+    def check_output(self, prior: Tensor) -> None:
+        """Refuse outputs that were said to be probabilities and do not add up to 1."""
+        if self.outputs == "probabilities":
+            distributions(prior, NOT_LOGITS)
+
     def mean_output(self, first: Tensor, second: Tensor) -> Tensor:
         """Return outputs, logits or probabilities, of the mean of both probabilities.
 
@@ -198,10 +203,16 @@ def random_weights(prior: Tensor) -> Tensor:
 
 
 _OR = ", or ignore_index to the label that the loss ignores"
+_BINARY = f"Give a binary mask of 0 and 1, or labels of 0 and 1; or set num_classes{_OR}."
 
 
-def shares(target: Tensor, ignore_index: int | None = None) -> Tensor:
+def shares(target: Tensor, ignore_index: int | None = None, advice: str = "") -> Tensor:
     """Return shares of the second of two classes as floating numbers; what is ignored is 1/2.
+
+    Args:
+        target: labels or probabilities.
+        ignore_index: a label that says nothing.
+        advice: what to do, in the error.
 
     Raises:
         ValueError: one lies outside [0, 1].
@@ -215,7 +226,7 @@ def shares(target: Tensor, ignore_index: int | None = None) -> Tensor:
     if values.numel() and not (values.min() >= 0 and values.max() <= 1):
         raise ValueError(
             f"Expected labels or probabilities in 0..1, got {values.min():g} to {values.max():g}. "
-            f"Give a binary mask of 0 and 1, or labels of 0 and 1; or set num_classes{_OR}."
+            f"{advice or _BINARY}"
         )
     return values
 
@@ -223,8 +234,15 @@ def shares(target: Tensor, ignore_index: int | None = None) -> Tensor:
 _SUM = 1e-2  # how far probabilities in half precision may be from adding up to 1
 
 
-def distributions(target: Tensor) -> Tensor:
+NOT_LOGITS = "Scores before a softmax or a sigmoid are outputs='logits'. "
+
+
+def distributions(target: Tensor, advice: str = "") -> Tensor:
     """Return probabilities ``(B, C, ...)`` as floating numbers.
+
+    Args:
+        target: probabilities.
+        advice: what to do, in the error.
 
     Raises:
         ValueError: some are negative, or do not add up to 1 over the classes.
@@ -232,11 +250,13 @@ def distributions(target: Tensor) -> Tensor:
     values = floating(target)
     sums = values.sum(1)
     if values.numel() and not (values.min() >= 0 and (sums - 1).abs().max() <= _SUM):
+        count, maps = values.shape[1], values.ndim > 2
+        other = "they have no prior for maps" if maps else f"LabelsPrior({count}) takes them"
         raise ValueError(
-            f"Expected probabilities of {values.shape[1]} classes, which add up to 1, got values "
-            f"from {values.min():g} to {values.max():g} with sums from {sums.min():g} to "
-            f"{sums.max():g}. Labels that are independent of each other (multi-label) are no "
-            "distribution over classes: write a prior of your own for them, a subclass of Prior."
+            f"Expected probabilities of {count} classes, which add up to 1, got values from "
+            f"{values.min():g} to {values.max():g} with sums from {sums.min():g} to "
+            f"{sums.max():g}. {advice}Labels that are independent of each other (multi-label) are "
+            f"no distribution over classes: {other}."
         )
     return values
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from it3_lightning.priors.classes import (
+    NOT_LOGITS,
     OutputKind,
     both,
     check_outputs,
@@ -100,6 +101,13 @@ class MaskPrior(Prior):
                 "outputs."
             )
         return probabilities(maps, self.channels, self.outputs)
+
+    def check_output(self, prior: Tensor) -> None:
+        """Refuse outputs that were said to be probabilities and are none."""
+        if self.outputs == "probabilities" and self.channels > 1:
+            distributions(prior, NOT_LOGITS)
+        elif self.outputs == "probabilities":
+            shares(prior, advice=NOT_LOGITS)
 
     def neutral_input(self, batch_size: int, like: Tensor) -> Tensor:
         """Return the neutral maps ``(B, C + 1, 1, 1)``, which broadcast over positions."""

@@ -54,7 +54,7 @@ class Prior(nn.Module, ABC):
     """Base of all priors.
 
     Args:
-        channels: channels ``C`` of label space.
+        channels: channels ``C`` of the prior that the network sees, any context apart.
         neutral: the "don't know" signal: ``"zeros"``; ``"uniform"`` (``1/C``); ``"constant"``
             (``neutral_value``, best outside the label range); ``"none"``: no signal at all, for
             conditionings that can leave it out.
@@ -133,6 +133,13 @@ class Prior(nn.Module, ABC):
     def from_output(self, output: Tensor) -> Tensor:
         """Bring a network's output into label space, ``(B, C, ...)``, differentiably."""
 
+    def check_output(self, prior: Tensor) -> None:
+        """Refuse what :meth:`from_output` made of the first outputs, where it cannot be a prior.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
     def mean_output(self, first: Tensor, second: Tensor) -> Tensor:
         """Return an output whose :meth:`from_output` is the mean of those of two outputs."""
         raise NotImplementedError(
@@ -191,12 +198,16 @@ class Prior(nn.Module, ABC):
         return context
 
     def joined(self, prior: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return priors, each beside a context: ``(B, C) -> (B, C + K)``.
+        """Return priors as the conditioning takes them, ``(B, C, ...)``, beside any context.
+
+        With a context ``(B, C) -> (B, C + K)``; without one they are taken as they are.
 
         Args:
             prior: in label space.
             context: ``(1, K)`` or ``(B, K)``; default: that of these priors.
         """
+        if self.context is None:
+            return prior
         found = self.as_context(self.context_of(prior) if context is None else context.to(prior))
         return torch.cat([prior, found.expand(prior.shape[0], -1)], dim=1)
 

@@ -103,8 +103,11 @@ def _outputs(module: Conditioned, inputs: Any) -> Tensor:
 
 def _prior(module: Conditioned, outputs: Tensor) -> Tensor:
     """Return outputs in label space."""
+    prior = module.it3_parts()[0]
     try:
-        return module.it3_parts()[0].from_output(outputs)
+        found = prior.from_output(outputs)
+        prior.check_output(found)
+        return found
     except (IndexError, TypeError, ValueError) as error:
         text = _OUTPUTS.format(name=type(module).__name__, error=_ended(error))
         raise MisconfigurationException(text) from error

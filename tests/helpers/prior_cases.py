@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.toy import seeded
 from it3_lightning import FeatureInjection, IT3Mixin
-from it3_lightning.priors import ClassPrior, MaskPrior, Prior
+from it3_lightning.priors import ClassPrior, LabelsPrior, MaskPrior, Prior
 
 
 class Lit(LightningModule):
@@ -89,7 +89,7 @@ def module(name: str, **args: Any) -> Any:
 
 
 def _dense(outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, outputs))
+    return nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, outputs))
 
 
 def _image(channels: int) -> nn.Module:
@@ -117,9 +117,21 @@ def _softmax(outputs: Tensor) -> Tensor:
     return outputs.exp() / outputs.exp().sum(1, keepdim=True)
 
 
+def _sigmoid(outputs: Tensor) -> Tensor:
+    """Return probabilities that each label is absent and present, ``(B, L) -> (B, 2, L)``."""
+    present = 1 / (1 + (-outputs).exp())
+    return torch.stack([1 - present, present], dim=1)
+
+
+def _some_of(y: Tensor, target: Tensor) -> Tensor:
+    """Return the binary cross-entropy of the labels that are known."""
+    known = target >= 0
+    return F.binary_cross_entropy_with_logits(y[known], target[known].float())
+
+
 CASES: dict[str, Case] = {
     "classes with ignored labels": Case(
-        network=lambda: nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)),
+        network=lambda: _dense(3),
         shape=(5,),
         target=_labels(3, (), -100),
         loss=lambda y, t: F.cross_entropy(y, t, ignore_index=-100),
@@ -137,5 +149,24 @@ CASES: dict[str, Case] = {
         encode=lambda t: _one_hot(t, 4, 255),
         label=_softmax,
         known=lambda t: t != 255,
+    ),
+    "independent labels": Case(
+        network=lambda: _dense(4),
+        shape=(5,),
+        target=_labels(2, (4,)),
+        loss=lambda y, t: F.binary_cross_entropy_with_logits(y, t.float()),
+        prior=lambda: LabelsPrior(4),
+        encode=lambda t: torch.stack([1 - t, t], dim=1).float(),
+        label=_sigmoid,
+    ),
+    "independent labels, some unknown": Case(
+        network=lambda: _dense(2),
+        shape=(5,),
+        target=_labels(2, (2,), -1),
+        loss=_some_of,
+        prior=lambda: LabelsPrior(2, ignore_index=-1),
+        encode=lambda t: torch.stack([1 - t, t], dim=1).where(t[:, None] >= 0, 0.5),
+        label=_sigmoid,
+        known=lambda t: (t >= 0).any(1),
     ),
 }

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers.prior_cases import CASES, module
 from helpers.reference import adapt_stream
 from helpers.toy import differing, everything, quiet
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from it3_lightning import Idempotence, IT3TestTimeCallback
@@ -71,6 +73,11 @@ def test_a_prior_is_made_again_from_plain_data(name: str) -> None:
     target = CASES[name].samples()[1]
     assert torch.equal(again.from_target(target), prior.from_target(target))
     assert again.init_args() == prior.init_args()
+    parser = ArgumentParser()
+    parser.add_argument("--prior", type=Prior)
+    read = parser.instantiate_classes(parser.parse_string(yaml.safe_dump({"prior": described})))
+    assert type(read.prior) is type(prior)
+    assert read.prior.init_args() == prior.init_args()
 
 
 def predicted(model: Any, name: str, **settings: Any) -> Tensor:
