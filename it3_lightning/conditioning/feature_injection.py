@@ -99,7 +99,7 @@ class FeatureInjection(Conditioning):
         embedding, present = self.embedders[own](prior).to(features.dtype), self.shown.present
         if present is not None and present.ndim > 1:  # positions without a prior add nothing
             embedding, present = torch.where(present.unsqueeze(1), embedding, 0.0), None
-        parts, batch_axis = layout.laid_out(embedding, features)
+        parts, batch_axis = layout.laid_out(embedding, features, averaged=self._source.averaged)
         injected = features + parts[0] if len(parts) == 1 else features * (1 + parts[0]) + parts[1]
         if present is None:
             return injected

@@ -65,6 +65,8 @@ class InputConcat(Conditioning):
         weight = next(extra.parameters())
         prior = seen(self._source, self.shown.prior, self.shown.present, output.shape[0], weight)
         inputs = args[0] if args else kwargs["input"]
+        if not self._source.averaged and prior.shape[2:].numel() > 1:
+            layout.check_positions(prior, output)
         if isinstance(extra, nn.Linear):
             term = self._linear(extra, layout, prior, output)
         else:

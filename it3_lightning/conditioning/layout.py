@@ -69,14 +69,40 @@ class Layout:
             sequence_first=_sequence_first(name, modules),
         )
 
-    def laid_out(self, embedding: Tensor, features: Tensor) -> tuple[list[Tensor], int]:
+    def laid_out(
+        self, embedding: Tensor, features: Tensor, *, averaged: bool = True
+    ) -> tuple[list[Tensor], int]:
         """Split an embedding ``(B, n * channels, ...)`` into parts that broadcast over features.
+
+        Args:
+            embedding: of a prior.
+            features: of the layer.
+            averaged: whether features without the embedding's positions may see their average.
 
         Returns:
             The parts, and the features' dimension of the batch.
+
+        Raises:
+            ValueError: the embedding does not fit the features.
         """
+        if not averaged:
+            self.check_positions(embedding, features)
         axes = self.axes(features, embedding.shape[0])
         return [placed(p, features, axes) for p in embedding.split(self.channels, dim=1)], axes[0]  # type: ignore[no-untyped-call]
+
+    def check_positions(self, prior: Tensor, features: Tensor) -> None:
+        """Refuse a prior of a series or a map where the features are none.
+
+        Raises:
+            ValueError: they have another number of dimensions.
+        """
+        if prior.ndim > 2 and prior.ndim != features.ndim:
+            raise ValueError(
+                f"The prior of a {_KINDS[prior.ndim]} with positions {tuple(prior.shape[2:])} does "
+                f"not fit layer {self.name!r}, which puts out {tuple(features.shape)}. Name a "
+                "layer that keeps such positions; or, where there are few values and always as "
+                "many, take them as one vector, ValuePrior(size=...) with layout='BC'."
+            )
 
     def axes(self, features: Tensor, batch: int) -> tuple[int, int]:
         """Return the dimensions of the batch and of the channels.
@@ -140,6 +166,7 @@ def _sequence_first(name: str, modules: Mapping[str, nn.Module]) -> bool:
         near = list(modules[name].children()) if name in modules else []
 
 
+_KINDS = {3: "series", 4: "map", 5: "volume"}
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 

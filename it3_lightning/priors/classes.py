@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from it3_lightning.priors.positions import SeriesLayout, channels_first, laid_out_as
 from it3_lightning.priors.prior import Context, Neutral, Prior
 
 OutputKind = Literal["logits", "probabilities"]
@@ -36,10 +37,14 @@ class ClassPrior(Prior):
             ``"stream"``: the mean along the stream, its own and those of earlier batches, for
             batches of one or a few samples and ``scope="sample"``: a prediction depends on those
             before it. Each dataloader begins anew; batches that are skipped do not count.
+        layout: ``"BC"``: each sample has one label. ``"BTC"``, ``"BCT"``: each is a sequence of
+            labels (tokens), and outputs have their classes last or first. A prior of tokens enters
+            where a layer has tokens, too.
         window: how many samples, about, the mean along a stream is made of.
 
     Shapes:
-        targets ``(B,)`` or ``(B, 1)`` indices, or ``(B, C)`` probabilities; outputs ``(B, C)``.
+        targets ``(B,)`` or ``(B, 1)`` indices, or ``(B, C)`` probabilities; outputs ``(B, C)``. Of
+        sequences, targets ``(B, T)`` indices, or probabilities in the layout of the outputs.
         Where ``num_classes=2``, floating targets ``(B,)`` and ``(B, 1)`` are probabilities of class
         1, and outputs of those shapes its logits.
 
@@ -59,8 +64,14 @@ class ClassPrior(Prior):
         neutral_value: float = -1.0,
         ignore_index: int | None = None,
         context: Context | None = None,
+        layout: SeriesLayout = "BC",
         window: int = 30,
     ) -> None:
+        if layout not in get_args(SeriesLayout) or (context is not None and layout != "BC"):
+            raise ValueError(
+                "Expected layout 'BC', 'BTC' or 'BCT', and 'BC' with a context, got "
+                f"{layout!r} and context={context!r}."
+            )
         super().__init__(
             num_classes,
             neutral=neutral,
@@ -75,27 +86,36 @@ class ClassPrior(Prior):
         check_outputs(outputs)
         self.outputs: OutputKind = outputs
         self.ignore_index = ignore_index
+        self.layout: SeriesLayout = layout
+        self.averaged = layout == "BC"
 
     def from_target(self, target: Tensor) -> Tensor:
-        """Return ``(B, C)`` one-hot vectors, or the given probabilities."""
+        """Return ``(B, C)`` or ``(B, C, T)`` one-hot vectors, or the given probabilities."""
+        if self.layout != "BC" and target.ndim != 2:
+            return distributions(self._first(target))
+        if self.layout != "BC":
+            return one_hot(target, self.channels, self.ignore_index)
         if target.ndim == 2 and target.shape[1] == self.channels:
             return distributions(target)
         if not is_single(target):
             raise ValueError(
                 f"ClassPrior({self.channels}) expected a target of shape (B,) or "
-                f"(B, {self.channels}), got {tuple(target.shape)}. MaskPrior takes maps of classes."
+                f"(B, {self.channels}), got {tuple(target.shape)}. MaskPrior takes maps of "
+                "classes; sequences of labels (B, T) need layout='BTC' or 'BCT', as outputs are."
             )
         if self.channels == 2 and target.is_floating_point():
             return both(shares(target.reshape(-1, 1), self.ignore_index))
         return one_hot(target.flatten(), self.channels, self.ignore_index)
 
     def known(self, target: Tensor) -> Tensor | None:
-        """Return which samples have a label that is not ignored, ``(B,)``; ``None``: all."""
+        """Return which samples, or tokens, have a label that is not ignored; ``None``: all."""
+        if self.layout != "BC":
+            return counted(target, self.ignore_index) if target.ndim == 2 else None
         return counted(target.flatten(), self.ignore_index) if is_single(target) else None
 
     def from_output(self, output: Tensor) -> Tensor:
-        """Return ``(B, C)`` probabilities."""
-        return probabilities(output, self.channels, self.outputs)
+        """Return ``(B, C)`` or ``(B, C, T)`` probabilities."""
+        return probabilities(self._first(output), self.channels, self.outputs)
 
     def check_output(self, prior: Tensor) -> None:
         """Refuse outputs that were said to be probabilities and do not add up to 1."""
@@ -109,17 +129,27 @@ class ClassPrior(Prior):
         >>> ClassPrior(2).mean_output(*both).softmax(1)
         tensor([[0.6250, 0.3750]])
         """
-        return mean_outputs(first, second, self.outputs, single=is_single(first))
+        pair = self._first(first), self._first(second)
+        return self._back(mean_outputs(*pair, self.outputs, single=self._single(first)), first)
 
     def to_output(self, prediction: Tensor, like: Tensor) -> Tensor:
         """Return logits or probabilities, shaped like an output of the network."""
-        return outputs_of(prediction, self.outputs, like, single=is_single(like))
+        single, first = self._single(like), self._first(like)
+        return self._back(outputs_of(prediction, self.outputs, first, single=single), like)
+
+    def neutral_input(self, batch_size: int, like: Tensor) -> Tensor:
+        """Return the neutral prior ``(B, C)``, or ``(B, C, 1)``, which broadcasts over tokens."""
+        values = super().neutral_input(batch_size, like)
+        return values if self.layout == "BC" else values.unsqueeze(2)
 
     def perturb(self, prior: Tensor) -> Tensor:
-        """Mix each sample with a random class, by a random share."""
-        other = torch.randint(self.channels, prior.shape[:1], device=prior.device)
-        share = torch.rand(prior.shape[0], 1, device=prior.device, dtype=prior.dtype)
-        return share * prior + (1 - share) * F.one_hot(other, self.channels).to(prior.dtype)
+        """Mix each sample with a random class, of each token, by a random share."""
+        drawn = (prior.shape[0], *prior.shape[2:])
+        other = torch.randint(self.channels, drawn, device=prior.device)
+        sizes = (prior.shape[0], *[1] * (prior.ndim - 1))
+        share = torch.rand(sizes, device=prior.device, dtype=prior.dtype)
+        random = F.one_hot(other, self.channels).movedim(-1, 1).to(prior.dtype)
+        return share * prior + (1 - share) * random
 
     def as_context(self, context: Tensor) -> Tensor:
         r"""Return frequencies as :math:`\log \frac{C m + 0.02}{1.02}`, 0 where all are the same.
@@ -135,8 +165,29 @@ class ClassPrior(Prior):
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         own = {"num_classes": self.channels, "outputs": self.outputs}
-        context = {"context": self.context, "window": self._window}
+        context = {"context": self.context, "window": self._window, "layout": self.layout}
         return {**own, **super().init_args(), "ignore_index": self.ignore_index, **context}
+
+    def _single(self, output: Tensor) -> bool:
+        """Whether an output is that of class 1 of two classes alone."""
+        return self.layout == "BC" and is_single(output)
+
+    def _first(self, values: Tensor) -> Tensor:
+        """Return sequences with their classes first, ``(B, C, T)``; all else as it is."""
+        if self.layout == "BC":
+            return values
+        if values.ndim != 3 or values.shape[self.layout.index("C")] != self.channels:
+            expected = ", ".join(self.layout).replace("C", str(self.channels))
+            raise ValueError(
+                f"ClassPrior({self.channels}, layout={self.layout!r}) expected labels (B, T) and "
+                f"outputs ({expected}), got {tuple(values.shape)}. Give the layout and the number "
+                "of classes that the network puts out."
+            )
+        return channels_first(values, self.layout)
+
+    def _back(self, values: Tensor, like: Tensor) -> Tensor:
+        """Return sequences in the layout of outputs; all else as it is."""
+        return values if self.layout == "BC" else laid_out_as(values, self.layout, like)
 
 
 def one_hot(target: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:

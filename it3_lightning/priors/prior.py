@@ -74,6 +74,8 @@ class Prior(nn.Module, ABC):
     context: Context | None = None
     context_channels: int = 0
     window: int | None = None
+    averaged: bool = True
+    """Whether a layer without the positions of a prior may see their average."""
     carried: Carried | None = None
     """What a stream has come to, while an adaptation runs."""
     fitted: bool = True

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.toy import seeded
 from it3_lightning import FeatureInjection, IT3Mixin
-from it3_lightning.priors import ClassPrior, LabelsPrior, MaskPrior, Prior
+from it3_lightning.priors import ClassPrior, LabelsPrior, MaskPrior, Prior, ValuePrior
 
 
 class Lit(LightningModule):
@@ -129,6 +129,49 @@ def _some_of(y: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(y[known], target[known].float())
 
 
+def _values(*shape: int, holes: float = 0.0) -> Any:
+    """Draw values around 3, some of which may be missing."""
+
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        values = 3 + 2 * torch.randn(count, *shape, generator=generator)
+        return values.masked_fill(torch.rand(values.shape, generator=generator) < holes, torch.nan)
+
+    return draw
+
+
+def _finite(y: Tensor, target: Tensor) -> Tensor:
+    """Return the squared error of the values that are there."""
+    known = target.isfinite()
+    return F.mse_loss(y.reshape(target.shape)[known], target[known])
+
+
+def _of_tokens(y: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy of outputs (B, T, C)."""
+    return F.cross_entropy(y.flatten(0, 1), target.flatten(), ignore_index=-100)
+
+
+def _series(channels: int) -> nn.Module:
+    convolutions = nn.Conv1d(2, 6, 3, padding=1), nn.Conv1d(6, 6, 1)
+    return nn.Sequential(*convolutions, nn.Tanh(), nn.Conv1d(6, channels, 3, padding=1))
+
+
+class Forecaster(nn.Module):
+    """A recurrent layer, and values of some steps to come, made of its last state."""
+
+    def __init__(self, steps: int, channels: int) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(2, 6, batch_first=True)
+        self.middle = nn.Linear(6, 6)
+        self.head = nn.Linear(6, steps * channels)
+        self.shape = (steps, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map series (B, S, 2) to forecasts (B, steps, channels)."""
+        last = self.middle(self.recurrent(x)[0][:, -1])
+        forecasts: Tensor = self.head(last.tanh()).unflatten(1, self.shape)
+        return forecasts
+
+
 CASES: dict[str, Case] = {
     "classes with ignored labels": Case(
         network=lambda: _dense(3),
@@ -168,5 +211,71 @@ CASES: dict[str, Case] = {
         encode=lambda t: torch.stack([1 - t, t], dim=1).where(t[:, None] >= 0, 0.5),
         label=_sigmoid,
         known=lambda t: (t >= 0).any(1),
+    ),
+    "labels of tokens, classes last, some ignored": Case(
+        network=lambda: _dense(3),
+        shape=(6, 5),
+        target=_labels(3, (6,), -100),
+        loss=_of_tokens,
+        prior=lambda: ClassPrior(3, layout="BTC", ignore_index=-100),
+        encode=lambda t: _one_hot(t, 3, -100),
+        label=lambda y: _softmax(y.transpose(1, 2)),
+        known=lambda t: t != -100,
+    ),
+    "labels of tokens, classes first": Case(
+        network=lambda: _series(3),
+        shape=(2, 3),
+        target=_labels(3, (3,)),
+        loss=F.cross_entropy,
+        prior=lambda: ClassPrior(3, layout="BCT"),
+        encode=lambda t: _one_hot(t, 3, -1),
+        label=_softmax,
+    ),
+    "maps of values": Case(
+        network=lambda: _image(2),
+        shape=(2, 6, 6),
+        target=_values(2, 6, 6),
+        loss=_finite,
+        prior=lambda: ValuePrior(2, layout="BCHW", mean=[3.0, 2.0], std=[2.0, 4.0]),
+        encode=lambda t: torch.stack([(t[:, 0] - 3) / 2, (t[:, 1] - 2) / 4], dim=1),
+        label=lambda y: torch.stack([(y[:, 0] - 3) / 2, (y[:, 1] - 2) / 4], dim=1),
+    ),
+    "a map of values with holes": Case(
+        network=lambda: _image(1),
+        shape=(2, 6, 6),
+        target=_values(6, 6, holes=0.2),
+        loss=_finite,
+        prior=lambda: ValuePrior(layout="BCHW", mean=3.0, std=2.0),
+        encode=lambda t: ((t - 3) / 2).nan_to_num(0.0).unsqueeze(1),
+        label=lambda y: (y - 3) / 2,
+        known=lambda t: t.isfinite(),
+    ),
+    "a series of values": Case(
+        network=lambda: nn.Sequential(*_dense(1).children(), nn.Flatten()),
+        shape=(6, 5),
+        target=_values(6),
+        loss=_finite,
+        prior=lambda: ValuePrior(layout="BTC", mean=3.0, std=2.0),
+        encode=lambda t: ((t - 3) / 2).unsqueeze(1),
+        label=lambda y: ((y - 3) / 2).unsqueeze(1),
+    ),
+    "series of several values": Case(
+        network=lambda: _dense(2),
+        shape=(6, 5),
+        target=_values(6, 2),
+        loss=_finite,
+        prior=lambda: ValuePrior(2, layout="BTC", mean=[3.0, 2.0], std=[2.0, 4.0]),
+        encode=lambda t: torch.stack([(t[..., 0] - 3) / 2, (t[..., 1] - 2) / 4], dim=1),
+        label=lambda y: torch.stack([(y[..., 0] - 3) / 2, (y[..., 1] - 2) / 4], dim=1),
+    ),
+    "a forecast as one vector": Case(
+        network=lambda: Forecaster(4, 2),
+        shape=(5, 2),
+        target=_values(4, 2),
+        loss=_finite,
+        prior=lambda: ValuePrior(8, mean=3.0, std=[2.0 + i for i in range(8)]),
+        encode=lambda t: (t.reshape(-1, 8) - 3) / (2 + torch.arange(8)),
+        label=lambda y: (y.reshape(-1, 8) - 3) / (2 + torch.arange(8)),
+        layer="net.middle",
     ),
 }
