@@ -170,6 +170,22 @@ def taken_apart(value: Any) -> tuple[list[Any], Rebuild]:
     return [leaf for inner, _ in opened for leaf in inner], rebuild
 
 
+DETECTION = (
+    "Detection is out: its targets and predictions are lists of boxes, as many as an image has "
+    "objects, and a prior is one tensor (B, ...), of the same shape for every sample."
+)
+
+
+def has_boxes(value: Any) -> bool:
+    """Whether a value, or the first of several, holds boxes of objects by name.
+
+    >>> has_boxes([{"boxes": torch.zeros(3, 4), "labels": torch.zeros(3)}]), has_boxes([1])
+    (True, False)
+    """
+    first = next(iter(value), None) if isinstance(value, tuple | list) else value
+    return isinstance(first, Mapping) and "boxes" in first
+
+
 PREDICTION_NAMES = ("logits", "out", "prediction")
 
 
@@ -180,7 +196,8 @@ def prediction_in(returned: Any) -> Tensor:
         returned: a tensor, or one in a container, a dataclass or another object.
 
     Raises:
-        MisconfigurationException: there is none, or several and nothing tells which.
+        MisconfigurationException: there is none, or several and nothing tells which; or they are
+            boxes of objects.
 
     >>> prediction_in({"features": torch.zeros(1, 9), "logits": torch.ones(1, 2)})
     tensor([[1., 1.]])
@@ -195,6 +212,8 @@ def prediction_in(returned: Any) -> Tensor:
     tensors = [value for value in _leaves(returned) if isinstance(value, Tensor) and value.ndim]
     if len(tensors) == 1:
         return tensors[0]
+    if has_boxes(returned):
+        raise MisconfigurationException(DETECTION)
     raise MisconfigurationException(
         f"Cannot tell which tensor is the prediction in {described(returned)}. Override\n"
         f"    def it3_outputs(self, returned):\n        return returned{_first_entry(returned)}"

@@ -14,7 +14,7 @@ from it3_lightning.engine.restore import Snapshot, without_side_effects
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import without_logs
 from it3_lightning.integration.module import Conditioned, checked_module
-from it3_lightning.integration.output_tree import described
+from it3_lightning.integration.output_tree import DETECTION, described, has_boxes
 
 _TARGET = """The prior cannot read the target of a batch, {got}. {error} Where that is no target, \
 override
@@ -45,15 +45,23 @@ got {second}. Override
         return self(inputs)  # as large with a prior as without"""
 
 
-def check_target(module: Conditioned, target: Any) -> Tensor:
+def check_target(module: Conditioned, target: Any, batch: Any = None) -> Tensor:
     """Return the target of a batch in label space.
+
+    Args:
+        module: to train.
+        target: of a batch.
+        batch: itself, where it is at hand.
 
     Raises:
         ValueError: the prior cannot read it.
+        MisconfigurationException: it is one of detection, boxes of objects.
     """
     try:
         return module.it3_parts()[0].from_target(target)
     except (AttributeError, IndexError, TypeError, ValueError) as error:
+        if has_boxes(target) or has_boxes(batch):
+            raise MisconfigurationException(DETECTION) from error
         text = _TARGET.format(got=described(target), error=_ended(error))
         raise ValueError(text) from error
 

@@ -256,7 +256,7 @@ class IT3Mixin(Conditioned):
         first = learning and not self._it3_checked and not torch.compiler.is_compiling()
         target: Any = self.it3_target(batch) if first or prior.measuring else None
         if first:
-            check_target(self, target)
+            check_target(self, target, batch)
         if prior.measuring and learning:
             prior.measure(target, self._it3_gather)
         if first:

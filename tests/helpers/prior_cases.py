@@ -43,6 +43,43 @@ class IT3Lit(IT3Mixin, Lit):
     """The same with priors."""
 
 
+class Heads(nn.Module):
+    """Features, and of them two heads: values, and scores of classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle = nn.Linear(5, 8), nn.Linear(8, 8)
+        self.values, self.scores = nn.Linear(8, 2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map `(B, 5)` to values `(B, 2)` and logits `(B, 3)`."""
+        features = self.middle(self.first(x)).tanh()
+        return self.values(features), self.scores(features)
+
+
+class IT3Heads(IT3Lit):
+    """Feeds the scores back; its targets are rows of two values and a class."""
+
+    def it3_outputs(self, returned: Any) -> Tensor:
+        """Return the scores."""
+        scores: Tensor = returned[1]
+        return scores
+
+    def it3_target(self, batch: Any) -> Tensor:
+        """Return the classes."""
+        classes: Tensor = batch[1][:, 2].long()
+        return classes
+
+
+def _of_heads(y: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+    return F.mse_loss(y[0], target[:, :2]) + F.cross_entropy(y[1], target[:, 2].long())
+
+
+def _values_and_class(count: int, generator: torch.Generator) -> Tensor:
+    classes = torch.randint(3, (count, 1), generator=generator)
+    return torch.cat([torch.randn(count, 2, generator=generator), classes], dim=1)
+
+
 @dataclass(frozen=True)
 class Case:
     """A kind of target.
@@ -56,12 +93,14 @@ class Case:
         encode: targets in label space, written out.
         label: outputs in label space, written out.
         known: where a target says something, written out; ``None``: all over.
+        kind: of the module.
+        layer: where the prior enters.
     """
 
     network: Callable[[], nn.Module]
     shape: tuple[int, ...]
     target: Callable[[int, torch.Generator], Tensor]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Any, Tensor], Tensor]
     prior: Callable[[], Prior]
     encode: Callable[[Tensor], Tensor]
     label: Callable[[Tensor], Tensor]
@@ -276,6 +315,17 @@ CASES: dict[str, Case] = {
         prior=lambda: ValuePrior(8, mean=3.0, std=[2.0 + i for i in range(8)]),
         encode=lambda t: (t.reshape(-1, 8) - 3) / (2 + torch.arange(8)),
         label=lambda y: (y.reshape(-1, 8) - 3) / (2 + torch.arange(8)),
+        layer="net.middle",
+    ),
+    "one head of two": Case(
+        network=Heads,
+        shape=(5,),
+        target=_values_and_class,
+        loss=_of_heads,
+        prior=lambda: ClassPrior(3),
+        encode=lambda t: _one_hot(t, 3, -1),
+        label=_softmax,
+        kind=IT3Heads,
         layer="net.middle",
     ),
 }

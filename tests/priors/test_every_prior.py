@@ -22,15 +22,15 @@ every_case = pytest.mark.parametrize("name", CASES)
 @every_case
 def test_targets_and_outputs_are_brought_into_label_space(name: str) -> None:
     case, prior = CASES[name], CASES[name].prior()
-    inputs, target = case.samples()
+    model, batch = module(name), case.samples()
+    target = model.it3_target(batch)
     known = None if case.known is None else case.known(target)
     found = prior.known(target)
     assert (found is None) == (known is None)
     if found is not None and known is not None:
         assert torch.equal(found, known)
     torch.testing.assert_close(prior.from_target(target), case.encode(target))
-    model = module(name)
-    outputs = model.it3_forward(inputs).detach()
+    outputs = model.it3_forward(model.it3_inputs(batch)).detach()
     labels = prior.from_output(outputs)
     torch.testing.assert_close(labels, case.label(outputs))
     assert labels.shape[1:] == prior.from_target(target).shape[1:]
@@ -52,7 +52,7 @@ def test_outputs_come_back_from_label_space(name: str) -> None:
 @every_case
 def test_perturbed_priors_keep_their_shape_and_weights_of_samples_are_positive(name: str) -> None:
     case, prior = CASES[name], CASES[name].prior()
-    given = prior.from_target(case.samples()[1])
+    given = prior.from_target(module(name).it3_target(case.samples()))
     torch.manual_seed(0)
     blurred = prior.perturb(given)
     assert blurred.shape == given.shape
@@ -70,7 +70,7 @@ def test_a_prior_is_made_again_from_plain_data(name: str) -> None:
     assert described["class_path"].startswith("it3_lightning.priors.")
     again: Any = built(described, Prior)
     again.load_state_dict(prior.state_dict())
-    target = CASES[name].samples()[1]
+    target = module(name).it3_target(CASES[name].samples())
     assert torch.equal(again.from_target(target), prior.from_target(target))
     assert again.init_args() == prior.init_args()
     parser = ArgumentParser()

@@ -1,15 +1,15 @@
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from helpers.toy import IT3Net, loader, net, parts, quiet, samples
+from helpers.toy import IT3Net, LitNet, loader, net, parts, quiet, samples
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from it3_lightning import ClassPrior, MaskPrior, ValuePrior
+from it3_lightning import ClassPrior, IT3Mixin, MaskPrior, Tent, TestTimeCallback, ValuePrior
 from it3_lightning.training import mixin
 from it3_lightning.training.first_batch import check_passes
 
@@ -92,6 +92,70 @@ def test_what_does_not_fit_is_refused_before_the_first_step_and_the_hook_is_show
     assert trainer.global_step == 0
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not model._forward_hooks
+
+
+BOXES = {"boxes": torch.rand(3, 4), "labels": torch.tensor([0, 2, 1])}
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (samples(2)[0], [BOXES, BOXES]),
+        {"image": samples(2)[0], "boxes": [torch.rand(3, 4)] * 2, "labels": [BOXES["labels"]] * 2},
+    ],
+)
+def test_detection_is_refused_in_one_sentence_before_the_first_step(batch: Any) -> None:
+    model, trainer = net(), quiet()
+    with pytest.raises(
+        MisconfigurationException, match=r"^Detection is out: .* for every sample\.$"
+    ):
+        trainer.fit(model, DataLoader(cast(Any, [batch]), batch_size=None))
+    assert trainer.global_step == 0
+
+
+def test_a_module_that_puts_out_boxes_is_refused_at_test_time() -> None:
+    class Detector(LitNet):
+        def forward(self, x: Tensor) -> Any:
+            return [BOXES for _ in x]
+
+    with pytest.raises(MisconfigurationException, match="Detection is out"):
+        quiet(callbacks=[TestTimeCallback(Tent())]).predict(Detector(), loader())
+
+
+class Manual(LitNet):
+    def __init__(self, **args: Any) -> None:
+        super().__init__(**args)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.optimized(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def optimized(self, loss: Tensor) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+class IT3Manual(IT3Mixin, Manual):
+    pass
+
+
+class OwnStep(IT3Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.optimized(self.it3_loss(batch, nn.functional.cross_entropy))
+
+
+@pytest.mark.parametrize("train", ["joint", "conditioning"])
+def test_a_step_that_optimizes_manually_is_refused_and_one_with_it3_loss_is_not(train: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"(?s)manually, so .* self\.it3_loss"):
+        quiet().fit(net(IT3Manual, train=train), loader())
+    model = net(OwnStep, train=train)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    quiet().fit(model, loader())
+    moved = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    assert any(name.startswith("it3_conditioning") for name in moved)
+    assert any(name.startswith("net") for name in moved) == (train == "joint")
 
 
 def test_a_module_without_forward_is_refused_before_the_first_step() -> None:
