@@ -35,7 +35,7 @@ class Idempotence(TestTimeMethod):
             both predictions name the same class; the others do not move the weights. Of maps, the
             mean confidence and the share of positions with the same class must lie above it.
             ``None``: all samples count. So do predictions that are no distributions over classes:
-            values, binary masks, independent labels.
+            values, binary masks.
         balance: weight of :math:`\sum_k m_k \log m_k`, ``m`` the mean prediction of the batch: it
             spreads the predictions over the classes. **Only where the classes of a test batch are
             about equally frequent**: it gains points there and costs points where they are not.

@@ -12,7 +12,7 @@ from helpers.toy import differing, everything, quiet
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from it3_lightning import Idempotence, IT3TestTimeCallback
+from it3_lightning import Idempotence, IT3Predictor, IT3TestTimeCallback, Settings
 from it3_lightning.priors import Prior
 from it3_lightning.utils.specs import built, spec
 
@@ -116,6 +116,26 @@ def test_adapted_predictions_are_those_of_the_method_in_plain_torch(name: str, s
     (logged,) = quiet(callbacks=[callback]).test(model, case.loader(seed=1), verbose=False)
     distance = torch.cat([r.distance_source for r in expected]).mean().item()
     assert logged["it3/distance_source"] == pytest.approx(distance, rel=1e-4)
+
+
+@every_case
+def test_the_laws_hold_for_every_kind_of_target(name: str) -> None:
+    case, model = CASES[name], module(name)
+    inputs = case.samples(seed=1)[0]
+    with torch.no_grad():  # the neutral pass is the network
+        own, ordinary = model.it3_forward(inputs), model.net(inputs)
+        ordinary = ordinary if isinstance(ordinary, Tensor) else model.it3_outputs(ordinary)
+    assert torch.equal(own, ordinary)
+    batches: Any = quiet().predict(model, case.loader(seed=1))  # off is off
+    plain = torch.cat([b if isinstance(b, Tensor) else model.it3_outputs(b) for b in batches])
+    assert torch.equal(predicted(model, name, steps=0), plain)
+    settings = Settings(  # episodic is independent, and labels have no part in it
+        objective=Idempotence(reliability=None), optimizer="sgd", lr=0.02, scope="sample"
+    )
+    predictor = IT3Predictor(model, settings)
+    alone = torch.cat([predictor(x).outputs for x in torch.split(inputs, 1)])
+    torch.testing.assert_close(predictor(inputs.flip(0)).outputs.flip(0), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(predicted(model, name, scope="sample"), alone, rtol=0, atol=1e-5)
 
 
 @every_case
