@@ -86,7 +86,16 @@ class LabelsPrior(Prior):
             shares(prior, advice=NOT_LOGITS)
 
     def joined(self, prior: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the probabilities of presence, ``(B, 2, L) -> (B, L)``."""
+        """Return the probabilities of presence, ``(B, 2, L) -> (B, L)``.
+
+        Raises:
+            ValueError: the prior has another shape.
+        """
+        if prior.ndim != 3 or prior.shape[1:] != (2, self.channels):
+            raise ValueError(
+                f"Expected a prior of shape (B, 2, {self.channels}), absent and present, got "
+                f"{tuple(prior.shape)}. Make it by from_target(labels) or from_output(outputs)."
+            )
         return prior[:, 1]
 
     def neutral_input(self, batch_size: int, like: Tensor) -> Tensor:

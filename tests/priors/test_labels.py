@@ -86,6 +86,13 @@ def test_the_network_sees_presences_and_a_flag(neutral: Any, expected: float) ->
     assert prior.neutral_input(1, x).tolist() == [[expected] * 3 + [0.0]]
 
 
+def test_labels_that_are_no_prior_yet_are_not_shown() -> None:
+    prior = LabelsPrior(3)
+    for labels in (torch.ones(2, 3), torch.ones(2, 3, 3), torch.ones(2, 2, 4)):
+        with pytest.raises(ValueError, match=r"shape \(B, 2, 3\), .* Make it by from_target"):
+            prior.joined(labels)
+
+
 @pytest.mark.parametrize("neutral", ["zeros", "uniform"])
 def test_an_embedder_takes_one_number_for_each_label(neutral: Any) -> None:
     layer, injection = nn.Linear(4, 5), FeatureInjection("0", hidden=6)
