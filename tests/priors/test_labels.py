@@ -1,6 +1,6 @@
 """Independent labels: label space, what the network sees, distances, perturbation, refusals."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -163,3 +163,30 @@ def test_extreme_logits_come_back_finite() -> None:
     again = prior.to_output(prior.from_output(logits), logits)
     assert again.isfinite().all()
     assert again.sign().tolist() == [[1.0, -1.0]]
+
+
+def test_probabilities_stay_what_they_are_and_their_mean_is_a_mean() -> None:
+    prior, first, second = LabelsPrior(3, outputs="probabilities"), *torch.rand(2, 4, 3)
+    labels = prior.from_output(first)
+    assert torch.equal(labels[:, 1], first)
+    assert torch.equal(prior.to_output(labels, second), first)
+    assert torch.equal(prior.mean_output(first, second), (first + second) / 2)
+
+
+def test_settings_and_types() -> None:
+    with pytest.raises(ValueError, match="'logits' or 'probabilities', got 'scores'"):
+        LabelsPrior(3, outputs=cast(Any, "scores"))
+    rows = both(torch.eye(3)).bfloat16()
+    assert LabelsPrior(3).perturb(rows).dtype == torch.bfloat16
+    logits = torch.randn(2, 3).bfloat16()
+    labels = LabelsPrior(3).from_output(logits)
+    assert labels.dtype == torch.float32
+    assert LabelsPrior(3).to_output(labels, logits).dtype == torch.bfloat16
+
+
+def test_known_are_samples_with_some_label() -> None:
+    prior = LabelsPrior(2, ignore_index=-1)
+    found = prior.known(torch.tensor([[1, -1], [-1, -1], [0, 1]]))
+    assert found is not None
+    assert found.tolist() == [True, False, True]
+    assert prior.known(torch.tensor([[1, -1], [0, 1]])) is None
