@@ -130,7 +130,7 @@ class Conditioning(nn.Module, ABC):
         Raises:
             RuntimeError: the forward within never ran one of the layers, so the prior was lost.
         """
-        if prior is not None and self._attached:
+        if prior is not None and self._attached and self._source.joins:
             prior = self._source.joined(prior, context)
         outer, self.shown = self.shown, Shown(prior, present)
         try:

@@ -169,7 +169,7 @@ class Conditioned(ModuleMixin):
     def it3_given(self, prior: Tensor | None) -> Iterator[None]:
         """Condition every forward pass within on this prior, or on the neutral one (``None``)."""
         source, conditioning = self.it3_parts()
-        if prior is not None:
+        if prior is not None and source.joins:
             prior = source.joined(prior)
         outer, conditioning.shown = conditioning.shown, Shown(prior)
         try:

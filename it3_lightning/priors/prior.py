@@ -106,6 +106,7 @@ class Prior(nn.Module, ABC):
         self.context = context
         self.window = window if context == "stream" else None
         self.context_channels = 0 if context is None else channels
+        self.joins = context is not None or type(self).joined is not Prior.joined
         self.neutral = neutral
         self.neutral_value = neutral_value
         self.presence_flag = presence_flag
@@ -202,7 +203,8 @@ class Prior(nn.Module, ABC):
     def joined(self, prior: Tensor, context: Tensor | None = None) -> Tensor:
         """Return priors as the conditioning takes them, ``(B, C, ...)``, beside any context.
 
-        With a context ``(B, C) -> (B, C + K)``; without one they are taken as they are.
+        With a context ``(B, C) -> (B, C + K)``; without one they are taken as they are. It is not
+        asked where there is none and no subclass overrides it.
 
         Args:
             prior: in label space.

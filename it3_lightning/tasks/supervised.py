@@ -94,9 +94,9 @@ class Supervised(LightningModule):
         """Log the scores; return loss, outputs and target."""
         inputs, target = inputs_of(batch), target_of(batch)
         outputs = self(inputs)
-        scores = self.scores(outputs, target)
+        scores, size = self.scores(outputs, target), self.size(target)
         named = {f"{stage}_{name}": score for name, score in scores.items()}
-        self.log_dict(named, on_step=False, on_epoch=True, batch_size=self.size(target))
+        self.log_dict(named, on_step=False, on_epoch=True, batch_size=size)
         return scores["loss"], outputs, target
 
     def _judge(self, stage: str, outputs: Tensor, target: Tensor, loader: int) -> None:
