@@ -18,6 +18,12 @@ from it3_lightning.engine.types import NormStats
 from it3_lightning.methods import TestTimeMethod, TestTimeObjective
 
 _LEVELS = 1000  # quantiles kept, besides that of level 0
+_KINDS = {
+    "source": "source data as a dict",
+    "moments": "moments as a dict",
+    "policy": "a policy as a dict",
+}
+_POLICY = {"name": str, "weights": str, "arguments": dict}
 
 
 class Calibration:
@@ -43,6 +49,9 @@ class Calibration:
         """What a method took from source data, which method it was, and with which weights."""
         self.moments: dict[str, Any] = {}
         """Moments of source data, for ``norm_stats="evidence"``, and with which weights."""
+        self.policy: dict[str, Any] = {}
+        """How to adapt, as ``it3 calibrate`` chose it, and for which weights: ``"name"``,
+        ``"weights"``, and as ``"arguments"`` those of an ``IT3TestTimeCallback``."""
 
     def take(self, distances: Tensor, *, by: str, weights: str = "") -> None:
         """Keep the quantiles of distances ``(N,)``, linear between the samples.
@@ -83,7 +92,8 @@ class Calibration:
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain data, for a checkpoint."""
         own = {"quantiles": self.quantiles, "by": self.by, "weights": self.weights}
-        return {**own, "source": self.source, "moments": self.moments}
+        taken = {"source": self.source, "moments": self.moments}
+        return {**own, **taken, "policy": self.policy}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what :meth:`state_dict` returned; nothing where that was not kept.
@@ -96,17 +106,20 @@ class Calibration:
         if not state:
             return
         quantiles, by, weights = (state.get(name) for name in ("quantiles", "by", "weights"))
-        source, moments = state.get("source", {}), state.get("moments", {})
         if not isinstance(by, str) or not isinstance(weights, str):
             raise ValueError(
                 f"Expected a calibration with names as strings, got by {by!r}, weights {weights!r}."
             )
-        if not isinstance(source, dict):
-            raise ValueError(f"Expected a calibration with source data as a dict, got {source!r}.")
-        if not isinstance(moments, dict):
-            raise ValueError(f"Expected a calibration with moments as a dict, got {moments!r}.")
+        taken = {name: state.get(name, {}) for name in ("source", "moments", "policy")}
+        for name, value in taken.items():
+            if not isinstance(value, dict):
+                raise ValueError(f"Expected a calibration with {_KINDS[name]}, got {value!r}.")
+        policy = taken["policy"]
+        if policy and not all(isinstance(policy.get(k), kind) for k, kind in _POLICY.items()):
+            raise ValueError(f"Expected a calibration with a policy of {[*_POLICY]}, got {policy}.")
         self.quantiles = _checked(quantiles)
-        self.by, self.weights, self.source, self.moments = by, weights, source, moments
+        self.by, self.weights = by, weights
+        self.source, self.moments, self.policy = taken.values()
 
     def take_former(self, state: Mapping[str, Any]) -> None:
         """Take what version 0.1.0 kept among the weights: quantiles, and a name as bytes.
@@ -303,6 +316,33 @@ def moments_of(module: nn.Module) -> SourceMoments:
     if kept and kept["weights"] == fingerprint(module):
         moments.load_source_dict(kept["source"])
     return moments
+
+
+def policy_of(module: nn.Module, calibration: object = None) -> dict[str, Any]:
+    """Return the policy that was chosen for a module with the weights it has.
+
+    Args:
+        module: that is to predict by it.
+        calibration: that holds it; default: the module's own.
+
+    Raises:
+        MisconfigurationException: none was, or for other weights.
+    """
+    kept = calibration or getattr(module, "it3_calibration", None)
+    policy = kept.policy if isinstance(kept, Calibration) else {}
+    if not policy:
+        raise MisconfigurationException(f"No policy has been chosen for this module. {_CHOOSE}")
+    if policy.get("weights") != fingerprint(module):
+        raise MisconfigurationException(
+            f"The policy {policy.get('name')!r} was chosen for other weights than these. {_CHOOSE}"
+        )
+    return policy
+
+
+_CHOOSE = (
+    "Run it3 calibrate --config FILE --ckpt_path CHECKPOINT, which chooses one on validation data "
+    "and puts it into the checkpoint; load that, and change no weight."
+)
 
 
 def check_level(gate: float | None) -> None:

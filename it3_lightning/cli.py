@@ -1,4 +1,4 @@
-"""``it3 fit / validate / test / predict / benchmark / tune / compare``: a thin LightningCLI."""
+"""``it3 fit / validate / test / predict``, ``benchmark / tune / calibrate / compare``: the CLI."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from it3_lightning.benchmark import Benchmark, Tuning
+from it3_lightning.benchmark import Benchmark, PolicyChoice, Tuning
+from it3_lightning.benchmark.calibrate import show_choice
 from it3_lightning.benchmark.report import overview, show, show_tuning
 from it3_lightning.benchmark.scoring import quiet
 from it3_lightning.data import ShiftedData
@@ -32,12 +33,13 @@ _EXTRAS: Mapping[str, str] = MappingProxyType(
 
 
 class IT3CLI(LightningCLI):
-    """LightningCLI with groups ``benchmark`` and ``tune``: one file serves every command."""
+    """LightningCLI with groups for the commands of its own: one file serves every command."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the settings of the benchmark and of tuning."""
+        """Add the settings of the benchmark, of tuning and of the choice of a policy."""
         parser.add_class_arguments(Benchmark, "benchmark")
         parser.add_class_arguments(Tuning, "tune")
+        parser.add_class_arguments(PolicyChoice, "calibrate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the Trainer, which names the checkpoint where it cannot read one."""
@@ -142,11 +144,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a command.
 
     ``it3 benchmark --config FILE`` trains, adapts, compares and reports; ``it3 tune --config FILE``
-    chooses how to adapt, on validation samples under other shifts; ``it3 compare FOLDER ...`` puts
-    the results of several benchmarks side by side.
+    chooses how to adapt, on validation samples under other shifts; ``it3 calibrate --config FILE
+    --ckpt_path CHECKPOINT`` chooses for one checkpoint what harms nowhere, or no adaptation;
+    ``it3 compare FOLDER ...`` puts the results of several benchmarks side by side.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    own = {"benchmark": benchmark, "tune": tune, "compare": compare}
+    own = {"benchmark": benchmark, "tune": tune, "calibrate": calibrate, "compare": compare}
     if arguments[:1] and arguments[0] in own:
         own[arguments[0]](arguments[1:])
     else:
@@ -169,6 +172,17 @@ def tune(arguments: list[str]) -> None:
     tuning: Tuning = asked.cli.config_init.tune
     tuned = tuning.run(asked.settings, asked.make_model, asked.data, asked.configuration)
     show_tuning(tuned, Path(asked.settings.output))
+
+
+def calibrate(arguments: list[str]) -> None:
+    """Choose for a checkpoint how to adapt, or not to, and put that into it.
+
+    Shifts and samples are those of the data to tune on, whatever the configuration says.
+    """
+    asked = _asked(arguments, "calibrate", ckpt_path="calibrate.ckpt_path")
+    choice: PolicyChoice = asked.cli.config_init.calibrate
+    found = choice.run(asked.settings, asked.make_model, asked.data, asked.configuration)
+    show_choice(found, Path(asked.settings.output))
 
 
 def compare(arguments: list[str]) -> None:
@@ -198,9 +212,9 @@ class _Asked:
         return model
 
 
-def _asked(arguments: list[str], command: str) -> _Asked:
-    """Read a configuration for a command that trains several models."""
-    own = [a.replace("--ckpt_path", "--benchmark.ckpt_path", 1) for a in arguments]
+def _asked(arguments: list[str], command: str, *, ckpt_path: str = "benchmark.ckpt_path") -> _Asked:
+    """Read a configuration for a command of the benchmark; ``ckpt_path`` is its own."""
+    own = [a.replace("--ckpt_path", f"--{ckpt_path}", 1) for a in arguments]
     with quiet():
         cli = _cli(own, command)
     if not isinstance(cli.datamodule, ShiftedData):

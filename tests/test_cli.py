@@ -314,6 +314,43 @@ def test_tune_writes_its_report(config: str, tmp_path: Path, idx_images: Path) -
     assert "```yaml\ntrainer:" in report
 
 
+@pytest.mark.parametrize(
+    ("config", "policies"),
+    [
+        ("boston", "[mean prediction, 'IT3, online']"),
+        ("digits", "[evidence, 'IT3, online (evidence)']"),
+        ("roads_procedural", "[batch statistics, second prediction (evidence)]"),
+    ],
+)
+def test_calibrate_puts_a_policy_into_the_checkpoint_that_test_follows(
+    config: str, policies: str, tmp_path: Path, idx_images: Path
+) -> None:
+    run("fit", config, tmp_path, idx_images)
+    path = checkpoint(tmp_path)
+    run(
+        "calibrate",
+        config,
+        tmp_path,
+        idx_images,
+        f"--ckpt_path={path}",
+        f"--benchmark.output={tmp_path / 'results'}",
+        f"--calibrate.policies={policies}",
+        "--calibrate.batch_sizes=[20]",
+        "--calibrate.batches=1",
+        "--calibrate.streams=[equal]",
+    )
+    policy = torch.load(path, weights_only=True)["it3"]["calibration"]["policy"]
+    report = (tmp_path / "results" / "calibration.md").read_text()
+    assert len([line for line in report.splitlines() if line.startswith("| ")]) == 2 + 2
+    assert ("No adaptation" in report) == (policy["name"] == "source")
+    follows = tmp_path / "follows.yaml"
+    follows.write_text(
+        "trainer:\n  callbacks:\n    class_path: it3_lightning.IT3TestTimeCallback\n"
+        "    init_args:\n      policy: calibrated\n"
+    )
+    run("test", config, tmp_path, idx_images, f"--config={follows}", f"--ckpt_path={path}")
+
+
 @pytest.mark.parametrize("config", ["adult", "covertype"])
 def test_fit_without_its_tables_names_the_files(
     config: str, tmp_path: Path, idx_images: Path

@@ -14,7 +14,10 @@ from it3_lightning.utils.files import read_json, write_json
 T = TypeVar("T")
 
 _RUN = "run.json"
-_REPORTS = ("distances.svg", "page.html", "results.csv", "results.json", "table.md", "tuning.md")
+_REPORTS = (
+    *("calibrated.ckpt", "calibration.md", "distances.svg", "page.html", "policy.yaml"),
+    *("results.csv", "results.json", "table.md", "tuning.md"),
+)
 _MOST = 5  # differences that are said
 
 

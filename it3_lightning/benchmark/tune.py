@@ -74,7 +74,7 @@ class Tuning:
             ValueError: the data has no tuning shifts.
             FileExistsError: see :meth:`~it3_lightning.benchmark.Benchmark.run`.
         """
-        with quiet(), threads(settings.threads), _to_tune_on(data):
+        with quiet(), threads(settings.threads), to_tune_on(data):
             model = with_priors(make_model())
             kind = Kind.of(model)
             kind.check(settings.recipe.distance)
@@ -259,7 +259,7 @@ def at_chosen_rates(rows: Sequence[Row], model: IT3Mixin, scoring: Scoring) -> l
     """
     settings, data = scoring.settings, scoring.data
     seed, most, rule, found = settings.seeds[0], settings.rate_batches, Rule(), []
-    with _to_tune_on(data):
+    with to_tune_on(data):
         facts = {**scoring.facts, "settings": about(settings, model, data)["settings"]}
         own = replace(scoring, facts=facts, folder="rates")
         for row in rows:
@@ -292,7 +292,7 @@ def _by_name(records: Sequence[Record]) -> dict[str, list[float]]:
 
 
 @contextmanager
-def _to_tune_on(data: ShiftedData) -> Iterator[None]:
+def to_tune_on(data: ShiftedData) -> Iterator[None]:
     """Let the data test on validation samples under its tuning shifts within."""
     if not data.tuning_shifts:
         raise ValueError(

@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from it3_lightning.calibration import Calibration, policy_of
 from it3_lightning.callbacks.checks import check_trainer, wait_for_all
 from it3_lightning.callbacks.gate import Gate
 from it3_lightning.callbacks.source import SourceData
@@ -25,12 +27,14 @@ from it3_lightning.engine import Settings
 from it3_lightning.engine.optimizers import OptimizerName
 from it3_lightning.engine.selection import Selection
 from it3_lightning.engine.types import Anchor, Backend, NormStats, Reset, Scope
-from it3_lightning.integration.module import host_of
+from it3_lightning.integration.module import KEPT, host_of
 from it3_lightning.integration.module_adapter import BatchStep, WhichPrediction, adapter_of
 from it3_lightning.integration.namespaces import AnyCallback
 from it3_lightning.integration.per_sample_step import PerSampleStep
 from it3_lightning.methods import Idempotence, TestTimeMethod, TestTimeObjective
 from it3_lightning.priors.classes import OutputKind
+from it3_lightning.utils.files import load_plain
+from it3_lightning.utils.specs import built
 
 Stage = Literal["validate", "test", "predict"]
 Step = Callable[..., Any]
@@ -84,6 +88,10 @@ class TestTimeCallback(AnyCallback):
             of its own share of the stream.
         outputs: what the outputs of a module without a prior are: ``"logits"`` or
             ``"probabilities"``; a module with a prior knows.
+        policy: ``"calibrated"``: adapt as ``it3 calibrate`` chose for this module on validation
+            data, which may be not at all, and put into its checkpoint. It says how to predict, so
+            only ``stages``, ``independent_ranks`` and ``outputs`` go beside it. Where none was
+            chosen, or for other weights, the run is refused.
 
     Raises:
         ValueError: a value is out of range or a name unknown.
@@ -114,6 +122,7 @@ class TestTimeCallback(AnyCallback):
         stages: Sequence[Stage] = ("test", "predict"),
         independent_ranks: bool = False,
         outputs: OutputKind = "logits",
+        policy: Literal["calibrated"] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -130,6 +139,8 @@ class TestTimeCallback(AnyCallback):
             "norm_stats": norm_stats,
         }
         settings.update({name: value for name, value in given.items() if value is not None})
+        if policy is not None:
+            _check_policy(policy, prediction, {"method": method, "gate": gate, **settings})
         settings = {**getattr(objective, "defaults", {}), **settings}
         self.settings = Settings(objective=objective, **settings)
         self._gate = None if gate is None else Gate(gate, self.settings)
@@ -163,8 +174,37 @@ class TestTimeCallback(AnyCallback):
         self.stages = tuple(stages)
         self.independent_ranks = independent_ranks
         self.outputs: OutputKind = outputs
+        self.policy = policy
+        self._calibration: Calibration | None = None  # of a checkpoint; else the module's own
         self.summary = Summary()
         self._steps: list[AdaptedStep] = []  # taken over and not given back yet, the latest last
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **arguments: Any) -> Self:
+        """Return a callback that adapts as ``it3 calibrate`` chose for a checkpoint.
+
+        It is ``policy="calibrated"`` for a module that keeps no calibration, and its settings can
+        be looked at before a run.
+
+        Args:
+            path: of the checkpoint, a file; what it holds runs no code.
+            arguments: ``stages``, ``independent_ranks``, ``outputs``.
+
+        Raises:
+            ValueError: it is no checkpoint of a Trainer, or holds no policy.
+        """
+        callback, calibration = cls(policy="calibrated", **arguments), Calibration()
+        content = load_plain(path)
+        kept = content.get(KEPT, {}) if isinstance(content, Mapping) else {}
+        calibration.load_state_dict(kept.get("calibration", {}))
+        if not calibration.policy:
+            raise ValueError(
+                f"Expected a checkpoint with a policy, got one without: {path}. Run it3 calibrate "
+                f"--config FILE --ckpt_path {path}, which chooses one and puts it there."
+            )
+        callback._calibration = calibration
+        callback._follow(calibration.policy)
+        return callback
 
     @property
     def gate(self) -> float | None:
@@ -272,14 +312,17 @@ class TestTimeCallback(AnyCallback):
             left.give_back()
         if stage not in self.stages:
             return
+        source = self._source
+        if self.policy is not None:
+            source = self._follow(policy_of(module, self._calibration))
         host = host_of(module, self.settings.method, outputs=self.outputs)
         settings, moments = self.settings, None
         measured = bool(settings.steps or settings.measure or settings.predicts)
         second = self.prediction != "first" or (settings.method.needs_prior and measured)
         check_trainer(trainer, module, settings, self.independent_ranks, second=second)
-        if self._source is not None:
-            self._source.load(module)
-            moments = self._source.moments
+        if source is not None:
+            source.load(module)
+            moments = source.moments
         if self._gate is not None:
             settings = self._gate.settings_for(module)
         runner: BatchStep | PerSampleStep
@@ -299,6 +342,17 @@ class TestTimeCallback(AnyCallback):
         step = AdaptedStep(trainer, module, name, host.it3_inputs, runner, record)
         self._steps.append(step)
         step.take_over()
+
+    def _follow(self, policy: Mapping[str, Any]) -> SourceData | None:
+        """Adapt by a policy from now on; return what holds its source data, if it needs some."""
+        arguments = dict(policy["arguments"])
+        method = built(arguments.pop("objective", None), TestTimeMethod)  # type: ignore[type-abstract]
+        own = TestTimeCallback(method, **arguments, outputs=self.outputs)
+        self.settings, self.prediction, source = own.settings, own.prediction, own._source
+        if source is not None and self._calibration is not None:
+            kept = (self._calibration.source, self._calibration.moments)
+            source.kept = {each["by"]: each for each in kept if each}
+        return source
 
     def _finish(self, trainer: Trainer) -> None:
         """Say what adaptation did, warn where nothing was learnt to adapt by; end the run."""
@@ -328,6 +382,18 @@ class TestTimeCallback(AnyCallback):
                 f"{names}. Keep one of them, give them different stages=[...], or run one Trainer "
                 "after the other."
             )
+
+
+def _check_policy(policy: str, prediction: str, given: Mapping[str, Any]) -> None:
+    """Refuse an unknown policy, and what says how to adapt beside one."""
+    if policy != "calibrated":
+        raise ValueError(f"Expected policy 'calibrated' or None, got {policy!r}.")
+    told = [k for k, v in given.items() if v not in (None, getattr(Settings, k, None))]
+    if told or prediction != "first":
+        names = ", ".join(told) or "prediction"
+        raise ValueError(
+            f"policy='calibrated' says how to adapt, and so does {names}. Leave out one of them."
+        )
 
 
 class AdaptedStep:

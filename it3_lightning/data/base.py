@@ -245,11 +245,10 @@ class ShiftedData(_AnyDataModule):
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Return one loader for each of ``test_names``."""
-        self.setup("test")
-        sets = [self._splits[self.evaluate_on], *(self._shifted[n] for n in self.shifted_names)]
+        sets = self._test_sets()
         if self.stream in ("unequal", "correlated"):
-            orders = (streamed(self.groups(each), self.stream, self.seed) for each in sets)
-            sets = [samples.select(order) for samples, order in zip(sets, orders, strict=True)]
+            orders = zip(sets, self.test_orders(), strict=True)
+            sets = [samples.select(order) for samples, order in orders]
         datasets = [self.dataset(samples) for samples in sets]
         if self.stream == "mixed":
             datasets = [datasets[0], Mixed.of(datasets[1:], self.seed)]
@@ -257,6 +256,16 @@ class ShiftedData(_AnyDataModule):
         if self.stream == "continual":
             return [loaders[0], Chained(loaders[1:])]  # type: ignore[list-item]  # as good as one
         return loaders
+
+    def test_orders(self) -> list[Tensor]:
+        """Return which samples the clean loader and that of each shift hold, in their order.
+
+        Indices ``(N,)`` for each; where a stream has all shifts in one loader, of its parts.
+        """
+        sets = self._test_sets()
+        if self.stream not in ("unequal", "correlated"):
+            return [torch.arange(len(each)) for each in sets]
+        return [streamed(self.groups(each), self.stream, self.seed) for each in sets]
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """Return the loaders of ``test_dataloader``."""
@@ -278,6 +287,11 @@ class ShiftedData(_AnyDataModule):
             "validation": validation,
             "test": chosen(test, self.test_size, self.seed, "test_size"),
         }
+
+    def _test_sets(self) -> list[Any]:
+        """Return the samples to test on: clean, and under each shift."""
+        self.setup("test")
+        return [self._splits[self.evaluate_on], *(self._shifted[n] for n in self.shifted_names)]
 
     def _loader(
         self,

@@ -115,6 +115,19 @@ def test_predict_loaders_hold_the_samples_of_the_test_loaders(case: Case, root: 
     assert all(same(*pair) for pair in pairs)
 
 
+@pytest.mark.parametrize("stream", ["equal", "unequal", "correlated"])
+def test_orders_say_which_samples_the_test_loaders_hold(stream: Any) -> None:
+    sizes: dict[str, int] = {"train_size": 100, "test_size": 90}
+    plain = DigitsDataModule(shifts=["fog"], **sizes)  # type: ignore[arg-type]
+    data = DigitsDataModule(shifts=["fog"], stream=stream, **sizes)  # type: ignore[arg-type]
+    orders, every = data.test_orders(), torch.arange(90)
+    for order, ours, theirs in zip(
+        orders, data.test_dataloader(), plain.test_dataloader(), strict=True
+    ):
+        assert torch.equal(gather(ours)[0], gather(theirs)[0][order])
+        assert torch.equal(order, every) == (stream == "equal")
+
+
 def test_the_order_of_training_is_new_each_epoch_and_repeats_with_the_seed(
     case: Case, root: Path
 ) -> None:

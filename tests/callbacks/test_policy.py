@@ -1,0 +1,134 @@
+"""A callback that adapts as calibration chose: what it takes from a checkpoint, what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.toy import LitNet, adapting, differing, everything, loader, net, quiet, seeded
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from it3_lightning import IT3TestTimeCallback, Tent, TestTimeCallback
+from it3_lightning.calibration import Calibration, fingerprint
+
+PUBLISHED = {"class_path": "it3_lightning.methods.Idempotence", "init_args": {"reliability": None}}
+STEP = {"objective": PUBLISHED, "optimizer": "sgd", "lr": 0.05}
+TENT = {"objective": {"class_path": "it3_lightning.methods.Tent", "init_args": {}}, "lr": 0.1}
+NOTHING = {"steps": 0, "measure": False}
+NONE = r"No policy has been chosen for this module\. Run it3 calibrate"
+
+
+def policy(module: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"name": "chosen", "weights": fingerprint(module), "arguments": arguments}
+
+
+def with_policy(arguments: dict[str, Any]) -> Any:
+    module = net()
+    module.it3_calibration.policy = policy(module, arguments)
+    return module
+
+
+def predicted(module: Any, *callbacks: Any) -> torch.Tensor:
+    found: Any = quiet(callbacks=[*callbacks]).predict(module, loader())
+    return torch.cat(found)
+
+
+def written(file: Path, module: Any, arguments: dict[str, Any]) -> Path:
+    """A checkpoint with a policy, as plain data."""
+    calibration = Calibration()
+    calibration.policy = policy(module, arguments)
+    torch.save({"it3": {"calibration": calibration.state_dict()}}, file)
+    return file
+
+
+def test_a_calibrated_callback_predicts_as_the_policy_says() -> None:
+    callback = IT3TestTimeCallback(policy="calibrated")
+    found = predicted(with_policy(STEP), callback)
+    assert torch.equal(found, predicted(net(), adapting()))
+    assert not torch.equal(found, predicted(net()))
+    assert callback.settings.lr == 0.05
+
+
+def test_a_policy_that_adapts_nothing_is_no_callback_bit_for_bit() -> None:
+    module = with_policy(NOTHING)
+    plain, before = predicted(module), everything(module)
+    found = predicted(module, IT3TestTimeCallback(policy="calibrated"))
+    assert differing(before, everything(module)) == []
+    assert torch.equal(found, plain)
+
+
+def test_each_run_asks_the_module_it_has() -> None:
+    callback = TestTimeCallback(policy="calibrated")
+    first = predicted(with_policy(STEP), callback)
+    second = predicted(with_policy(NOTHING), callback)
+    assert torch.equal(second, predicted(net()))
+    assert torch.equal(first, predicted(with_policy(STEP), callback))
+
+
+def test_a_policy_comes_with_the_checkpoint_of_a_run(tmp_path: Path) -> None:
+    module, path = with_policy(STEP), tmp_path / "model.ckpt"
+    trainer = quiet()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path)
+    fresh = net()
+    seeded(fresh, seed=1)
+    run = quiet(callbacks=[IT3TestTimeCallback(policy="calibrated")])
+    found: Any = run.predict(fresh, loader(), ckpt_path=path, weights_only=True)
+    assert torch.equal(torch.cat(found), predicted(net(), adapting()))
+
+
+def test_a_module_without_priors_follows_the_file(tmp_path: Path) -> None:
+    module = seeded(LitNet())
+    path = written(tmp_path / "plain.ckpt", module, TENT)
+    callback = TestTimeCallback.from_checkpoint(path, stages=["predict"])
+    assert isinstance(callback.settings.objective, Tent)
+    assert callback.stages == ("predict",)
+    explicit = predicted(seeded(LitNet()), TestTimeCallback(Tent(), lr=0.1))
+    assert torch.equal(predicted(module, callback), explicit)
+    assert not torch.equal(explicit, predicted(seeded(LitNet())))
+
+
+def test_without_a_policy_the_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=NONE):
+        predicted(net(), IT3TestTimeCallback(policy="calibrated"))
+    with pytest.raises(MisconfigurationException, match=NONE):
+        predicted(LitNet(), TestTimeCallback(policy="calibrated"))
+    torch.save({"state_dict": {}}, tmp_path / "none.ckpt")
+    with pytest.raises(ValueError, match=r"with a policy, got one without: .*none\.ckpt"):
+        IT3TestTimeCallback.from_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_a_policy_for_other_weights_is_refused(tmp_path: Path) -> None:
+    module = with_policy(STEP)
+    path = written(tmp_path / "own.ckpt", module, STEP)
+    with torch.no_grad():
+        module.net.head.bias += 1e-3
+    for callback in (
+        IT3TestTimeCallback(policy="calibrated"),
+        IT3TestTimeCallback.from_checkpoint(path),
+    ):
+        with pytest.raises(MisconfigurationException, match="'chosen' was chosen for other weig"):
+            predicted(module, callback)
+
+
+def test_what_says_how_to_adapt_beside_a_policy_is_refused() -> None:
+    for given, name in (
+        ({"lr": 0.1}, "lr"),
+        ({"objective": Tent()}, "method"),
+        ({"gate": 0.9}, "gate"),
+        ({"grad_clip": 1.0}, "grad_clip"),
+        ({"prediction": "second"}, "prediction"),
+    ):
+        with pytest.raises(ValueError, match=f"says how to adapt, and so does {name}. Leave out"):
+            IT3TestTimeCallback(policy="calibrated", **given)
+    with pytest.raises(ValueError, match="policy 'calibrated' or None, got 'best'"):
+        IT3TestTimeCallback(policy="best")
+
+
+@pytest.mark.parametrize("wrong", [{"name": "x"}, {"name": 1, "weights": "", "arguments": {}}])
+def test_a_damaged_policy_is_refused(wrong: dict[str, Any]) -> None:
+    calibration = Calibration()
+    with pytest.raises(ValueError, match="a calibration with a policy of"):
+        calibration.load_state_dict({**calibration.state_dict(), "policy": wrong})
+    with pytest.raises(ValueError, match="a calibration with a policy as a dict"):
+        calibration.load_state_dict({**calibration.state_dict(), "policy": "best"})
