@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from it3_lightning.engine import Settings, SourceMoments
+from it3_lightning.engine.betting import ConformalMartingale
 from it3_lightning.engine.types import NormStats
 from it3_lightning.methods import TestTimeMethod, TestTimeObjective
 
@@ -21,6 +22,7 @@ _LEVELS = 1000  # quantiles kept, besides that of level 0
 _KINDS = {
     "source": "source data as a dict",
     "moments": "moments as a dict",
+    "reference": "a reference as a dict",
     "policy": "a policy as a dict",
 }
 _POLICY = {"name": str, "weights": str, "arguments": dict}
@@ -52,6 +54,8 @@ class Calibration:
         self.policy: dict[str, Any] = {}
         """How to adapt, as ``it3 calibrate`` chose it, and for which weights: ``"name"``,
         ``"weights"``, and as ``"arguments"`` those of an ``IT3TestTimeCallback``."""
+        self.reference: dict[str, Any] = {}
+        """Distances for ``gate="bet"``, what they were measured by, and with which weights."""
 
     def take(self, distances: Tensor, *, by: str, weights: str = "") -> None:
         """Keep the quantiles of distances ``(N,)``, linear between the samples.
@@ -86,14 +90,44 @@ class Calibration:
             has = f"were measured by {self.by}" if self.by else "have not been measured"
             raise _refused(level, f", measured by {by}; they {has}")
         if weights is not None and self.weights != weights:
-            raise _refused(level, ", measured with these weights; they were measured with others")
+            raise _refused(level, _OTHERS)
         return float(_between(self.quantiles, torch.tensor([level], dtype=torch.float64)))
+
+    def take_reference(self, distances: Tensor, *, by: str, weights: str) -> None:
+        """Keep distances ``(N,)`` for ``gate="bet"``, at random where there are more than 10,000.
+
+        Args:
+            distances: as in :meth:`take`.
+            by: likewise.
+            weights: likewise.
+        """
+        kept = ConformalMartingale.of(distances.tolist()).reference.tolist()
+        known = torch.tensor(kept, dtype=torch.float64, device="cpu")
+        self.reference = {"by": by, "weights": weights, "distances": known} if kept else {}
+
+    def bet(self, *, by: str, weights: str) -> ConformalMartingale:
+        """Return a bet against these distances that begins.
+
+        Args:
+            by: what the distances of the stream are measured by.
+            weights: :func:`fingerprint` of the module that measures.
+
+        Raises:
+            MisconfigurationException: nothing has been measured, or by something else, or with
+                other weights.
+        """
+        known = self.reference.get("by")
+        if known != by:
+            has = f"were measured by {known}" if known else "have not been measured"
+            raise _refused("bet", f", measured by {by}; they {has}")
+        if self.reference.get("weights") != weights:
+            raise _refused("bet", _OTHERS)
+        return ConformalMartingale.of(self.reference["distances"].tolist())
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain data, for a checkpoint."""
         own = {"quantiles": self.quantiles, "by": self.by, "weights": self.weights}
-        taken = {"source": self.source, "moments": self.moments}
-        return {**own, **taken, "policy": self.policy}
+        return {**own, **{name: getattr(self, name) for name in _KINDS}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what :meth:`state_dict` returned; nothing where that was not kept.
@@ -106,20 +140,22 @@ class Calibration:
         if not state:
             return
         quantiles, by, weights = (state.get(name) for name in ("quantiles", "by", "weights"))
+        kinds = {name: state.get(name, {}) for name in _KINDS}
         if not isinstance(by, str) or not isinstance(weights, str):
             raise ValueError(
                 f"Expected a calibration with names as strings, got by {by!r}, weights {weights!r}."
             )
-        taken = {name: state.get(name, {}) for name in ("source", "moments", "policy")}
-        for name, value in taken.items():
-            if not isinstance(value, dict):
-                raise ValueError(f"Expected a calibration with {_KINDS[name]}, got {value!r}.")
-        policy = taken["policy"]
+        for name, kind in kinds.items():
+            if not isinstance(kind, dict):
+                raise ValueError(f"Expected a calibration with {_KINDS[name]}, got {kind!r}.")
+        if kinds["reference"]:
+            _checked(kinds["reference"].get("distances"), "distances")
+        policy = kinds["policy"]
         if policy and not all(isinstance(policy.get(k), kind) for k, kind in _POLICY.items()):
             raise ValueError(f"Expected a calibration with a policy of {[*_POLICY]}, got {policy}.")
-        self.quantiles = _checked(quantiles)
-        self.by, self.weights = by, weights
-        self.source, self.moments, self.policy = taken.values()
+        self.quantiles, self.by, self.weights = _checked(quantiles), by, weights
+        self.source, self.moments = kinds["source"], kinds["moments"]
+        self.reference, self.policy = kinds["reference"], policy
 
     def take_former(self, state: Mapping[str, Any]) -> None:
         """Take what version 0.1.0 kept among the weights: quantiles, and a name as bytes.
@@ -136,10 +172,13 @@ class Calibration:
         self.by = bytes(name.tolist()).rstrip(b"\0").decode(errors="ignore")
 
 
-def _refused(level: float, wanted: str) -> MisconfigurationException:
+_OTHERS = ", measured with these weights; they were measured with others"
+
+
+def _refused(gate: float | str, wanted: str) -> MisconfigurationException:
     return MisconfigurationException(
         f"The gate needs distances of validation samples{wanted}. Run "
-        f"Trainer(callbacks=[IT3TestTimeCallback(gate={level})]).validate(model, data) once, or "
+        f"Trainer(callbacks=[IT3TestTimeCallback(gate={gate!r})]).validate(model, data) once, or "
         "have that callback in trainer.fit; they are kept in the checkpoint."
     )
 
@@ -345,27 +384,29 @@ _CHOOSE = (
 )
 
 
-def check_level(gate: float | None) -> None:
+def check_level(gate: float | str | None) -> None:
     """Refuse what is no share.
 
     Raises:
         ValueError: it is not.
     """
+    if isinstance(gate, str):
+        raise ValueError(f"Expected gate to be a share in [0, 1], 'bet' or None, got {gate!r}.")
     if gate is not None and not 0 <= gate <= 1:
         raise ValueError(f"Expected gate to be a share in [0, 1] or None, got {gate}.")
 
 
-def _checked(quantiles: Any) -> Tensor:
-    """Return what a checkpoint holds as quantiles.
+def _checked(values: Any, what: str = "quantiles") -> Tensor:
+    """Return what a checkpoint holds as quantiles, or as distances.
 
     Raises:
         ValueError: it is no row of finite numbers.
     """
-    if isinstance(quantiles, Tensor) and quantiles.ndim == 1 and quantiles.is_floating_point():
-        plain = quantiles.detach().cpu().double()
+    if isinstance(values, Tensor) and values.ndim == 1 and values.is_floating_point():
+        plain = values.detach().cpu().double()
         if len(plain) and plain.isfinite().all():
             return plain
-    raise ValueError(f"Expected a calibration with finite quantiles (N,), got {quantiles!r}.")
+    raise ValueError(f"Expected a calibration with finite {what} (N,), got {values!r}.")
 
 
 def _between(ordered: Tensor, levels: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from it3_lightning.integration.batches import normal
 from it3_lightning.integration.module import host_of
 from it3_lightning.integration.module_adapter import WhichPrediction as Which
 from it3_lightning.integration.module_adapter import adapter_of, answer_of, in_precision
+from it3_lightning.integration.stream_gate import StreamGate, check_delta, stream_gate_of
 from it3_lightning.utils.files import check_archive
 from it3_lightning.utils.messages import unknown
 
@@ -192,14 +193,18 @@ class IT3Predictor:
             in the precision that the network puts out.
         gate: share of validation samples, such as 0.95, whose distance a sample must exceed to be
             adapted to, as known to the module's checkpoint from a Trainer with the callback; the
-            distance itself is ``Settings.gate``.
+            distance itself is ``Settings.gate``. ``"bet"``: calls get the source's first
+            predictions until a bet along all of them has proved a shift, see
+            :class:`~it3_lightning.TestTimeCallback`; :meth:`restart` begins anew.
+        delta: of ``gate="bet"``: probability of ever adapting where all samples are like the
+            validation samples, in random order, at most.
         prediction: what :attr:`Prediction.outputs` are: ``"first"``: ``f(x, 0)``; ``"second"``:
             ``f(x, f(x, 0))``; ``"mean"``: the mean of both, of probabilities or of values. The
             latter two cost further forward passes.
 
     Raises:
         ValueError: the precision or the prediction is unknown, the settings measure no distance,
-            or there are two gates.
+            delta is no probability, or there are two gates.
         MisconfigurationException: the module does not predict with a prior, its prior does not know
             the targets yet, its ``source_checkpoint`` was never loaded, its weights were made in
             inference mode, the selection of parameters matches nothing, or the gate is not known.
@@ -225,7 +230,8 @@ class IT3Predictor:
         *,
         device: str | torch.device | None = None,
         precision: Precision = "32-true",
-        gate: float | None = None,
+        gate: float | Literal["bet"] | None = None,
+        delta: float = 0.01,
         prediction: Which = "first",
     ) -> None:
         if precision not in _AUTOCAST:
@@ -237,6 +243,7 @@ class IT3Predictor:
             raise ValueError("Expected settings with measure=True, for the distances, got False.")
         self._host = host_of(module, self.settings.method)
         check_weights(module)
+        check_delta(delta)
         if gate is not None:
             self.settings = _gated(self.settings, gate, module)
         with torch.inference_mode(False):
@@ -249,6 +256,9 @@ class IT3Predictor:
             module, self._host, self.settings, moments=moments, prediction=prediction
         )
         self._answer = answer_of(self._host, prediction)
+        self._gate: StreamGate | None = None
+        if gate == "bet":
+            self._gate = stream_gate_of(module, self._host, self.settings, delta)
         self._lock = threading.Lock()
 
     @classmethod
@@ -260,7 +270,8 @@ class IT3Predictor:
         settings: Settings | None = None,
         device: str | torch.device | None = None,
         precision: Precision = "32-true",
-        gate: float | None = None,
+        gate: float | Literal["bet"] | None = None,
+        delta: float = 0.01,
         prediction: Which = "first",
         **kwargs: Any,
     ) -> IT3Predictor:
@@ -273,6 +284,7 @@ class IT3Predictor:
             device: see :class:`IT3Predictor`.
             precision: see :class:`IT3Predictor`.
             gate: see :class:`IT3Predictor`.
+            delta: see :class:`IT3Predictor`.
             prediction: see :class:`IT3Predictor`.
             kwargs: of ``module_class.load_from_checkpoint``: arguments of the module that the
                 checkpoint does not hold; ``weights_only=True`` for a file that may not be trusted.
@@ -282,9 +294,8 @@ class IT3Predictor:
             ValueError: no Trainer wrote it, it is damaged, or of another module.
         """
         module = loaded(path, module_class, {"map_location": device, **kwargs})
-        return cls(
-            module, settings, device=device, precision=precision, gate=gate, prediction=prediction
-        )
+        given: dict[str, Any] = {"gate": gate, "delta": delta, "prediction": prediction}
+        return cls(module, settings, device=device, precision=precision, **given)
 
     def __call__(self, x: Any) -> Prediction:
         """Return the prediction for a batch, from weights adapted to it.
@@ -308,15 +319,26 @@ class IT3Predictor:
         autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
         with torch.inference_mode(False), torch.no_grad():
             inputs = normal(move_data_to_device(x, self.device))
-            with self._lock, autocast, self._adapter.adapted(inputs, self._answer) as adaptation:
-                if self._answer is not None:
-                    adaptation = replace(adaptation, outputs=adaptation.answers)
-                elif adaptation.prediction is not None and adaptation.outputs is not None:
-                    answer = self._host.it3_prior.to_output
-                    outputs = answer(adaptation.prediction, adaptation.outputs)
-                    adaptation = replace(adaptation, outputs=outputs)
-                adaptation = self._in_precision(adaptation, inputs)
+            with self._lock, autocast:
+                adaptation = self._adapted(inputs) if self._gate is None else self._behind(inputs)
             return Prediction.of(adaptation, home or self.device)
+
+    def _adapted(self, inputs: Any) -> Adaptation:
+        """Adapt, and return as outputs what is asked for."""
+        with self._adapter.adapted(inputs, self._answer) as adaptation:
+            if self._answer is not None:
+                adaptation = replace(adaptation, outputs=adaptation.answers)
+            elif adaptation.prediction is not None and adaptation.outputs is not None:
+                answer = self._host.it3_prior.to_output
+                outputs = answer(adaptation.prediction, adaptation.outputs)
+                adaptation = replace(adaptation, outputs=outputs)
+            return self._in_precision(adaptation, inputs)
+
+    def _behind(self, inputs: Any) -> Adaptation:
+        """Bet on a batch, and adapt to it once the gate is open."""
+        assert self._gate is not None
+        bet = self._gate.bet(inputs)
+        return self._gate.settle(bet, self._adapted(inputs) if bet.opens else None)
 
     def _in_precision(self, adaptation: Adaptation, inputs: Any) -> Adaptation:
         def ordinary() -> list[Tensor]:
@@ -333,14 +355,20 @@ class IT3Predictor:
         """Forget the weights that were carried along: the next call starts from the source."""
         with self._lock:
             self._adapter.restart()
+            if self._gate is not None:
+                self._gate.restart()
 
 
-def _gated(settings: Settings, gate: float, module: LightningModule) -> Settings:
-    """Return the settings with the distance that this share of validation samples lies within."""
-    check_level(gate)
+def _gated(settings: Settings, gate: float | Literal["bet"], module: LightningModule) -> Settings:
+    """Return the settings with the distance that this share of validation samples lies within.
+
+    A bet adapts to what it adapts to as it is.
+    """
+    if gate != "bet":
+        check_level(gate)
     if settings.gate is not None:
         raise ValueError(
             f"Expected a gate as a share, gate={gate}, or as a distance, Settings(gate="
             f"{settings.gate}), got both."
         )
-    return replace(settings, gate=gate_of(module, settings, gate))
+    return settings if gate == "bet" else replace(settings, gate=gate_of(module, settings, gate))

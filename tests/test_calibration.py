@@ -353,3 +353,35 @@ def test_checkpoint_that_lacks_more_than_the_quantiles_is_refused(tmp_path: Path
 def test_module_without_a_place_for_quantiles_is_told_of_one() -> None:
     with pytest.raises(MisconfigurationException, match="LitNet has no place for them"):
         calibration_of(LitNet())
+
+
+# Distances to bet against
+
+
+def test_distances_to_bet_against_are_plain_data_that_comes_back() -> None:
+    calibration, values = Calibration(), torch.tensor([3.0, float("nan"), 1.0, 2.0])
+    calibration.take_reference(values, by="l2", weights="a")
+    calibration.take(values, by="js")  # a gate of its own
+    again = Calibration()
+    again.load_state_dict(calibration.state_dict())
+    assert again.bet(by="l2", weights="a").reference.tolist() == [1.0, 2.0, 3.0]
+    assert again.quantile(0.5, by="js") == 2
+    with pytest.raises(MisconfigurationException, match="by js; they were measured by l2"):
+        again.bet(by="js", weights="a")
+    with pytest.raises(MisconfigurationException, match="these weights; they were measured with o"):
+        again.bet(by="l2", weights="b")
+
+
+def test_where_nothing_could_be_measured_there_is_no_bet() -> None:
+    calibration = Calibration()
+    calibration.take_reference(torch.ones(3), by="l2", weights="a")
+    calibration.take_reference(torch.full((2,), float("nan")), by="l2", weights="a")
+    with pytest.raises(MisconfigurationException, match="they have not been measured"):
+        calibration.bet(by="l2", weights="a")
+
+
+@pytest.mark.parametrize("reference", [3, {"by": "l2"}, {"distances": torch.tensor([1, 2])}])
+def test_a_reference_that_is_something_else_is_refused(reference: Any) -> None:
+    state = {**taken(torch.ones(3)).state_dict(), "reference": reference}
+    with pytest.raises(ValueError, match=r"with (a reference as a dict|finite distances)"):
+        Calibration().load_state_dict(state)

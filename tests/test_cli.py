@@ -88,6 +88,21 @@ def test_fit_test_and_predict_run(config: str, tmp_path: Path, idx_images: Path)
     run("predict", config, tmp_path, idx_images, path)
 
 
+def test_a_bet_is_a_line(tmp_path: Path, idx_images: Path) -> None:
+    file = tmp_path / "bet.yaml"
+    file.write_text(
+        "trainer:\n  callbacks:\n    class_path: it3_lightning.IT3TestTimeCallback\n"
+        "    init_args:\n      gate: bet\n      delta: 0.05\n"
+    )
+    more = f"--config={file}"
+    run("fit", "digits", tmp_path, idx_images, more)
+    kept = torch.load(checkpoint(tmp_path), weights_only=True)["it3"]["calibration"]
+    assert kept["reference"]["distances"].diff().min() >= 0
+    run("test", "digits", tmp_path, idx_images, more, f"--ckpt_path={checkpoint(tmp_path)}")
+    logged = "".join(path.read_text() for path in tmp_path.rglob("metrics.csv"))
+    assert "it3/gated/dataloader_idx_0" in logged
+
+
 def test_scope_sample_and_gate_are_a_line_each(tmp_path: Path, idx_images: Path) -> None:
     file = tmp_path / "gated.yaml"
     file.write_text(

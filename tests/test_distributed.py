@@ -149,9 +149,12 @@ def test_gate_is_calibrated_on_the_samples_of_all_processes(folder: Path) -> Non
         quiet(callbacks=[callback]).predict(net(), loader_of(bad=2, count=14))
     (distances,) = callback.summary.distances
     for rank in range(2):
-        quantiles = torch.load(folder / f"calibrated-{rank}.pt")["quantiles"]
-        expected = distances[~distances.isnan()].quantile(torch.linspace(0, 1, 1001))
-        torch.testing.assert_close(quantiles.double(), expected, rtol=1e-6, atol=0)
+        kept, bet = (torch.load(folder / f"{n}-{rank}.pt") for n in ("calibrated", "reference"))
+        known = distances[~distances.isnan()]
+        expected = known.quantile(torch.linspace(0, 1, 1001))
+        torch.testing.assert_close(kept["quantiles"].double(), expected, rtol=1e-6, atol=0)
+        reference = bet["reference"]["distances"].to(known)
+        torch.testing.assert_close(reference, known.sort().values, rtol=1e-6, atol=0)
 
 
 def test_carried_weights_are_refused_on_two_processes(run: Any) -> None:

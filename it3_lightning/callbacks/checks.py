@@ -28,6 +28,7 @@ def check_trainer(
     independent_ranks: bool,
     *,
     second: bool = False,
+    bets: bool = False,
 ) -> None:
     """Refuse what cannot be adapted, before any batch.
 
@@ -37,10 +38,11 @@ def check_trainer(
         settings: how to adapt.
         independent_ranks: whether processes may carry weights of their own.
         second: whether second predictions are asked for.
+        bets: whether a bet along the stream says what is adapted to.
 
     Raises:
         MisconfigurationException: sharded weights, or on several processes carried weights, carried
-            contexts or shared batch statistics, or single samples where several are needed.
+            contexts, bets or shared batch statistics, or single samples where several are needed.
     """
     check_strategy(trainer)
     if trainer.world_size > 1 and not settings.episodic and not independent_ranks:
@@ -61,6 +63,12 @@ def check_trainer(
             f"context='stream' of the prior is carried along the stream, and {trainer.world_size} "
             "processes would each carry their own. Use one process, or independent_ranks=True if "
             "that is what you want."
+        )
+    if trainer.world_size > 1 and bets and not independent_ranks:
+        raise MisconfigurationException(
+            f"gate='bet' bets along the stream, and {trainer.world_size} processes would each bet "
+            "on their own share of it. Use one process, or independent_ranks=True if that is what "
+            "you want: each is then open for itself, and delta holds for each."
         )
     if context == "batch" and any(size == 1 for size in _batch_sizes(trainer)):
         raise MisconfigurationException(

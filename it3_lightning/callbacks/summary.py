@@ -209,8 +209,8 @@ class Recorder:
         reliable = adaptation.reliable
         moved = 0.0 if reliable is None else reliable.float().sum() / least
         log("it3/reliable", moved, batch_size=weight)
-        if self.settings.gate is not None:
-            gated = adaptation.gated
+        gated = adaptation.gated
+        if self.settings.gate is not None or gated is not None:
             within = 0.0 if gated is None else gated.float().sum() / least
             log("it3/gated", within, batch_size=weight)
         log("it3/skipped", float(adaptation.skipped.sum()), reduce_fx="sum", batch_size=weight)

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from it3_lightning.calibration import Calibration, policy_of
 from it3_lightning.callbacks.checks import check_trainer, wait_for_all
-from it3_lightning.callbacks.gate import Gate
+from it3_lightning.callbacks.gate import gate_of
 from it3_lightning.callbacks.source import SourceData
 from it3_lightning.callbacks.summary import Recorder, Summary
 from it3_lightning.engine import Settings
@@ -31,6 +31,7 @@ from it3_lightning.integration.module import KEPT, host_of
 from it3_lightning.integration.module_adapter import BatchStep, WhichPrediction, adapter_of
 from it3_lightning.integration.namespaces import AnyCallback
 from it3_lightning.integration.per_sample_step import PerSampleStep
+from it3_lightning.integration.stream_gate import Runner, check_delta
 from it3_lightning.methods import Idempotence, TestTimeMethod, TestTimeObjective
 from it3_lightning.priors.classes import OutputKind
 from it3_lightning.utils.files import load_plain
@@ -77,15 +78,20 @@ class TestTimeCallback(AnyCallback):
         gate: share of validation samples, such as 0.95, whose distance a sample must exceed to be
             adapted to. This callback measures validation samples in ``fit`` and ``validate``, in
             two forward passes a batch, and keeps the quantiles in the module's checkpoint; with
-            other weights than at that time they are refused.
+            other weights than at that time they are refused. ``"bet"``: every dataloader keeps the
+            source's first predictions until a bet against the distances of validation samples, kept
+            likewise, has proved that it is no stream of such samples; from then on, that batch
+            included, it is adapted to. See :mod:`it3_lightning.engine.betting`.
+        delta: of ``gate="bet"``: probability that a dataloader of samples like the validation
+            samples, in random order, is ever adapted to, at most.
         prediction: what the step predicts: ``"first"``: ``f(x, 0)``; ``"second"``:
             ``f(x, f(x, 0))``, which with ``steps=0`` costs one more forward pass and no gradient;
             ``"mean"``: the mean of both, of probabilities or of values, for steps that predict by
             ``self(...)``: it returns outputs of the same kind, logits for logits.
         stages: where to adapt; ``"validate"`` includes the validation inside ``fit``.
-        independent_ranks: allow carried weights (``reset`` other than ``"batch"``) and contexts
-            (``context="stream"`` of the prior) on several processes, each of which then has those
-            of its own share of the stream.
+        independent_ranks: allow carried weights (``reset`` other than ``"batch"``), contexts
+            (``context="stream"`` of the prior) and bets (``gate="bet"``) on several processes, each
+            of which then has those of its own share of the stream.
         outputs: what the outputs of a module without a prior are: ``"logits"`` or
             ``"probabilities"``; a module with a prior knows.
         policy: ``"calibrated"``: adapt as ``it3 calibrate`` chose for this module on validation
@@ -117,7 +123,8 @@ class TestTimeCallback(AnyCallback):
         reset: Reset | None = None,
         anchor: Anchor | None = None,
         norm_stats: NormStats | None = None,
-        gate: float | None = None,
+        gate: float | Literal["bet"] | None = None,
+        delta: float = 0.01,
         prediction: WhichPrediction = "first",
         stages: Sequence[Stage] = ("test", "predict"),
         independent_ranks: bool = False,
@@ -143,7 +150,8 @@ class TestTimeCallback(AnyCallback):
             _check_policy(policy, prediction, {"method": method, "gate": gate, **settings})
         settings = {**getattr(objective, "defaults", {}), **settings}
         self.settings = Settings(objective=objective, **settings)
-        self._gate = None if gate is None else Gate(gate, self.settings)
+        check_delta(delta)
+        self._gate = None if gate is None else gate_of(gate, delta, self.settings, outputs)
         needed = self.settings.needs_source
         self._source = SourceData(self.settings, outputs) if needed else None
         if prediction not in get_args(WhichPrediction):
@@ -160,7 +168,7 @@ class TestTimeCallback(AnyCallback):
                 f"{self._source.what} sees source data in stage 'validate', so it cannot adapt "
                 "there. Leave out the stage."
             )
-        if gate is not None and self.settings.norm_stats == "evidence":
+        if gate not in (None, "bet") and self.settings.norm_stats == "evidence":
             raise ValueError(
                 "The gate is calibrated on the validation data that norm_stats='evidence' has yet "
                 "to see. Leave out the gate, or use other norm_stats."
@@ -207,8 +215,8 @@ class TestTimeCallback(AnyCallback):
         return callback
 
     @property
-    def gate(self) -> float | None:
-        """Share of the validation samples within the gate, if there is one."""
+    def gate(self) -> float | Literal["bet"] | None:
+        """Share of the validation samples within the gate, or ``"bet"``, if there is one."""
         return None if self._gate is None else self._gate.level
 
     # What Lightning calls, in the order of a run
@@ -319,13 +327,14 @@ class TestTimeCallback(AnyCallback):
         settings, moments = self.settings, None
         measured = bool(settings.steps or settings.measure or settings.predicts)
         second = self.prediction != "first" or (settings.method.needs_prior and measured)
-        check_trainer(trainer, module, settings, self.independent_ranks, second=second)
+        bets, alone = self.gate == "bet", self.independent_ranks
+        check_trainer(trainer, module, settings, alone, second=second, bets=bets)
         if source is not None:
             source.load(module)
             moments = source.moments
         if self._gate is not None:
             settings = self._gate.settings_for(module)
-        runner: BatchStep | PerSampleStep
+        runner: Runner
         still = settings.steps == 0 and settings.norm_stats == "source"
         if settings.scope == "batch" or still:
             adapter = adapter_of(
@@ -336,6 +345,8 @@ class TestTimeCallback(AnyCallback):
             runner = PerSampleStep(
                 module, host, settings, prediction=self.prediction, step=name, moments=moments
             )
+        if self._gate is not None:
+            runner = self._gate.runner(module, host, runner)
         self.summary = Summary()
         logs = stage != "predict"
         record = Recorder(module, self.summary, settings, runner.adapter, logs=logs)
@@ -417,7 +428,7 @@ class AdaptedStep:
         module: LightningModule,
         name: str,
         inputs_of: Callable[[Any], Any],
-        runner: BatchStep | PerSampleStep,
+        runner: Runner,
         record: Recorder,
     ) -> None:
         self.trainer = trainer
@@ -439,7 +450,7 @@ class AdaptedStep:
         index = kwargs.get("dataloader_idx", args[2] if len(args) > 2 else 0)
         loader = index if isinstance(index, int) else 0
         if loader != self._loader:
-            self._runner.adapter.restart()
+            self._runner.restart()
             self._loader = loader
         step = functools.partial(self._own, *args, **kwargs)
         device = self._module.device
@@ -473,8 +484,7 @@ class AdaptedStep:
     def give_back(self) -> None:
         """Put back what batches have left, also one cut short, and the module's own step."""
         self._runner.undo.run()
-        if isinstance(self._runner, BatchStep):  # single samples leave nothing to the next run
-            self._runner.adapter.restart()
+        self._runner.restart()
         attributes = vars(self._module)
         if attributes.get(self._name) is self:
             attributes.pop(self._name)

@@ -54,6 +54,7 @@ def adapter_of(
     moments: SourceMoments | None = None,
     prediction: WhichPrediction = "first",
     silent: bool = False,
+    alone: bool = False,
 ) -> Adapter:
     """Return the engine for a module, and say which weights it adapts.
 
@@ -67,6 +68,7 @@ def adapter_of(
         moments: of source data, for ``norm_stats="evidence"``.
         prediction: which one is wanted.
         silent: say nothing.
+        alone: whether the caller sees to it that the context of each sample is its own.
 
     Raises:
         MisconfigurationException: the selection of parameters matches nothing, moments are needed
@@ -76,7 +78,7 @@ def adapter_of(
     kind = SampleAdapter if settings.scope == "sample" else BatchAdapter
     measured = settings.steps or settings.measure or settings.predicts
     asked = prediction != "first" or (settings.method.needs_prior and measured)
-    context = getattr(host.it3_prior, "context", None) if asked else None
+    context = getattr(host.it3_prior, "context", None) if asked and not alone else None
     if context == "batch" and kind is SampleAdapter:
         raise MisconfigurationException(_NO_COMPANY)
     if context == "stream":  # the mean of first predictions: they have to be there
@@ -267,6 +269,10 @@ class BatchStep:
         self._module = module
         self._host = host
         self._prediction = prediction
+
+    def restart(self) -> None:
+        """Forget what was carried along."""
+        self.adapter.restart()
 
     def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
         """Adapt to the inputs and run the step, to the end of what it yields."""

@@ -128,6 +128,10 @@ class PerSampleStep:
             and any(id(parameter) in ids for parameter in owner.parameters(recurse=False))
         }
 
+    def restart(self) -> None:
+        """Forget what was carried along."""
+        self.adapter.restart()
+
     def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
         """Run the step and return what it returned, and the adaptation to the inputs.
 

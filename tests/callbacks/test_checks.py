@@ -99,6 +99,15 @@ def test_batch_statistics_shared_between_processes_are_refused() -> None:
         check_trainer(trainer, module, Settings(norm_stats="batch"), False)
 
 
+def test_bets_along_a_stream_are_refused_on_several_processes() -> None:
+    module: LightningModule = IT3Net(**parts())
+    trainers: list[Any] = [Host(DDPStrategy(), ranks) for ranks in (2, 1)]
+    with pytest.raises(MisconfigurationException, match="2 processes would each bet on their own"):
+        check_trainer(trainers[0], module, Settings(), False, bets=True)
+    check_trainer(trainers[0], module, Settings(), True, bets=True)
+    check_trainer(trainers[1], module, Settings(), False, bets=True)
+
+
 def test_sharded_strategies_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="FSDPStrategy shards the weights"):
         checked(FSDPStrategy(), 2)

@@ -46,8 +46,9 @@ class Writes(IT3Net):
         self(batch[0])
 
     def on_validation_end(self) -> None:
-        name = f"calibrated-{self.global_rank}.pt"
-        torch.save(self.it3_calibration.state_dict(), self.folder / name)
+        kept = self.it3_calibration.state_dict()
+        name = "reference" if kept["reference"] else "calibrated"
+        torch.save(kept, self.folder / f"{name}-{self.global_rank}.pt")
 
 
 def stream(bad: int | None = None, count: int = 12) -> Any:
@@ -254,7 +255,8 @@ def main(folder: Path) -> None:
     model.scope = "sample"
     each = adapting(scope="sample", backend="loop")
     (by_sample,) = quiet(callbacks=[each], **TWO).test(model, stream(bad=2), verbose=False)
-    quiet(callbacks=[adapting(gate=0.5)], **TWO).validate(model, stream(2, 14), verbose=False)
+    for gate in (0.5, "bet"):
+        quiet(callbacks=[adapting(gate=gate)], **TWO).validate(model, stream(2, 14), verbose=False)
     fitted = post_hoc()
     quiet(**TWO).fit(fitted, loader(16, 8))
     measured = regression()
