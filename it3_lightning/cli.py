@@ -1,4 +1,4 @@
-"""``it3 fit / validate / test / predict``, ``benchmark / tune / calibrate / compare``: the CLI."""
+"""The command ``it3``: a LightningCLI, and commands that compare, choose and export."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from it3_lightning.benchmark.calibrate import show_choice
 from it3_lightning.benchmark.report import overview, show, show_tuning
 from it3_lightning.benchmark.scoring import quiet
 from it3_lightning.data import ShiftedData
+from it3_lightning.integration.checkpoints import exported, save_plain
 from it3_lightning.integration.namespaces import ONE_LINE
 from it3_lightning.predictor import check_checkpoint
+from it3_lightning.utils.files import load_plain
 
 _EXTRAS: Mapping[str, str] = MappingProxyType(
     {"segmentation_models_pytorch": "vision", "timm": "vision"}
@@ -146,10 +148,18 @@ def main(args: Sequence[str] | None = None) -> None:
     ``it3 benchmark --config FILE`` trains, adapts, compares and reports; ``it3 tune --config FILE``
     chooses how to adapt, on validation samples under other shifts; ``it3 calibrate --config FILE
     --ckpt_path CHECKPOINT`` chooses for one checkpoint what harms nowhere, or no adaptation;
-    ``it3 compare FOLDER ...`` puts the results of several benchmarks side by side.
+    ``it3 compare FOLDER ...`` puts the
+    results of several benchmarks side by side; ``it3 export CHECKPOINT PLAIN`` writes that of a
+    network alone.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    own = {"benchmark": benchmark, "tune": tune, "calibrate": calibrate, "compare": compare}
+    own = {
+        "benchmark": benchmark,
+        "tune": tune,
+        "calibrate": calibrate,
+        "compare": compare,
+        "export": export,
+    }
     if arguments[:1] and arguments[0] in own:
         own[arguments[0]](arguments[1:])
     else:
@@ -190,6 +200,23 @@ def compare(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("it3 compare", description=compare.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="outputs of it3 benchmark")
     print(overview(parser.parse_args(arguments).folders))  # noqa: T201
+
+
+def export(arguments: list[str]) -> None:
+    """Write the plain checkpoint of a network: without prior, conditioning and what trained them.
+
+    The class that was mixed with IT3Mixin reads it: LitNet.load_from_checkpoint(PLAIN).
+    """
+    parser = argparse.ArgumentParser("it3 export", description=export.__doc__)
+    parser.add_argument("checkpoint", type=Path, help="of a module with priors, by a Trainer")
+    parser.add_argument("plain", type=Path, help="the file to write; none may be there")
+    asked = parser.parse_args(arguments)
+    if not asked.checkpoint.is_file():
+        raise FileNotFoundError(f"There is no checkpoint at {str(asked.checkpoint)!r}.")
+    if asked.plain.exists():
+        raise FileExistsError(f"Expected a new file, got one that is there: {asked.plain}.")
+    check_checkpoint(asked.checkpoint)
+    save_plain(exported(load_plain(asked.checkpoint)), asked.plain)
 
 
 @dataclass(frozen=True)

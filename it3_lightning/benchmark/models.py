@@ -32,12 +32,12 @@ from it3_lightning.benchmark.rows import (
 )
 from it3_lightning.data import ShiftedData
 from it3_lightning.engine.restore import batch_norms
+from it3_lightning.integration.checkpoints import load_source, network_weights
 from it3_lightning.integration.namespaces import ONE_LINE, ModuleMixin
 from it3_lightning.methods import Auxiliary
 from it3_lightning.training.auxiliary import with_auxiliary
 from it3_lightning.training.dual_pass import DualPass, called, partly
 from it3_lightning.training.mixin import IT3Mixin, Train
-from it3_lightning.training.post_hoc import load_source, network_weights
 from it3_lightning.utils.files import load_plain, write
 from it3_lightning.utils.specs import spec
 

@@ -15,10 +15,10 @@ from it3_lightning.calibration import Calibration, fingerprint
 from it3_lightning.conditioning import Conditioning, Shown
 from it3_lightning.engine.selection import OWN
 from it3_lightning.integration import batches
+from it3_lightning.integration.checkpoints import KEPT, plain, plain_data
 from it3_lightning.integration.namespaces import NO_FORWARDS, ModuleMixin
 from it3_lightning.integration.output_tree import prediction_in, with_prediction
 from it3_lightning.methods import TestTimeMethod
-from it3_lightning.methods.auxiliary import Auxiliary
 from it3_lightning.priors import Prior
 from it3_lightning.priors.classes import (
     OutputKind,
@@ -26,21 +26,7 @@ from it3_lightning.priors.classes import (
     outputs_of,
     probabilities,
 )
-from it3_lightning.utils.specs import built, spec
-
-KEPT = "it3"  # what this library keeps in a checkpoint beside weights and hyperparameters
-
-
-def plain(value: Any) -> Any:
-    """Return a prior, a conditioning or a head as what would make it again; all else stays.
-
-    So checkpoints hold plain data and load with ``weights_only=True``.
-
-    >>> from it3_lightning.priors import ClassPrior
-    >>> plain(ClassPrior(3))["class_path"], plain(3)
-    ('it3_lightning.priors.ClassPrior', 3)
-    """
-    return spec(value) if isinstance(value, Prior | Conditioning | Auxiliary) else value
+from it3_lightning.utils.specs import built
 
 
 @runtime_checkable
@@ -217,17 +203,19 @@ class Conditioned(ModuleMixin):
         return loaded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the checkpoint plain data: priors and conditionings as ``class_path`` dicts."""
+        """Keep the parts, and the checkpoint plain data: as ``class_path`` dicts."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[KEPT] = {"calibration": self.it3_calibration.state_dict()}
+        parts = plain_data(prior=self.it3_prior, conditioning=self.it3_conditioning)
+        checkpoint[KEPT] = {"calibration": self.it3_calibration.state_dict(), **parts}
         hparams = checkpoint.get("hyper_parameters", {})
         hparams.update({name: plain(value) for name, value in hparams.items()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the calibration that was kept beside the weights.
+        """Take the calibration that was kept beside the weights, and parts that were not given.
 
         Raises:
-            ValueError: it is none.
+            TypeError: a part is something else.
+            ValueError: the calibration is none.
         """
         super().on_load_checkpoint(checkpoint)
         with self._it3_reading():
@@ -235,6 +223,11 @@ class Conditioned(ModuleMixin):
             if not isinstance(kept, Mapping):
                 raise ValueError(f"Expected a mapping as its {KEPT!r}, got {type(kept).__name__}.")
             self.it3_calibration.load_state_dict(kept.get("calibration", {}))
+            if self.it3_prior is None or self.it3_conditioning is None:
+                prior, own = self.it3_prior, self.it3_conditioning
+                self.it3_prior = built(prior or kept.get("prior"), Prior)  # type: ignore[type-abstract]
+                self.it3_conditioning = built(own or kept.get("conditioning"), Conditioning)  # type: ignore[type-abstract]
+                self._it3_attach(lazy=True)
 
     # How it works
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from it3_lightning.engine import batch_size
 from it3_lightning.engine.passes import features_of
 from it3_lightning.engine.selection import OWN
+from it3_lightning.integration.checkpoints import plain
 from it3_lightning.integration.isolation import muted
-from it3_lightning.integration.module import PlainModule, plain
+from it3_lightning.integration.module import PlainModule
 from it3_lightning.integration.namespaces import NO_TRAINING_STEPS, ModuleMixin
 from it3_lightning.methods.auxiliary import HEAD, Auxiliary, head_of
 from it3_lightning.training.dual_pass import called, loss_of, with_loss

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
 
+import lightning
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
@@ -14,7 +16,14 @@ from torch import Tensor
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine import batch_size
 from it3_lightning.engine.selection import OWN
-from it3_lightning.integration.module import KEPT, Conditioned, plain
+from it3_lightning.integration.checkpoints import (
+    KEPT,
+    exported,
+    plain,
+    plain_data,
+    save_plain,
+)
+from it3_lightning.integration.module import Conditioned
 from it3_lightning.priors import Prior
 from it3_lightning.training.dual_pass import DualPass, called, run_passes, with_loss
 from it3_lightning.training.first_batch import check_passes, check_target
@@ -95,13 +104,15 @@ class IT3Mixin(Conditioned):
         conditioning_optimizer = None
         super().__init__(*args, prior=parts[0], conditioning=parts[1], **kwargs)
         mode = train or ("conditioning" if source_checkpoint else "joint")
-        if mode not in ("joint", "conditioning", "off"):
+        if mode not in get_args(Train):
             raise ValueError(f"Expected train 'joint', 'conditioning' or 'off', got {train!r}.")
         if mode == "off" and source_checkpoint is not None:
             raise ValueError(
                 "train='off' loads no source_checkpoint. Give the plain module's checkpoint to the "
                 "Trainer, ckpt_path=..., or leave out train."
             )
+        own = {"train": train, "source_checkpoint": source_checkpoint, "dual_pass": settings}
+        self._it3_given = {name for name, value in own.items() if value is not None}
         self.it3_train: Train = mode
         self.it3_source_checkpoint = source_checkpoint
         self.it3_source_due = source_checkpoint is not None
@@ -126,6 +137,30 @@ class IT3Mixin(Conditioned):
             raise ValueError("Expected loss_fn to return a scalar tensor, got None.")
         return loss
 
+    def it3_export(self, path: str | Path) -> None:
+        """Write the checkpoint of the network alone, without prior and conditioning.
+
+        The class that this one was mixed with reads it, ``LitNet.load_from_checkpoint(path)``; so
+        does ``it3 export CHECKPOINT PATH`` for a checkpoint of this module.
+
+        Args:
+            path: of the file; one that is there is replaced.
+
+        Raises:
+            ValueError: the network still waits for its ``source_checkpoint``.
+        """
+        checkpoint: dict[str, Any] = {
+            "epoch": self.current_epoch,
+            "global_step": self.global_step,
+            "pytorch-lightning_version": lightning.__version__,
+            "state_dict": self.state_dict(),
+        }
+        if self.hparams:
+            name, key = self._hparams_name, self.CHECKPOINT_HYPER_PARAMS_KEY
+            checkpoint |= {self.CHECKPOINT_HYPER_PARAMS_NAME: name, key: dict(self.hparams)}
+        self.on_save_checkpoint(checkpoint)
+        save_plain(exported(checkpoint), path)
+
     # What Lightning calls
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,7 +176,7 @@ class IT3Mixin(Conditioned):
 
     def configure_model(self) -> None:
         """Attach the conditioning; load the source, check the training, freeze post-hoc."""
-        if self.it3_train != "off":
+        if self.it3_train != "off" and self._trainer is not None:  # else a checkpoint may have them
             self.it3_parts()
         super().configure_model()
         if self.it3_source_due:
@@ -154,16 +189,32 @@ class IT3Mixin(Conditioned):
             self.it3_freeze()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the settings of the label pass as plain data, and whether the source is in place."""
+        """Keep how it is trained, as plain data, and whether the source is in place."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[KEPT]["source_in_place"] = not self.it3_source_due
+        checkpoint[KEPT] |= plain_data(
+            train=self.it3_train,
+            source_checkpoint=self.it3_source_checkpoint,
+            dual_pass=self.it3_dual_pass.init_args(),
+            source_in_place=not self.it3_source_due,
+        )
         hparams = checkpoint.get("hyper_parameters", {})
         hparams.update({k: v.init_args() for k, v in hparams.items() if isinstance(v, DualPass)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take a checkpoint with priors for what it is: the network need not be loaded again."""
+        """Take a checkpoint with priors for what it is: the network need not be loaded again.
+
+        A module that was made without its parts takes them from there, and with them those of its
+        settings that were not given.
+
+        Raises:
+            MisconfigurationException: prior or conditioning are neither given nor kept there.
+        """
+        bare = self.it3_prior is None or self.it3_conditioning is None
         super().on_load_checkpoint(checkpoint)
-        in_place = checkpoint.get(KEPT, {}).get("source_in_place", True)
+        kept = checkpoint.get(KEPT, {})
+        if bare:
+            self._it3_take({k: v for k, v in kept.items() if k not in self._it3_given})
+        in_place = kept.get("source_in_place", True)
         with self._it3_reading():
             if not isinstance(in_place, bool):
                 raise ValueError(f"Expected its source_in_place to be a bool, got {in_place!r}.")
@@ -216,6 +267,20 @@ class IT3Mixin(Conditioned):
         return self
 
     # How it works
+
+    def _it3_take(self, kept: Mapping[str, Any]) -> None:
+        """Take the settings that a checkpoint keeps."""
+        with self._it3_reading():
+            mode = kept.get("train", self.it3_train)
+            if mode not in get_args(Train):
+                raise ValueError(f"Expected its train among {get_args(Train)}, got {mode!r}.")
+            self.it3_train = mode
+            self.it3_source_checkpoint = kept.get("source_checkpoint", self.it3_source_checkpoint)
+            if "dual_pass" in kept:
+                given, post_hoc = kept["dual_pass"], mode == "conditioning"
+                self.it3_dual_pass = DualPass.of(given, post_hoc=post_hoc)
+        if mode != "off":
+            self.it3_parts()
 
     def it3_freeze(self) -> None:
         """Freeze the network, unless it is frozen."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -16,75 +16,9 @@ from torch import Tensor, nn
 from it3_lightning.calibration import bits
 from it3_lightning.conditioning import Conditioning
 from it3_lightning.engine.selection import OWN
+from it3_lightning.integration.checkpoints import load_source
 from it3_lightning.integration.namespaces import NO_TRAINING_STEPS, AnyCallback, both
 from it3_lightning.priors import Prior
-from it3_lightning.utils.files import load_plain
-
-
-def network_weights(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of a state that are the network's own, and none of this library.
-
-    >>> network_weights({"net.weight": 1, "it3_prior.mean": 2})
-    {'net.weight': 1}
-    """
-    return {name: value for name, value in state.items() if not name.startswith(OWN)}
-
-
-def load_source(module: nn.Module, path: str) -> None:
-    """Load the weights of an ordinary checkpoint of the same network.
-
-    Args:
-        module: holds the network; what it has under ``it3_*`` is left alone.
-        path: of a checkpoint of a Trainer, or of a saved ``state_dict``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, a checkpoint of another network, or holds more than plain data.
-    """
-    state = network_weights(_read(path))
-    own = network_weights(module.state_dict())
-    wrong = _differences(own, state)
-    if wrong:
-        raise ValueError(
-            f"{path!r} is a checkpoint of another network than {type(module).__name__}: "
-            f"{'; '.join(wrong[:5])}{'; ...' * (len(wrong) > 5)}. Build the model with the "
-            "arguments it was trained with."
-        )
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path!r} does not fit {type(module).__name__}: {error}") from error
-
-
-def _read(path: str) -> Mapping[str, Any]:
-    """Return the state in a checkpoint, or that a file holds by itself."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"There is no checkpoint at {path!r}. Give source_checkpoint the path of an ordinary "
-            "checkpoint of this network."
-        )
-    saved = load_plain(path)
-    state = saved.get("state_dict", saved) if isinstance(saved, Mapping) else saved
-    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise ValueError(
-            f"Expected a checkpoint, or a saved state_dict, got a file of other content: {path}. "
-            "Give source_checkpoint the path of an ordinary checkpoint of this network."
-        )
-    return state
-
-
-def _differences(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
-    """Say which entries are missing, which are too many, and which have another shape."""
-    both = {n: (_shape(v), _shape(state[n])) for n, v in own.items() if n in state}
-    return [
-        *(f"missing {name}" for name in own if name not in state),
-        *(f"unexpected {name}" for name in state if name not in own),
-        *(f"{name} {its} instead of {mine}" for name, (mine, its) in both.items() if mine != its),
-    ]
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 class Frozen:

@@ -19,7 +19,7 @@ from it3_lightning import IT3Predictor
 from it3_lightning.benchmark.distances import kept_distances
 from it3_lightning.benchmark.kept import check_folder, kept, mark_folder
 from it3_lightning.benchmark.report import overview
-from it3_lightning.training.post_hoc import load_source
+from it3_lightning.integration.checkpoints import load_source
 from it3_lightning.utils.files import load_plain, read_json, write, write_json
 
 Read = Callable[[Path], Any]

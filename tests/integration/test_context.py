@@ -40,7 +40,7 @@ from it3_lightning import (
     TestTimeCallback,
 )
 from it3_lightning.callbacks.checks import check_trainer
-from it3_lightning.integration.module import plain
+from it3_lightning.integration.checkpoints import plain
 from it3_lightning.methods import Tent
 
 
