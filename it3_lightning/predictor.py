@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -19,7 +20,7 @@ from it3_lightning.calibration import check_level, gate_of, moments_of
 from it3_lightning.engine import Adaptation, Settings, batch_size
 from it3_lightning.engine.trees import taken
 from it3_lightning.integration.batches import normal
-from it3_lightning.integration.module import host_of
+from it3_lightning.integration.module import UNTRAINED, host_of, untrained
 from it3_lightning.integration.module_adapter import WhichPrediction as Which
 from it3_lightning.integration.module_adapter import adapter_of, answer_of, in_precision
 from it3_lightning.integration.stream_gate import StreamGate, check_delta, stream_gate_of
@@ -202,6 +203,8 @@ class IT3Predictor:
             ``f(x, f(x, 0))``; ``"mean"``: the mean of both, of probabilities or of values. The
             latter two cost further forward passes.
 
+    Warns of a conditioning that has not been trained: both predictions of a sample are equal then.
+
     Raises:
         ValueError: the precision or the prediction is unknown, the settings measure no distance,
             delta is no probability, or there are two gates.
@@ -244,6 +247,8 @@ class IT3Predictor:
         self._host = host_of(module, self.settings.method)
         check_weights(module)
         check_delta(delta)
+        if self.settings.method.needs_prior and untrained(module):
+            rank_zero_warn(UNTRAINED)
         if gate is not None:
             self.settings = _gated(self.settings, gate, module)
         with torch.inference_mode(False):

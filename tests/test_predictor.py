@@ -31,11 +31,15 @@ from torch import Tensor, nn
 
 from it3_lightning import (
     ClassPrior,
+    Conditioning,
+    FeatureInjection,
     Idempotence,
+    InputConcat,
     IT3Mixin,
     IT3Predictor,
     Prediction,
     Settings,
+    Tent,
     ValuePrior,
 )
 
@@ -266,6 +270,23 @@ def test_gate_that_is_not_known_or_given_twice_is_refused() -> None:
         IT3Predictor(calibrated(), published(gate=0.1), gate=0.5)
     with pytest.raises(ValueError, match=r"gate to be a share in \[0, 1\] or None, got 2"):
         IT3Predictor(calibrated(), published(), gate=2)
+
+
+@pytest.mark.parametrize("kind", [InputConcat("net.conv"), FeatureInjection("net.dense")])
+def test_an_untrained_conditioning_is_told_before_any_call(kind: Conditioning) -> None:
+    with pytest.warns(UserWarning, match="the conditioning has not been trained"):
+        predictor = IT3Predictor(IT3Net(**parts(conditioning=kind)), published())
+    prediction = predictor(batches()[0])
+    assert torch.equal(prediction.outputs, prediction.source_outputs)
+    assert not prediction.distance.any()
+
+
+def test_a_conditioning_that_has_been_trained_or_is_not_asked_is_not_told() -> None:
+    model = IT3Net(**parts(conditioning=FeatureInjection("net.dense")))
+    IT3Predictor(model, Settings(objective=Tent(), norm_stats="batch"))
+    quiet(max_epochs=1).fit(model.train(), loader())
+    assert not model.it3_conditioning.untrained  # type: ignore[union-attr]
+    IT3Predictor(model, published())
 
 
 # Inputs

@@ -27,7 +27,7 @@ from it3_lightning.engine import Settings
 from it3_lightning.engine.optimizers import OptimizerName
 from it3_lightning.engine.selection import Selection
 from it3_lightning.engine.types import Anchor, Backend, NormStats, Reset, Scope
-from it3_lightning.integration.module import KEPT, host_of
+from it3_lightning.integration.module import KEPT, UNTRAINED, host_of, untrained
 from it3_lightning.integration.module_adapter import BatchStep, WhichPrediction, adapter_of
 from it3_lightning.integration.namespaces import AnyCallback
 from it3_lightning.integration.per_sample_step import PerSampleStep
@@ -367,14 +367,14 @@ class TestTimeCallback(AnyCallback):
 
     def _finish(self, trainer: Trainer) -> None:
         """Say what adaptation did, warn where nothing was learnt to adapt by; end the run."""
-        if not any(step.trainer is trainer for step in self._steps):
+        modules = [step.module for step in self._steps if step.trainer is trainer]
+        if not modules:
             return
         rank_zero_info(f"IT3: {self.summary}")
-        if self.summary.distance_source == 0 and self.settings.method.needs_prior:
-            rank_zero_warn(
-                "Every second prediction equals the first: the conditioning has not been trained. "
-                "Fit the module first, or give it source_checkpoint=... and fit the conditioning."
-            )
+        measured = self.settings.method.needs_prior and self.summary.forwards
+        equal = self.summary.distance_source == 0  # which "cross_entropy" of equals is not
+        if measured and (equal or any(map(untrained, modules))):
+            rank_zero_warn(UNTRAINED)
         self._return_steps(trainer)
 
     def _return_steps(self, trainer: Trainer) -> None:
@@ -432,7 +432,7 @@ class AdaptedStep:
         record: Recorder,
     ) -> None:
         self.trainer = trainer
-        self._module = module
+        self.module = module
         self._name = name
         self._before = {name: vars(module)[name]} if name in vars(module) else {}
         self._own: Step = getattr(module, name)
@@ -453,7 +453,7 @@ class AdaptedStep:
             self._runner.restart()
             self._loader = loader
         step = functools.partial(self._own, *args, **kwargs)
-        device = self._module.device
+        device = self.module.device
         on_cuda = device.type == "cuda"  # where calls return before the work is done
         if on_cuda:
             torch.cuda.synchronize(device)
@@ -468,24 +468,24 @@ class AdaptedStep:
         """Let copies of the module have its own step."""
         if self._before:
             return _itself, (self._before[self._name],)
-        return getattr, (self._module, self._name)
+        return getattr, (self.module, self._name)
 
     @property
     def going_on(self) -> bool:
         """Whether the Trainer is in the run that this is for, with this module."""
         stage = self.trainer.state.stage
-        own = self._module._trainer is self.trainer
+        own = self.module._trainer is self.trainer
         return own and stage is not None and STEPS.get(stage.value) == self._name
 
     def take_over(self) -> None:
         """Take the place of the step on the instance."""
-        vars(self._module)[self._name] = self
+        vars(self.module)[self._name] = self
 
     def give_back(self) -> None:
         """Put back what batches have left, also one cut short, and the module's own step."""
         self._runner.undo.run()
         self._runner.restart()
-        attributes = vars(self._module)
+        attributes = vars(self.module)
         if attributes.get(self._name) is self:
             attributes.pop(self._name)
             attributes.update(self._before)

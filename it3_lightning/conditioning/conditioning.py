@@ -149,6 +149,11 @@ class Conditioning(nn.Module, ABC):
             "themselves). Choose a layer that the forward pass runs."
         )
 
+    @property
+    def untrained(self) -> bool:
+        """Whether it is known to change nothing yet, as its weights are zero: train it first."""
+        return False
+
     @abstractmethod
     def _attach(self, name: str, modules: Mapping[str, nn.Module], prior: Prior) -> None:
         """Build what this layer needs and register the hook."""

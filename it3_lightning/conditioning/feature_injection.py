@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,12 @@ class FeatureInjection(Conditioning):
             return injected
         shape = [-1 if axis == batch_axis else 1 for axis in range(features.ndim)]
         return torch.where(present.reshape(shape), injected, features)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the last layers of all embedders are zero, as they start."""
+        lasts = [cast(Embedder, embedder).last for embedder in self.embedders.values()]
+        return not any(p.any() for last in lasts for p in last.parameters())
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

@@ -77,6 +77,11 @@ class InputConcat(Conditioning):
         embedded: Tensor = extra(prior.movedim(1, -1)).movedim(-1, 1)
         return placed(embedded, output, layout.axes(output, prior.shape[0]))
 
+    @property
+    def untrained(self) -> bool:
+        """Whether the weights of the prior are zero, as they start."""
+        return not any(parameter.any() for parameter in self.extra.parameters())
+
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         return {"layer": self.layers[0]}

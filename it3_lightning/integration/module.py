@@ -325,6 +325,18 @@ _NEEDS_FORWARD = """{name} has no forward, so nothing tells how to predict from 
                     return self.net(inputs)  # as your steps do"""
 
 
+UNTRAINED = (
+    "Every second prediction equals the first: the conditioning has not been trained. Fit the "
+    "module first, or give it source_checkpoint=... and fit the conditioning."
+)
+
+
+def untrained(host: object) -> bool:
+    """Whether the conditioning of a module is known to change nothing yet."""
+    conditioning = getattr(host, "it3_conditioning", None)
+    return isinstance(conditioning, Conditioning) and conditioning.untrained
+
+
 def checked_module(module: LightningModule, *, fitted: bool = True) -> IT3Module:
     """Return the module as one that predicts with a prior.
 

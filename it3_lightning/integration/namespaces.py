@@ -29,6 +29,14 @@ NO_TRAINING_STEPS = tuple(module.training_step for module in MODULES)  # type: i
 ONE_LINE = (
     "write `from lightning import pytorch as pl` in place of `import pytorch_lightning as pl`."
 )
+HOOKS = (
+    "it3_inputs",
+    "it3_target",
+    "it3_with_inputs",
+    "it3_sample_dims",
+    "it3_forward",
+    "it3_outputs",
+)  # what a module may say of its batches and outputs
 
 
 if TYPE_CHECKING:
@@ -44,7 +52,8 @@ else:
 class ModuleMixin(_Mixed):
     """Base of what is mixed into a LightningModule, of either namespace.
 
-    A subclass of a mixin alone is a LightningModule of ``lightning.pytorch``.
+    A subclass of a mixin alone is a LightningModule of ``lightning.pytorch``. What a base says of
+    its batches and outputs, by :data:`HOOKS`, goes before the defaults of a mixin, in any order.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -64,3 +73,7 @@ class ModuleMixin(_Mixed):
             bases = list(cls.__bases__)
             last = max(i for i, base in enumerate(bases) if issubclass(base, ModuleMixin))
             cls.__bases__ = (*bases[: last + 1], MODULES[0], *bases[last + 1 :])
+        for name in HOOKS:
+            owners = [base for base in cls.__mro__ if name in vars(base)]
+            if len(owners) > 1 and owners[0].__module__.startswith("it3_lightning.integration"):
+                setattr(cls, name, vars(owners[1])[name])

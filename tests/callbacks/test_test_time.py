@@ -26,7 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from it3_lightning import ForwardArgument, IT3TestTimeCallback
+from it3_lightning import ForwardArgument, Idempotence, IT3TestTimeCallback
 from it3_lightning.engine.types import Scope
 
 
@@ -346,10 +346,16 @@ def test_single_last_sample_keeps_the_source_under_batch_statistics(reset: Any) 
         assert [torch.equal(a, b) for a, b in zip(adapted, plain, strict=True)] == [0, 0, 1]
 
 
-def test_an_untrained_conditioning_is_told() -> None:
-    model = IT3Net(**parts())
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+@pytest.mark.parametrize("distance", ["l2", "js", "cross_entropy"])
+def test_an_untrained_conditioning_is_told_and_distances_move_nothing(
+    scope: Any, distance: Any
+) -> None:
+    callback = adapting(objective=Idempotence(distance, reliability=None), scope=scope)
     with pytest.warns(UserWarning, match="the conditioning has not been trained"):
-        predicted(model, adapting())
+        predicted(IT3Net(**parts()), callback)
+    if distance != "cross_entropy":  # whose gradient at equals is that of rounding
+        assert callback.summary.reliable == 0
 
 
 @pytest.mark.filterwarnings("ignore:Every second prediction:UserWarning")

@@ -155,9 +155,7 @@ def test_a_network_built_by_a_hook_gets_its_parts_then(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_parts_asks_for_them(tmp_path: Path) -> None:
     path = saved(LitNet(), tmp_path / "plain.ckpt")
-    with pytest.raises(
-        MisconfigurationException, match="no prior and no conditioning"
-    ):
+    with pytest.raises(MisconfigurationException, match="no prior and no conditioning"):
         IT3Net.load_from_checkpoint(path)
 
 

@@ -1,3 +1,4 @@
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
+from helpers.toy import LitNet, adapting, parts, quiet, samples, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -14,11 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from it3_lightning import (
     AuxiliaryMixin,
     ClassPrior,
+    DualPass,
     FeatureInjection,
     Idempotence,
     IT3Mixin,
     IT3Predictor,
     IT3TestTimeCallback,
+    RandomNoise,
     Rotation,
     Tent,
     TestTimeCallback,
@@ -27,6 +31,8 @@ from it3_lightning import (
 from it3_lightning.benchmark.models import with_priors
 from it3_lightning.cli import main
 from it3_lightning.data import DigitsDataModule
+from it3_lightning.integration.module import Conditioned
+from it3_lightning.integration.namespaces import HOOKS
 
 
 class Steps:
@@ -294,3 +300,92 @@ def test_messages_stay_with_the_logger_of_the_namespace_that_was_imported(namesp
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == f"{namespace}.utilities.rank_zero"
+
+
+# Hooks that a base defines
+
+
+class Says(LitNet):
+    """Has all hooks, below the mixin; its batches are mappings of its own names."""
+
+    def it3_inputs(self, batch: Any) -> Any:
+        return {"pixels": batch["pixels"].mT}
+
+    def it3_target(self, batch: Any) -> Any:
+        return batch["truth"]["class"]
+
+    def it3_with_inputs(self, batch: Any, inputs: Any) -> Any:
+        return {**batch, "pixels": inputs["pixels"].mT}
+
+    def it3_sample_dims(self, inputs: Any) -> Any:
+        return {"pixels": 3}  # (1, 4, 4, B)
+
+    def it3_forward(self, inputs: Any) -> Tensor:
+        return self.it3_outputs(self(inputs["pixels"]))
+
+    @staticmethod
+    def it3_outputs(returned: Any) -> Tensor:
+        scores: Tensor = returned["first"]
+        return scores
+
+
+def test_every_hook_that_may_be_overridden_is_known() -> None:
+    documented = {
+        name
+        for kind in (Conditioned, IT3Mixin)
+        for name, value in vars(kind).items()
+        if name.startswith("it3_") and "verride" in (getattr(value, "__doc__", None) or "")
+    }
+    assert documented == set(HOOKS)
+    assert {name for name in vars(Says) if name.startswith("it3_")} == set(HOOKS)
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_of_the_base_goes_before_the_default_of_the_mixin(name: str) -> None:
+    hook = vars(Says)[name]
+    base = type("Base", (LitNet,), {name: hook})
+    mixed = type("Mixed", (IT3Mixin, base), {})
+    again = type("Again", (mixed,), {})
+    late = type("Late", (type("Without", (IT3Mixin, LitNet), {}), base), {})
+    for kind in (mixed, again, late, type("Both", (AuxiliaryMixin, mixed), {})):
+        found = inspect.getattr_static(kind, name)
+        assert found is hook, kind
+    own = type("Own", (mixed,), {name: lambda *_: None})
+    assert inspect.getattr_static(own, name) is vars(own)[name]
+    plain = type("Plain", (IT3Mixin, LitNet), {})
+    assert getattr(plain, name) is getattr(Conditioned, name)
+
+
+def test_hooks_of_the_base_are_those_that_training_and_testing_ask() -> None:
+    class Net(Says):
+        def forward(self, pixels: Tensor) -> Any:
+            return {"first": super().forward(pixels.permute(3, 0, 1, 2)), "second": pixels.sum()}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            seen.append(batch["pixels"])
+            logits = self(self.it3_inputs(batch)["pixels"])["first"]
+            return F.cross_entropy(logits, batch["truth"]["class"])
+
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return self(self.it3_inputs(batch)["pixels"])["first"]
+
+    class Mixed(IT3Mixin, Net):
+        pass
+
+    images, labels = samples()
+    batches: Any = [
+        {"pixels": images[i : i + 4].permute(1, 2, 3, 0).mT, "truth": {"class": labels[i : i + 4]}}
+        for i in range(0, 12, 4)
+    ]
+    loader, seen = DataLoader(batches, batch_size=None), list[Tensor]()
+    settings = DualPass(perturb_inputs=RandomNoise(1.0))
+    model = seeded(Mixed(**parts(dual_pass=settings)))
+    quiet().fit(model, loader)
+    assert len(seen) == 6  # both passes
+    assert torch.equal(seen[1], batches[0]["pixels"])
+    assert not torch.equal(seen[0], seen[1])
+    for scope in ("batch", "sample"):
+        callback = adapting(scope=scope, backend="loop") if scope == "sample" else adapting()
+        predicted: Any = quiet(callbacks=[callback]).predict(model, loader)
+        assert [part.shape for part in predicted] == 3 * [(4, 3)]
+        assert callback.summary.samples == 12
