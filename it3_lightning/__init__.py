@@ -41,6 +41,7 @@ from it3_lightning.conditioning import (
 from it3_lightning.engine import Adaptation, BatchAdapter, Settings, adapt
 from it3_lightning.engine.restore import Snapshot
 from it3_lightning.engine.selection import select
+from it3_lightning.integration.candidates import suggest_layers
 from it3_lightning.methods import (
     EATA,
     LAME,
@@ -124,4 +125,5 @@ __all__ = [
     "ValuePrior",
     "adapt",
     "select",
+    "suggest_layers",
 ]

@@ -1,5 +1,6 @@
-"""The command ``it3``: a LightningCLI, and commands that compare, choose and export."""
-
+CONFLICT<"""The command ``it3``: a LightningCLI, and commands that compare, choose and export."""
+|"""``it3 fit / validate / test / predict / benchmark / tune / compare / export / layers``."""
+>
 from __future__ import annotations
 
 import argparse
@@ -23,6 +24,7 @@ from it3_lightning.benchmark.calibrate import show_choice
 from it3_lightning.benchmark.report import overview, show, show_tuning
 from it3_lightning.benchmark.scoring import quiet
 from it3_lightning.data import ShiftedData
+from it3_lightning.integration.candidates import suggest_layers
 from it3_lightning.integration.checkpoints import exported, save_plain
 from it3_lightning.integration.namespaces import ONE_LINE
 from it3_lightning.predictor import check_checkpoint
@@ -148,7 +150,7 @@ def main(args: Sequence[str] | None = None) -> None:
     ``it3 benchmark --config FILE`` trains, adapts, compares and reports; ``it3 tune --config FILE``
     chooses how to adapt, on validation samples under other shifts; ``it3 calibrate --config FILE
     --ckpt_path CHECKPOINT`` chooses for one checkpoint what harms nowhere, or no adaptation;
-    ``it3 compare FOLDER ...`` puts the
+    ``it3 layers --config FILE`` lists where a prior may enter; ``it3 compare FOLDER ...`` puts the
     results of several benchmarks side by side; ``it3 export CHECKPOINT PLAIN`` writes that of a
     network alone.
     """
@@ -157,6 +159,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "benchmark": benchmark,
         "tune": tune,
         "calibrate": calibrate,
+        "layers": layers,
         "compare": compare,
         "export": export,
     }
@@ -217,6 +220,22 @@ def export(arguments: list[str]) -> None:
         raise FileExistsError(f"Expected a new file, got one that is there: {asked.plain}.")
     check_checkpoint(asked.checkpoint)
     save_plain(exported(load_plain(asked.checkpoint)), asked.plain)
+
+
+def layers(arguments: list[str]) -> None:
+    """Print the layers of a configuration's model where a prior may enter.
+
+    One training batch runs through the network, without gradients.
+    """
+    with quiet():
+        cli = _cli(arguments, "layers")
+        data, model = cli.datamodule, cli.model
+        data.prepare_data()
+        data.setup("fit")
+        model.configure_model()
+        batch = next(iter(data.train_dataloader()))
+        table = suggest_layers(model, batch)
+    print(table)  # noqa: T201
 
 
 @dataclass(frozen=True)

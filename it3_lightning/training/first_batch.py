@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from it3_lightning.engine.passes import copied
 from it3_lightning.engine.restore import Snapshot, without_side_effects
 from it3_lightning.integration.batches import normal
+from it3_lightning.integration.candidates import ending
 from it3_lightning.integration.isolation import without_logs
 from it3_lightning.integration.module import Conditioned, checked_module
 from it3_lightning.integration.output_tree import DETECTION, described, has_boxes
@@ -44,6 +46,11 @@ got {second}. Override
     def it3_forward(self, inputs):
         return self(inputs)  # as large with a prior as without"""
 
+_LATE = """The prior enters at {layers}, whose output is the prediction: nothing that learns comes \
+after it, so the second prediction is the first plus what the prior says by itself, whatever the \
+inputs. Name a layer before it: suggest_layers(module, batch), or `it3 layers --config ...`, lists \
+them."""
+
 
 def check_target(module: Conditioned, target: Any, batch: Any = None) -> Tensor:
     """Return the target of a batch in label space.
@@ -69,7 +76,8 @@ def check_target(module: Conditioned, target: Any, batch: Any = None) -> Tensor:
 def check_passes(module: Conditioned, batch: Any, target: Any) -> None:
     """Run a batch through both passes without gradients, and refuse what does not fit.
 
-    Nothing is kept of it: neither random numbers, statistics, logs nor counts.
+    Nothing is kept of it: neither random numbers, statistics, logs nor counts. Warns of a prior
+    that enters where the network ends.
 
     Args:
         module: to train.
@@ -84,7 +92,12 @@ def check_passes(module: Conditioned, batch: Any, target: Any) -> None:
     unseen = without_side_effects(Snapshot(module), partial(without_logs, module))
     with torch.inference_mode(False), unseen, torch.no_grad():
         inputs, name = normal(module.it3_inputs(batch)), type(module).__name__
-        first = _outputs(module, inputs)
+        conditioning = module.it3_parts()[1]
+        layers = conditioning.layers if conditioning.enters == "output" else ()
+        with ending(module, layers) as at_the_end:
+            first = _outputs(module, inputs)
+        if late := at_the_end(first):
+            rank_zero_warn(_LATE.format(layers=", ".join(map(repr, late))))
         prior = _prior(module, first)
         expected = check_target(module, target)
         if prior.shape[:2] != expected.shape[:2]:
