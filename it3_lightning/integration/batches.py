@@ -4,38 +4,49 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from it3_lightning.engine.trees import opened
 from it3_lightning.utils.graphs import is_graph, label_of, relabelled, unlabelled
 
-INPUT_NAMES = ("input", "inputs", "image", "images", "x", "features", "data", "pixel_values")
-
-
+TRANSFORMERS = (
+    *("pixel_values", "input_ids", "inputs_embeds", "input_values", "input_features"),
+    *("attention_mask", "token_type_ids", "position_ids", "pixel_mask"),
+)  # arguments of models of transformers; those of the second line come beside others
+INPUT_NAMES = (
+    *("input", "inputs", "image", "images", "x", "features", "data"),
+    *TRANSFORMERS[:5],
+)
 TARGET_NAMES = ("target", "targets", "label", "labels", "y", "mask", "masks", "class")
 
 
 def inputs_of(batch: Any) -> Any:
     """Return the inputs of a batch: the first entry, or the one with a usual name.
 
-    A batch of graphs is its own input, and so is any graph in the inputs, without its target.
+    A batch of graphs is its own input, and so is any graph in the inputs, without its target. In a
+    mapping for a model of transformers all its arguments are, such as ``attention_mask``.
 
     Raises:
         ValueError: there is none.
 
     >>> inputs_of({"image": 1, "label": 2})
     1
+    >>> inputs_of({"input_ids": 1, "attention_mask": 2, "labels": 3})
+    {'input_ids': 1, 'attention_mask': 2}
     """
     if isinstance(batch, Tensor):
         return batch
     pair = isinstance(batch, tuple | list) and not hasattr(batch, "_fields")
     graph = not pair and is_graph(batch)
-    inputs = batch if graph else _entry(batch, "inputs", INPUT_NAMES, 0)
+    several = _arguments(batch)
+    inputs = several or (batch if graph else _entry(batch, "inputs", INPUT_NAMES, 0))
     return inputs if isinstance(inputs, Tensor) else unlabelled(inputs)
 
 
@@ -72,6 +83,10 @@ def with_inputs(batch: Any, inputs: Any) -> Any:
         _at(batch, "inputs", 0)
         return type(batch)([inputs, *batch[1:]])
     changed: Any = copy.copy(batch)
+    if _arguments(batch) and isinstance(inputs, Mapping):
+        for name, value in inputs.items():
+            changed[name] = value
+        return changed
     if isinstance(batch, Mapping):
         changed[_name(batch, "inputs", INPUT_NAMES, list(batch))] = inputs
         return changed
@@ -80,6 +95,35 @@ def with_inputs(batch: Any, inputs: Any) -> Any:
         return dataclasses.replace(batch, **{name: inputs})
     setattr(changed, name, inputs)
     return changed
+
+
+def called_on(module: nn.Module, inputs: Any) -> Any:
+    """Return what a module returns for inputs, which may be several arguments.
+
+    A tuple or a list is spread; so is, by name, a mapping of names of transformers that ``forward``
+    takes.
+
+    >>> called_on(nn.Bilinear(2, 3, 4), (torch.zeros(1, 2), torch.zeros(1, 3))).shape
+    torch.Size([1, 4])
+    """
+    if isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence):
+        return module(*inputs)
+    if isinstance(inputs, Mapping) and set(inputs) <= {*TRANSFORMERS}:
+        try:
+            inspect.signature(module.forward).bind(**inputs)
+        except TypeError:  # it takes them as one
+            return module(inputs)
+        return module(**inputs)
+    return module(inputs)
+
+
+def _arguments(batch: Any) -> dict[str, Any]:
+    """Return the arguments of a model of transformers in a mapping, where they are several."""
+    if not isinstance(batch, Mapping):
+        return {}
+    found = {name: batch[name] for name in TRANSFORMERS if name in batch}
+    usual = next((name for name in INPUT_NAMES if name in batch), None)
+    return found if len(found) > 1 and usual in found else {}
 
 
 def _label(graph: Any) -> Any:
@@ -127,7 +171,8 @@ def _missing(batch: Any, kind: str, got: str) -> str:
     return (
         f"Cannot find the {kind} of a batch of type {type(batch).__name__} with {got}. Expected "
         f"(inputs, target), or one of the names {', '.join(INPUT_NAMES)} and "
-        f"{', '.join(TARGET_NAMES)}. Override it3_inputs(batch) and it3_target(batch) otherwise."
+        f"{', '.join(TARGET_NAMES)}. Override it3_inputs(batch) and it3_target(batch) otherwise, "
+        "and where inputs are perturbed it3_with_inputs(batch, inputs)."
     )
 
 

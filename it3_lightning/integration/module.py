@@ -9,7 +9,6 @@ from typing import Any, Protocol, runtime_checkable
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from it3_lightning.calibration import Calibration, fingerprint
 from it3_lightning.conditioning import Conditioning, Shown
@@ -100,7 +99,11 @@ class Conditioned(ModuleMixin):
         return batches.target_of(batch)
 
     def it3_with_inputs(self, batch: Any, inputs: Any) -> Any:
-        """Return a copy of the batch with other inputs; override for a batch of another shape."""
+        """Return a copy of the batch with other inputs; override it where ``it3_inputs`` is.
+
+        Asked for where inputs are perturbed, by ``DualPass(perturb_inputs=...)``, post-hoc by
+        default, and where the perturbation changes them: it leaves whole numbers alone.
+        """
         return batches.with_inputs(batch, inputs)
 
     def it3_sample_dims(self, inputs: Any) -> Any:
@@ -119,9 +122,10 @@ class Conditioned(ModuleMixin):
     def it3_forward(self, inputs: Any) -> Tensor:
         """Return the network's outputs ``(B, ...)``; override where ``self(inputs)`` does not.
 
-        A tuple or a list is spread over the arguments; a packed sequence is not.
+        A tuple or a list is spread over the arguments; a packed sequence is not. So is a mapping of
+        names of transformers, such as ``input_ids``, over arguments of these names.
         """
-        outputs = self(*inputs) if _spread(inputs) else self(inputs)
+        outputs = batches.called_on(self, inputs)
         return outputs if isinstance(outputs, Tensor) else self.it3_outputs(outputs)
 
     def it3_outputs(self, returned: Any) -> Tensor:
@@ -261,11 +265,6 @@ class Conditioned(ModuleMixin):
         return any(name in vars(c) for c in own for name in ("configure_model", "setup"))
 
 
-def _spread(inputs: Any) -> bool:
-    """Whether inputs are several arguments."""
-    return isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
-
-
 def replaced(host: Any, returned: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return what ``forward`` returned with its prediction changed, all else as it is.
 
@@ -388,7 +387,7 @@ class PlainModule:
                 outputs: Tensor = own(inputs)
                 return outputs
             module = self._module
-            returned = module(*inputs) if _spread(inputs) else module(inputs)
+            returned = batches.called_on(module, inputs)
             return returned if isinstance(returned, Tensor) else self.it3_outputs(returned)
 
     def it3_outputs(self, returned: Any) -> Tensor:

@@ -361,12 +361,25 @@ def _label_priors(module: Conditioned, settings: DualPass, batch: Any) -> tuple[
     prior = module.it3_parts()[0]
     given = copy.copy(batch)
     if settings.perturb_inputs is not None:
-        given = module.it3_with_inputs(batch, settings.perturb_inputs(module.it3_inputs(batch)))
+        plain = module.it3_inputs(batch)
+        perturbed = settings.perturb_inputs(plain)
+        if changed(plain, perturbed):
+            given = module.it3_with_inputs(batch, perturbed)
     inputs = module.it3_inputs(given)
     own = cache(lambda: _own(module, inputs))
     shown, known = settings.prior(prior, module.it3_target(batch), own)
     context = None if prior.context is None else prior.context_of(own()[: prior.window])
     return given, _Priors(shown, known, context)
+
+
+def changed(before: Any, after: Any) -> bool:
+    """Whether any tensor or object in one structure is another in the other one.
+
+    >>> changed([1, (tokens := torch.tensor([2]))], [1, tokens])
+    False
+    """
+    one, other = tree_leaves(before), tree_leaves(after)
+    return len(one) != len(other) or any(a is not b for a, b in zip(one, other, strict=True))
 
 
 def _own(module: Conditioned, inputs: Any) -> Tensor:
@@ -393,6 +406,8 @@ def _mixed(module: Conditioned, present: Tensor, batch: Any, inputs: Any) -> Any
     """Return a batch with other inputs for the samples that are present, ``(B,)`` booleans."""
     shown, structure = tree_flatten(inputs)
     plain = tree_leaves(module.it3_inputs(batch))
+    if not changed(plain, shown):
+        return copy.copy(batch)
     leaves = [_chosen(present, a, b) for a, b in zip(shown, plain, strict=True)]
     return module.it3_with_inputs(batch, tree_unflatten(leaves, structure))
 

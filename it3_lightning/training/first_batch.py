@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from it3_lightning.engine.passes import copied
 from it3_lightning.engine.restore import Snapshot, without_side_effects
@@ -17,6 +19,7 @@ from it3_lightning.integration.candidates import ending
 from it3_lightning.integration.isolation import without_logs
 from it3_lightning.integration.module import Conditioned, checked_module
 from it3_lightning.integration.output_tree import DETECTION, described, has_boxes
+from it3_lightning.training.dual_pass import changed
 
 _TARGET = """The prior cannot read the target of a batch, {got}. {error} Where that is no target, \
 override
@@ -40,6 +43,11 @@ _SIZES = """The target of a batch becomes a prior of shape {target}, and what {n
 of {output}: samples and channels differ. Give the prior what fits both, or override
     def it3_outputs(self, returned):
         return returned[:, 0]  # the prediction, one row for each sample"""
+
+_WITH_INPUTS = """Inputs are perturbed, and it3_inputs of {name} does not find them again in \
+the batch that it3_with_inputs made{error}. Override
+    def it3_with_inputs(self, batch, inputs):
+        return {{**batch, "image": inputs}}  # a copy, in which it3_inputs finds these inputs"""
 
 _SECOND = """Expected {name} to put out with a prior what it does without one, a tensor {first}, \
 got {second}. Override
@@ -73,7 +81,9 @@ def check_target(module: Conditioned, target: Any, batch: Any = None) -> Tensor:
         raise ValueError(text) from error
 
 
-def check_passes(module: Conditioned, batch: Any, target: Any) -> None:
+def check_passes(
+    module: Conditioned, batch: Any, target: Any, perturb: Callable[[Any], Any] | None = None
+) -> None:
     """Run a batch through both passes without gradients, and refuse what does not fit.
 
     Nothing is kept of it: neither random numbers, statistics, logs nor counts. Warns of a prior
@@ -83,15 +93,19 @@ def check_passes(module: Conditioned, batch: Any, target: Any) -> None:
         module: to train.
         batch: the first one; it is not changed.
         target: of the batch.
+        perturb: the inputs in training.
 
     Raises:
-        MisconfigurationException: the module cannot predict from inputs alone, nothing tells which
-            output is the prediction, the prior cannot read it, or both passes differ in shape.
+        MisconfigurationException: perturbed inputs are not found again, the module cannot predict
+            from inputs alone, nothing tells which output is the prediction, the prior cannot read
+            it, or both passes differ in shape.
     """
     checked_module(module, fitted=False)
     unseen = without_side_effects(Snapshot(module), partial(without_logs, module))
     with torch.inference_mode(False), unseen, torch.no_grad():
         inputs, name = normal(module.it3_inputs(batch)), type(module).__name__
+        if perturb is not None:
+            _check_inputs(module, batch, inputs, perturb(inputs))
         conditioning = module.it3_parts()[1]
         layers = conditioning.layers if conditioning.enters == "output" else ()
         with ending(module, layers) as at_the_end:
@@ -107,6 +121,22 @@ def check_passes(module: Conditioned, batch: Any, target: Any) -> None:
         if second.shape != first.shape:
             shapes = {"first": tuple(first.shape), "second": tuple(second.shape)}
             raise MisconfigurationException(_SECOND.format(name=name, **shapes))
+
+
+def _check_inputs(module: Conditioned, batch: Any, inputs: Any, perturbed: Any) -> None:
+    """Refuse a module that does not find the inputs that were put into a batch."""
+    if not changed(inputs, perturbed):
+        return
+    name = type(module).__name__
+    try:
+        found = tree_leaves(module.it3_inputs(module.it3_with_inputs(batch, perturbed)))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        text = _WITH_INPUTS.format(name=name, error=f" ({type(error).__name__}: {error})")
+        raise MisconfigurationException(text) from error
+    pairs = list(zip(found, tree_leaves(perturbed), strict=False))
+    tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]
+    if any(a.shape != b.shape or not torch.allclose(a, b, equal_nan=True) for a, b in tensors):
+        raise MisconfigurationException(_WITH_INPUTS.format(name=name, error=""))
 
 
 def _outputs(module: Conditioned, inputs: Any) -> Tensor:

@@ -325,7 +325,7 @@ class IT3Mixin(Conditioned):
         if prior.measuring and learning:
             prior.measure(target, self._it3_gather)
         if first:
-            check_passes(self, batch, target)
+            check_passes(self, batch, target, self.it3_dual_pass.perturb_inputs)
             self._it3_checked = True
         frozen = self.it3_train == "conditioning"
         return run_passes(self, self.it3_dual_pass, batch, step, frozen=frozen)

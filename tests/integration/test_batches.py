@@ -1,15 +1,16 @@
 """Where batches of all shapes keep their inputs and their target."""
 
 import copy
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
-from it3_lightning.integration.batches import inputs_of, target_of, with_inputs
+from it3_lightning.integration.batches import called_on, inputs_of, target_of, with_inputs
 
 
 @dataclass
@@ -106,3 +107,51 @@ def test_a_batch_without_inputs_says_what_it_has(batch: Any, got: str) -> None:
 
 def test_a_name_goes_before_a_place() -> None:
     assert inputs_of({"y": 1, "inputs": 2, "x": 3}) == 2
+
+
+TOKENS = {"input_ids": "in", "attention_mask": "mask", "labels": "out", "idx": 3}
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict])
+def test_arguments_of_transformers_are_inputs_together(kind: Any) -> None:
+    batch = kind(TOKENS)
+    assert inputs_of(batch) == {"input_ids": "in", "attention_mask": "mask"}
+    assert target_of(batch) == "out"
+    changed = with_inputs(batch, {"input_ids": "new", "attention_mask": "mask"})
+    assert type(changed) is kind
+    assert dict(changed) == {**TOKENS, "input_ids": "new"}
+    assert dict(batch) == TOKENS
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "input_ids", "input_values", "input_features"])
+def test_one_argument_of_transformers_is_an_input_by_itself(name: str) -> None:
+    batch = {name: "in", "labels": "out"}
+    assert inputs_of(batch) == "in"
+    assert with_inputs(batch, "new") == {name: "new", "labels": "out"}
+    assert inputs_of({**batch, "image": "other"}) == "other"
+
+
+def test_a_batch_whose_inputs_are_not_found_names_the_methods_to_override() -> None:
+    with pytest.raises(ValueError, match=r"it3_target\(batch\) .*it3_with_inputs\(batch, inputs\)"):
+        with_inputs({"tokens": "in", "label": "out"}, "new")
+
+
+def test_arguments_are_given_by_name_where_forward_takes_them() -> None:
+    class Named(nn.Module):
+        def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
+            return input_ids, attention_mask
+
+    class Spread(nn.Module):
+        def forward(self, **inputs: Any) -> Any:
+            return inputs
+
+    class Whole(nn.Module):
+        def forward(self, batch: Any) -> Any:
+            return batch
+
+    inputs = inputs_of(TOKENS)
+    assert called_on(Named(), inputs) == ("in", "mask")
+    assert called_on(Spread(), inputs) == inputs
+    assert called_on(Whole(), inputs) == inputs
+    assert called_on(Named(), {"first": 1}) == ({"first": 1}, None)
+    assert called_on(Named(), ["in", "mask"]) == ("in", "mask")

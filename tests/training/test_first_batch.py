@@ -7,9 +7,18 @@ from helpers.toy import IT3Net, LitNet, loader, net, parts, quiet, samples
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from it3_lightning import ClassPrior, IT3Mixin, MaskPrior, Tent, TestTimeCallback, ValuePrior
+from it3_lightning import (
+    ClassPrior,
+    DualPass,
+    IT3Mixin,
+    MaskPrior,
+    RandomNoise,
+    Tent,
+    TestTimeCallback,
+    ValuePrior,
+)
 from it3_lightning.training import mixin
 from it3_lightning.training.first_batch import check_passes
 
@@ -242,3 +251,80 @@ def test_every_fit_checks_anew_and_a_plain_loop_once() -> None:
     batch = next(iter(loader()))
     with pytest.raises(MisconfigurationException, match="Give the prior as many classes"):
         IT3Net(**parts(prior=ClassPrior(5))).it3_loss(batch, nn.functional.cross_entropy)
+
+
+# Perturbed inputs
+
+
+class Triple(IT3Mixin):
+    """Its batches are ``(index, image, label)``."""
+
+    def it3_inputs(self, batch: Any) -> Any:
+        return batch[1]
+
+    def it3_target(self, batch: Any) -> Any:
+        return batch[2]
+
+
+class OfTriples(LitNet):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self(batch[1]), batch[2])
+
+
+class Puts(Triple):
+    def it3_with_inputs(self, batch: Any, inputs: Any) -> Any:
+        return [batch[0], inputs, batch[2]]
+
+
+class Scales(IT3Net):
+    def it3_inputs(self, batch: Any) -> Any:
+        return batch[0] / 2
+
+
+NOISE = DualPass(perturb_inputs=RandomNoise(0.5))
+
+
+def triples() -> Any:
+    images, labels = samples()
+    data: Any = TensorDataset(torch.arange(len(labels)), images, labels)
+    return DataLoader(data, batch_size=4)
+
+
+def of_triples(kind: Any, **args: Any) -> Any:
+    return net(type(kind.__name__, (kind, OfTriples), {}), **args)
+
+
+@pytest.mark.parametrize(
+    ("train", "settings"), [("joint", NOISE), ("conditioning", None)], ids=["joint", "post-hoc"]
+)
+def test_inputs_that_do_not_come_back_name_the_method_that_puts_them(
+    train: Any, settings: Any
+) -> None:
+    args = {"train": train, "dual_pass": settings}
+    match = "(?s)it3_inputs of {} does not find them.*def it3_with_inputs"
+    with pytest.raises(MisconfigurationException, match=match.format("Triple")):
+        quiet().fit(of_triples(Triple, **args), triples())
+    with pytest.raises(MisconfigurationException, match=match.format("Scales")):
+        quiet().fit(net(Scales, **args), loader())
+    quiet().fit(of_triples(Puts, **args), triples())
+    quiet().fit(net(**args), loader())
+
+
+@pytest.mark.parametrize("passes", ["dual", "single"])
+@pytest.mark.parametrize("perturbs", [None, RandomNoise(0.5)])
+def test_inputs_that_are_not_changed_are_not_put_anywhere(passes: Any, perturbs: Any) -> None:
+    class Whole(Triple):
+        """Its images are whole numbers, which no noise changes."""
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x.to(torch.get_default_dtype()))
+
+        def it3_with_inputs(self, batch: Any, inputs: Any) -> Any:
+            raise AssertionError("inputs were put into a batch")
+
+    images, labels = samples()
+    data: Any = TensorDataset(torch.arange(len(labels)), (10 * images).long(), labels)
+    settings = DualPass(passes=passes, perturb_inputs=perturbs)
+    model, trainer = of_triples(Whole, dual_pass=settings), quiet()
+    trainer.fit(model, DataLoader(data, batch_size=4))
+    assert trainer.global_step == 3
