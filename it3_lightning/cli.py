@@ -1,6 +1,5 @@
-CONFLICT<"""The command ``it3``: a LightningCLI, and commands that compare, choose and export."""
-|"""``it3 fit / validate / test / predict / benchmark / tune / compare / export / layers``."""
->
+"""The command ``it3``: a LightningCLI, and commands that compare, choose and export."""
+
 from __future__ import annotations
 
 import argparse

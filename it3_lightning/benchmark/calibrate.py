@@ -24,7 +24,7 @@ from it3_lightning.benchmark.tune import to_tune_on
 from it3_lightning.calibration import fingerprint
 from it3_lightning.data import ShiftedData
 from it3_lightning.engine import Settings
-from it3_lightning.integration.module import KEPT
+from it3_lightning.integration.checkpoints import KEPT
 from it3_lightning.integration.module_adapter import WhichPrediction
 from it3_lightning.training.mixin import IT3Mixin
 from it3_lightning.utils.files import load_plain, write

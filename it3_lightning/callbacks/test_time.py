@@ -27,7 +27,8 @@ from it3_lightning.engine import Settings
 from it3_lightning.engine.optimizers import OptimizerName
 from it3_lightning.engine.selection import Selection
 from it3_lightning.engine.types import Anchor, Backend, NormStats, Reset, Scope
-from it3_lightning.integration.module import KEPT, UNTRAINED, host_of, untrained
+from it3_lightning.integration.checkpoints import KEPT
+from it3_lightning.integration.module import UNTRAINED, host_of, untrained
 from it3_lightning.integration.module_adapter import BatchStep, WhichPrediction, adapter_of
 from it3_lightning.integration.namespaces import AnyCallback
 from it3_lightning.integration.per_sample_step import PerSampleStep
@@ -185,6 +186,7 @@ class TestTimeCallback(AnyCallback):
         self.policy = policy
         self._calibration: Calibration | None = None  # of a checkpoint; else the module's own
         self.summary = Summary()
+        self._untrained = False  # whether nothing was learnt to adapt by
         self._steps: list[AdaptedStep] = []  # taken over and not given back yet, the latest last
 
     @classmethod
@@ -324,10 +326,12 @@ class TestTimeCallback(AnyCallback):
         if self.policy is not None:
             source = self._follow(policy_of(module, self._calibration))
         host = host_of(module, self.settings.method, outputs=self.outputs)
+        self._untrained = untrained(module)
         settings, moments = self.settings, None
         measured = bool(settings.steps or settings.measure or settings.predicts)
         second = self.prediction != "first" or (settings.method.needs_prior and measured)
-        bets, alone = self.gate == "bet", self.independent_ranks
+        bets = self._gate is not None and self._gate.level == "bet"
+        alone = self.independent_ranks
         check_trainer(trainer, module, settings, alone, second=second, bets=bets)
         if source is not None:
             source.load(module)
@@ -367,13 +371,12 @@ class TestTimeCallback(AnyCallback):
 
     def _finish(self, trainer: Trainer) -> None:
         """Say what adaptation did, warn where nothing was learnt to adapt by; end the run."""
-        modules = [step.module for step in self._steps if step.trainer is trainer]
-        if not modules:
+        if not any(step.trainer is trainer for step in self._steps):
             return
         rank_zero_info(f"IT3: {self.summary}")
         measured = self.settings.method.needs_prior and self.summary.forwards
         equal = self.summary.distance_source == 0  # which "cross_entropy" of equals is not
-        if measured and (equal or any(map(untrained, modules))):
+        if measured and (equal or self._untrained):
             rank_zero_warn(UNTRAINED)
         self._return_steps(trainer)
 

@@ -116,7 +116,8 @@ class BatchAdapter:
 
     def restart(self) -> None:
         """Forget what was carried along: the next batch starts from the source."""
-        self._carried.restart()
+        if self._carried.any:
+            self._carried.restart()
 
     @contextmanager
     def adapted(self, inputs: Any, answer: Answer | None = None) -> Iterator[Adaptation]:

@@ -305,6 +305,7 @@ class Carried:
     Attributes:
         method: of these settings; a copy, where it has a state.
         stateful: whether it has one.
+        any: whether there may be something to forget.
     """
 
     def __init__(self, selected: Mapping[str, nn.Parameter], settings: Settings) -> None:
@@ -316,11 +317,11 @@ class Carried:
         rule = settings.rule if settings.single_step else None  # in closed form
         self._only_step = None if rule is None else OnlyStep(rule, settings.moves[1])
         self._state: State | None = None
-        self._batches = 0
+        self._batches, self.any = 0, self.stateful
 
     def restart(self) -> None:
         """Forget it: the next batch starts from the source."""
-        self._state, self._batches = None, 0
+        self._state, self._batches, self.any = None, 0, self.stateful
         if self.stateful:
             self.method.load_state_dict(copy.deepcopy(self._at_first))
 
@@ -341,7 +342,7 @@ class Carried:
 
     def keep(self, state: State) -> None:
         """Let the next batch go on from here."""
-        self._state = state
+        self._state, self.any = state, True
         self._batches += 1
 
 

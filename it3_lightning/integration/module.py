@@ -125,7 +125,8 @@ class Conditioned(ModuleMixin):
         A tuple or a list is spread over the arguments; a packed sequence is not. So is a mapping of
         names of transformers, such as ``input_ids``, over arguments of these names.
         """
-        outputs = batches.called_on(self, inputs)
+        plain = isinstance(inputs, Tensor)
+        outputs = self(inputs) if plain else batches.called_on(self, inputs)
         return outputs if isinstance(outputs, Tensor) else self.it3_outputs(outputs)
 
     def it3_outputs(self, returned: Any) -> Tensor:

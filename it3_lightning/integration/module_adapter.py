@@ -265,14 +265,10 @@ class BatchStep:
         prediction: WhichPrediction,
     ) -> None:
         self.adapter = adapter
-        self.undo = adapter.undo
+        self.undo, self.restart = adapter.undo, adapter.restart
         self._module = module
         self._host = host
         self._prediction = prediction
-
-    def restart(self) -> None:
-        """Forget what was carried along."""
-        self.adapter.restart()
 
     def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
         """Adapt to the inputs and run the step, to the end of what it yields."""

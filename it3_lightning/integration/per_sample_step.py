@@ -129,8 +129,7 @@ class PerSampleStep:
         }
 
     def restart(self) -> None:
-        """Forget what was carried along."""
-        self.adapter.restart()
+        """Do nothing: no sample leaves anything to the next."""
 
     def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
         """Run the step and return what it returned, and the adaptation to the inputs.
