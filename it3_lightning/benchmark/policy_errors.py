@@ -23,7 +23,7 @@ from it3_lightning.calibration import fingerprint
 from it3_lightning.data import ShiftedData
 from it3_lightning.data.shifts import parted
 from it3_lightning.integration.isolation import patched
-from it3_lightning.priors import ClassPrior, MaskPrior, Prior, ValuePrior
+from it3_lightning.priors import ClassPrior, LabelsPrior, MaskPrior, Prior, ValuePrior
 from it3_lightning.priors.classes import both
 from it3_lightning.training.mixin import IT3Mixin
 from it3_lightning.utils.files import load_plain, write
@@ -138,8 +138,9 @@ class SampleErrors:
 def errors_of(prior: Prior, outputs: Tensor, target: Any) -> Tensor:
     """Return the error of each sample, ``(B,)``; the smaller, the better.
 
-    Of a class 0 or 100 percent; of masks 100 minus the intersection over union of the image, in
-    percent, see :func:`overlaps`; of values the absolute error, mean over the outputs.
+    Of a class 0 or 100 percent, of several (tokens, independent labels) the share that is wrong; of
+    masks 100 minus the intersection over union of the image, in percent, see :func:`overlaps`; of
+    values the absolute error, mean over them. What the loss ignores is left out.
 
     Args:
         prior: knows what outputs and targets mean.
@@ -151,13 +152,23 @@ def errors_of(prior: Prior, outputs: Tensor, target: Any) -> Tensor:
     [0.0, 100.0]
     """
     found, true = prior.from_output(outputs).detach(), prior.from_target(target)
-    if isinstance(prior, ClassPrior):
-        right = true.gather(1, found.argmax(1, keepdim=True)) >= true.amax(1, keepdim=True)
-        return 100.0 * (~right.squeeze(1)).float()
     if isinstance(prior, MaskPrior):
         return 100.0 * (1 - overlaps(found, true))
-    scale = prior.std.to(found) if isinstance(prior, ValuePrior) else 1.0
-    return ((found - true).abs() * scale).flatten(1).mean(1)
+    if isinstance(prior, ClassPrior | LabelsPrior):
+        most = true.amax(1, keepdim=True)
+        wrong = true.gather(1, found.argmax(1, keepdim=True)) < most
+        return _mean_where(100.0 * wrong.float(), most > true.amin(1, keepdim=True))
+    errors, known = (found - true).abs(), prior.known(target)
+    if isinstance(prior, ValuePrior):
+        errors = errors * prior.std.to(errors).reshape(-1, *[1] * (errors.ndim - 2))
+    counted = torch.ones_like(errors, dtype=torch.bool)
+    return _mean_where(errors, counted if known is None else counted & known.unsqueeze(1))
+
+
+def _mean_where(values: Tensor, counted: Tensor) -> Tensor:
+    """Return the mean of each sample's values that count, ``(B, ...) -> (B,)``; of none 0."""
+    total = torch.where(counted, values, 0.0).flatten(1).sum(1)
+    return total / counted.flatten(1).sum(1).clamp_min(1)
 
 
 def overlaps(found: Tensor, true: Tensor) -> Tensor:
@@ -189,7 +200,7 @@ def overlaps(found: Tensor, true: Tensor) -> Tensor:
 
 def unit_of(prior: Prior) -> str:
     """Return what the errors of samples are, in words."""
-    if isinstance(prior, ClassPrior):
+    if isinstance(prior, ClassPrior | LabelsPrior):
         return "error, percent"
     return "100 - IoU, percent" if isinstance(prior, MaskPrior) else "absolute error"
 

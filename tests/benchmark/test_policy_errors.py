@@ -8,7 +8,7 @@ from torchmetrics.functional.classification import (
     multiclass_jaccard_index,
 )
 
-from it3_lightning import ClassPrior, MaskPrior, ValuePrior
+from it3_lightning import ClassPrior, LabelsPrior, MaskPrior, ValuePrior
 from it3_lightning.benchmark.policy_errors import by_family, errors_of, unit_of
 from it3_lightning.benchmark.policy_rule import Condition, Errors
 
@@ -37,6 +37,22 @@ def test_values_have_their_absolute_error_in_their_own_units() -> None:
     prior = ValuePrior(2, mean=[10.0, 0.0], std=[5.0, 2.0])
     outputs, target = torch.tensor([[11.0, 1.0], [2.0, 3.0]]), torch.tensor([[10.0, 4.0], [2, 3]])
     torch.testing.assert_close(errors_of(prior, outputs, target), torch.tensor([2.0, 0.0]))
+
+
+def test_of_tokens_and_of_labels_the_share_counts_that_is_wrong() -> None:
+    tokens = torch.tensor([[[3.0, 0.0], [3.0, 0.0], [0.0, 3.0], [0.0, 3.0]]])  # 0, 0, 1, 1
+    prior = ClassPrior(2, layout="BTC", ignore_index=9)
+    assert errors_of(prior, tokens, torch.tensor([[0, 0, 1, 0]])).tolist() == [25.0]
+    assert errors_of(prior, tokens, torch.tensor([[9, 9, 1, 0]])).tolist() == [50.0]
+    logits, labels = torch.tensor([[1.0, -1.0, 1.0, 1.0]]), torch.tensor([[1, 1, 1, 0]])
+    assert errors_of(LabelsPrior(4), logits, labels).tolist() == [50.0]
+
+
+def test_values_of_a_series_have_the_units_of_their_channel_and_unknown_ones_do_not_count() -> None:
+    prior = ValuePrior(2, layout="BCT", mean=[0.0, 1.0], std=[2.0, 10.0])
+    outputs = torch.tensor([[[1.0, 2.0, 0.0], [5.0, 6.0, 0.0]]])
+    target = torch.tensor([[[0.0, 0.0, float("nan")], [5.0, 9.0, 0.0]]])
+    torch.testing.assert_close(errors_of(prior, outputs, target), torch.tensor([1.5]))
 
 
 def test_a_binary_mask_has_the_overlap_of_its_foreground() -> None:
