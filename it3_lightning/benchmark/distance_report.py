@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from it3_lightning.benchmark.distances import ADAPTED, SOURCE, STATISTICS
-from it3_lightning.benchmark.rendering import as_html, as_markdown, svg
-from it3_lightning.benchmark.results import (
+from it3_lightning.benchmark.distance_lines import (
     LEVEL,
-    Cell,
     Distances,
     Line,
-    Results,
     limit,
     lines,
     names,
     pooled,
 )
+from it3_lightning.benchmark.distances import ADAPTED, SOURCE, STATISTICS
+from it3_lightning.benchmark.intervals import Cell
+from it3_lightning.benchmark.rendering import as_html, as_markdown, svg
+from it3_lightning.benchmark.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

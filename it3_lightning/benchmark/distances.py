@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 
 from it3_lightning.benchmark.config import BenchmarkSettings
+from it3_lightning.benchmark.distance_lines import Distances
 from it3_lightning.benchmark.kept import kept, rebuilt
-from it3_lightning.benchmark.results import Distances, Record
+from it3_lightning.benchmark.results import Record
 from it3_lightning.benchmark.rows import Row, Training
 from it3_lightning.data import ShiftedData
 from it3_lightning.data.sampling import sampled

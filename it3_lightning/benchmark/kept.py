@@ -6,8 +6,9 @@ import json
 import reprlib
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from it3_lightning.utils.files import read_json, write_json
 
@@ -115,21 +116,26 @@ def differences(now: Any, then: Any, name: str = "") -> list[str]:
 def rebuilt(kind: type[T], saved: Mapping[str, Any]) -> T:
     """Return an object of a dataclass of plain fields from what ``asdict`` made of it.
 
+    Fields that a former version did not have yet take their defaults.
+
     Raises:
         ValueError: names or types of the fields are others.
     """
     hints = get_type_hints(kind)
-    if saved.keys() != hints.keys():
+    needed = {each.name for each in fields(kind) if each.default is MISSING}  # type: ignore[arg-type]
+    if not needed <= saved.keys() <= hints.keys():
         raise ValueError(f"Expected {', '.join(hints)}, got {', '.join(saved)}.")
-    for name, hint in hints.items():
-        if not _fits(saved[name], hint):
-            raise ValueError(f"Expected {name} to be a {hint}, got {saved[name]!r}.")
+    for name, value in saved.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"Expected {name} to be a {hints[name]}, got {value!r}.")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
 def _fits(value: Any, hint: Any) -> bool:
     if hint in (str, int):
         return isinstance(value, hint)
+    if type(None) in get_args(hint):
+        return value is None or _fits(value, get_args(hint)[0])
     numbers = [value] if hint is float else value
     return isinstance(numbers, list) and all(isinstance(each, int | float) for each in numbers)
 

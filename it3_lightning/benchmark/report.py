@@ -11,8 +11,9 @@ from typing import Any
 from rich.table import Table
 
 from it3_lightning.benchmark.distance_report import as_page, as_text, picture
+from it3_lightning.benchmark.intervals import Cell
 from it3_lightning.benchmark.rendering import as_html, as_markdown, document, fitting, svg
-from it3_lightning.benchmark.results import Cell, Results
+from it3_lightning.benchmark.results import Results
 from it3_lightning.benchmark.rows import Row
 from it3_lightning.benchmark.tune import Tuned
 from it3_lightning.benchmark.tune_rules import Verdict, is_clean

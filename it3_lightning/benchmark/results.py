@@ -1,54 +1,26 @@
-"""Results of a benchmark: scores and distances as records, their means over seeds, and files.
-
-A line of distances is a line of their figure: training, validation or clean samples, a severity
-with all of its shifts together, or another shift by itself.
-"""
+"""Results of a benchmark: scores as records, their means and intervals, harm, and files."""
 
 from __future__ import annotations
 
 import csv
 import io
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
+from it3_lightning.benchmark.distance_lines import Distances, lines
+from it3_lightning.benchmark.intervals import Cell, Interval, Values, resampled
 from it3_lightning.benchmark.rows import FEWER, Row
 from it3_lightning.data import mean_corruption_error
-from it3_lightning.data.shifts import SEVERITIES, parted
+from it3_lightning.data.shifts import SEVERITIES
 from it3_lightning.utils.files import write, write_json
 
-LEVEL = 0.95  # of the validation samples lie within the usual distances
-_FIRST = {"train": "training samples", "validation": "validation", "clean": "clean"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Mean over seeds and standard deviation over seeds (0 for one seed).
-
-    >>> print(Cell.of([1.0, 3.0]))
-    2.0 ± 1.4
-    """
-
-    mean: float
-    std: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Cell:
-        """Summarise one value per seed."""
-        numbers = list(values)
-        spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-        return cls(statistics.fmean(numbers), spread)
-
-    def __format__(self, spec: str) -> str:
-        """Write both numbers so; a sign in front of the mean alone."""
-        return f"{self.mean:{spec or '.1f'}} ± {self.std:{spec.lstrip('+') or '.1f'}}"
-
-    def __str__(self) -> str:
-        return f"{self}"
+_Cell = tuple[str, str, str, int, str]
 
 
 @dataclass(frozen=True)
@@ -66,6 +38,8 @@ class Record:
         adapted: number of weights that adapt.
         forwards: passes for each batch, or sample where each is by itself; the step's own too.
         backwards: the same of backward passes.
+        calibration_error: expected calibration error of 15 bins, in percent; ``None``: there are no
+            classes, or it was not measured.
     """
 
     training: str
@@ -78,47 +52,30 @@ class Record:
     adapted: int
     forwards: float = 1.0
     backwards: float = 0.0
+    calibration_error: float | None = None
 
 
 @dataclass(frozen=True)
-class Distances:
-    """Distances of the samples of one split, with the weights of one row.
+class Harm:
+    """Where a row does worst, and where it does harm, among all shifts of all streams.
+
+    Clean samples of a stream are one of its cells; a stream with a size of batches of its own is a
+    stream by itself. A cell is harmed where the whole interval of the gain lies below zero: of
+    cells without any effect that is one in forty.
 
     Args:
-        training: which trained model.
-        row: what happens at test time: ``"source"``, ``"batch statistics"`` (where there are
-            BatchNorm layers) or ``"default objective, episodic"``.
-        seed: of training, split and shifts.
-        split: ``"train"``, ``"validation"``, or the name of a test with its severity, ``"fog/3"``.
-        values: one distance per sample, in units of the recipe's distance; those that are not
-            finite are left out.
+        cell: with the smallest gain.
+        gain: there, mean over seeds.
+        interval: of that gain; ``None``: one seed, and no scores of single samples.
+        harmed: number of cells that are harmed.
+        cells: number of cells whose interval is known.
     """
 
-    training: str
-    row: str
-    seed: int
-    split: str
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Line:
-    """The distances of a line with the weights of a row, over seeds.
-
-    Args:
-        training: which trained model.
-        row: what happens at test time.
-        name: of the line.
-        median: in units of the distance.
-        beyond: samples whose distance exceeds that of 95 % of the validation samples, with the same
-            weights and the same seed, in percent.
-    """
-
-    training: str
-    row: str
-    name: str
-    median: Cell
-    beyond: Cell
+    cell: str
+    gain: float
+    interval: Interval | None
+    harmed: int
+    cells: int
 
 
 @dataclass
@@ -135,6 +92,9 @@ class Results:
         higher_is_better: whether a larger score is the better one; gains are improvements.
         decimals: of scores and gains in tables.
         baseline_errors: see :class:`~it3_lightning.data.ShiftedData`.
+        samples: scores of single samples ``(N,)``, of which the scores of records are the means, by
+            training, row, stream, seed and shift; as far as there are any.
+        percent: whether scores are 100 times these means.
     """
 
     metric: str
@@ -146,6 +106,9 @@ class Results:
     higher_is_better: bool = True
     decimals: int = 1
     baseline_errors: Mapping[str, float] | None = None
+    samples: dict[_Cell, NDArray[Any]] = field(default_factory=dict, repr=False)
+    percent: bool = False
+    _index: _Index = field(default_factory=lambda: _Index([], 0), init=False, repr=False)
 
     @property
     def title(self) -> str:
@@ -169,23 +132,32 @@ class Results:
 
     def shifts_of(self, stream: str) -> list[str]:
         """Shifts of the records of a stream, without ``"clean"``."""
-        found = dict.fromkeys(r.shift for r in self.records if r.stream == stream)
-        return [shift for shift in found if shift != "clean"]
+        return [shift for shift in self._indexed.shifts.get(stream, {}) if shift != "clean"]
 
     def has(self, row: Row, stream: str) -> bool:
         """Whether a row was scored on a stream."""
-        wanted = row.training, row.name, stream
-        return any((r.training, r.row, r.stream) == wanted for r in self.records)
+        return (row.training, row.name, stream) in self._indexed.records
 
     def scores(self, row: Row, stream: str, shifts: Iterable[str]) -> list[float]:
         """Return one score per seed: the mean over these shifts."""
-        wanted = set(shifts)
+        return self._means(row, stream, shifts, "score")
+
+    def _means(self, row: Row, stream: str, shifts: Iterable[str], what: str) -> list[float]:
+        """Return for each seed the mean over shifts of what records hold, where they hold it."""
+        found = self._indexed.records.get((row.training, row.name, stream), {})
         by_seed: dict[int, list[float]] = {}
-        for r in self.records:
-            same = (r.training, r.row, r.stream) == (row.training, row.name, stream)
-            if same and r.shift in wanted:
-                by_seed.setdefault(r.seed, []).append(r.score)
+        for shift in dict.fromkeys(shifts):
+            for seed, record in found.get(shift, {}).items():
+                if (value := getattr(record, what)) is not None:
+                    by_seed.setdefault(seed, []).append(value)
         return [statistics.fmean(by_seed[seed]) for seed in sorted(by_seed)]
+
+    @property
+    def _indexed(self) -> _Index:
+        """Records by what they are of, made anew where there are others."""
+        if self._index.seen != self.records or self._index.samples != len(self.samples):
+            self._index = _Index(list(self.records), len(self.samples))
+        return self._index
 
     def clean(self, row: Row, stream: str) -> Cell:
         """Return the score on clean samples."""
@@ -214,6 +186,105 @@ class Results:
         mine, theirs = (self.scores(r, stream, shifts) for r in (row, base))
         sign = 1 if self.higher_is_better else -1
         return Cell.of(sign * (a - b) for a, b in zip(mine, theirs, strict=True))
+
+    def interval(
+        self, row: Row, stream: str, shift: str | None = None, *, over: Row | None = None
+    ) -> Interval | None:
+        """Return the gain over another row, sample by sample, and its interval.
+
+        Seeds and samples are drawn again, see :func:`~it3_lightning.benchmark.intervals.resampled`;
+        seeds alone where the metric is no mean over samples.
+
+        Args:
+            row: that adapts.
+            stream: of the samples.
+            shift: on which; ``None``: on the mean of all shifts.
+            over: the other row; ``None``: as of :meth:`gain`.
+        """
+        base = self.baseline(row) if over is None else over
+        if base is None:
+            return None
+        shifts = self.shifts_of(stream) if shift is None else [shift]
+        mine, theirs = (self.scores(r, stream, shifts) for r in (row, base))
+        found = self._replicates(row, base, stream)
+        if not shifts or len(mine) != len(theirs) or not found.keys() >= set(shifts):
+            return None
+        sign = 1 if self.higher_is_better else -1
+        mean = statistics.fmean(sign * (a - b) for a, b in zip(mine, theirs, strict=True))
+        return Interval.of(mean, np.mean([found[each] for each in shifts], axis=0))
+
+    def harm(self, row: Row, *, over: Row | None = None) -> Harm | None:
+        """Return where a row gains least, and how often it does harm; ``None`` without a baseline.
+
+        Args:
+            row: that adapts.
+            over: another row; ``None``: as of :meth:`gain`.
+        """
+        base = self.baseline(row) if over is None else over
+        if base is None:
+            return None
+        sign = 1 if self.higher_is_better else -1
+        cells = {}
+        for stream in self.streams:
+            if not (self.has(row, stream) and self.has(base, stream)):
+                continue
+            for shift in ["clean", *self.shifts_of(stream)]:
+                pair = [self.scores(r, stream, [shift]) for r in (row, base)]
+                mean = sign * (statistics.fmean(pair[0]) - statistics.fmean(pair[1]))
+                name = shift if len(self.streams) == 1 else f"{shift}, {stream}"
+                cells[name] = mean, self.interval(row, stream, shift, over=base)
+        if not cells:
+            return None
+        worst = min(cells, key=lambda name: cells[name][0])
+        known = [each for _, each in cells.values() if each is not None]
+        return Harm(worst, *cells[worst], sum(each.high < 0 for each in known), len(known))
+
+    def _replicates(self, row: Row, base: Row, stream: str) -> dict[str, Values]:
+        """Return bootstrap replicates of the gain over another row, by shift."""
+        names = row.training, row.name, stream, base.training, base.name
+        if names not in self._indexed.replicates:
+            columns: dict[tuple[int, ...], dict[str, list[NDArray[Any]]]] = {}
+            for shift in ["clean", *self.shifts_of(stream)]:
+                gains = self._gains(row, base, stream, shift)
+                if gains:
+                    columns.setdefault(tuple(map(len, gains)), {})[shift] = gains
+            found: dict[str, Values] = {}
+            for same in columns.values():
+                drawn = resampled([np.stack(each, 1) for each in zip(*same.values(), strict=True)])
+                found.update(zip(same, drawn.T, strict=True))
+            self._indexed.replicates[names] = found
+        return self._indexed.replicates[names]
+
+    def _gains(self, row: Row, base: Row, stream: str, shift: str) -> list[NDArray[Any]]:
+        """Return for each seed the gains of its samples, or all of them as one; else nothing."""
+        sign = 1 if self.higher_is_better else -1
+        both = [
+            self._indexed.records.get((each.training, each.name, stream), {}).get(shift, {})
+            for each in (row, base)
+        ]
+        seeds = sorted(both[0])
+        if not seeds or seeds != sorted(both[1]):
+            return []
+        pairs = [
+            [
+                self.samples.get((each.training, each.name, stream, seed, shift))
+                for each in (row, base)
+            ]
+            for seed in seeds
+        ]
+        known = [(a, b) for a, b in pairs if a is not None and b is not None]
+        if len(known) == len(seeds) and all(len(a) == len(b) > 1 for a, b in known):
+            unit = sign * (100 if self.percent else 1)
+            return [unit * (a.astype(float) - b.astype(float)) for a, b in known]
+        if len(seeds) < 2:
+            return []
+        return [np.array([sign * (both[0][s].score - both[1][s].score)]) for s in seeds]
+
+    def calibration_error(self, row: Row, stream: str) -> tuple[Cell, Cell] | None:
+        """Return the expected calibration error in percent, of clean samples and of the shifts."""
+        clean = self._means(row, stream, ["clean"], "calibration_error")
+        shifted = self._means(row, stream, self.shifts_of(stream), "calibration_error")
+        return (Cell.of(clean), Cell.of(shifted)) if clean and shifted else None
 
     def corruption_error(self, row: Row, stream: str) -> Cell | None:
         """Return the mean corruption error over the severities 1 to 5 of every baseline error.
@@ -256,8 +327,8 @@ class Results:
 
     def cost(self, row: Row) -> tuple[float, float, float]:
         """Return passes forward and backward, and milliseconds a sample, in the first stream."""
-        wanted = row.training, row.name, self.streams[0]
-        mine = [r for r in self.records if (r.training, r.row, r.stream) == wanted]
+        found = self._indexed.records[row.training, row.name, self.streams[0]]
+        mine = [record for by_seed in found.values() for record in by_seed.values()]
         costs = [(r.forwards, r.backwards, r.ms_per_sample) for r in mine]
         forwards, backwards, milliseconds = map(statistics.fmean, zip(*costs, strict=True))
         return forwards, backwards, milliseconds
@@ -282,64 +353,27 @@ class Results:
         write_json(folder / "results.json", content, indent=1)
 
 
-def _name_of(split: str) -> str:
-    """Return the line that a split belongs to.
+@dataclass
+class _Index:
+    """Records by training, row and stream, then by shift and seed.
 
-    >>> [_name_of(split) for split in ("train", "fog/3", "shape_2")]
-    ['training samples', 'severity 3', 'shape 2']
+    Args:
+        seen: of which it is made.
+        samples: number of those that had scores of single samples.
     """
-    _, severity = parted(split)
-    if severity is not None:
-        return f"severity {severity}"
-    return _FIRST.get(split, split.replace("_", " "))
 
+    seen: list[Record]
+    samples: int
+    records: dict[tuple[str, str, str], dict[str, dict[int, Record]]] = field(init=False)
+    shifts: dict[str, dict[str, None]] = field(init=False)
+    replicates: dict[tuple[str, ...], dict[str, Values]] = field(default_factory=dict)
 
-def names(distances: Iterable[Distances]) -> list[str]:
-    """Return the lines in their order: training to clean, severities, what has none."""
-
-    def place(split: str) -> tuple[int, int]:
-        severity = parted(split)[1]
-        first = [*_FIRST].index(split) if split in _FIRST else len(_FIRST)
-        return first, len(SEVERITIES) + 1 if severity is None else severity
-
-    splits = sorted(dict.fromkeys(each.split for each in distances), key=place)
-    return list(dict.fromkeys(map(_name_of, splits)))
-
-
-def pooled(distances: Iterable[Distances]) -> dict[tuple[str, str, str], dict[int, list[float]]]:
-    """Return the distances by training, row and line, and within these by seed."""
-    found: dict[tuple[str, str, str], dict[int, list[float]]] = {}
-    for each in distances:
-        if each.values:
-            seeds = found.setdefault((each.training, each.row, _name_of(each.split)), {})
-            seeds.setdefault(each.seed, []).extend(each.values)
-    return found
-
-
-def limit(values: Sequence[float]) -> float:
-    """Return what 95 % of some distances lie within.
-
-    >>> limit([0.0, 1.0])
-    0.95
-    """
-    return float(torch.tensor(values, dtype=torch.float64).quantile(LEVEL))
-
-
-def lines(distances: Sequence[Distances]) -> list[Line]:
-    """Return all lines with every row, by row."""
-    groups, order = pooled(distances), names(distances)
-    found = []
-    for training, row in dict.fromkeys((each.training, each.row) for each in distances):
-        known = groups.get((training, row, _FIRST["validation"]), {})
-        limits = {seed: limit(values) for seed, values in known.items()}
-        for name in order:
-            seeds = groups.get((training, row, name), {})
-            both = [(v, limits[seed]) for seed, v in seeds.items() if seed in limits]
-            if both:
-                median = Cell.of(statistics.median(values) for values, _ in both)
-                beyond = Cell.of(_percent(v > most for v in values) for values, most in both)
-                found.append(Line(training, row, name, median, beyond))
-    return found
+    def __post_init__(self) -> None:
+        self.records, self.shifts = {}, {}
+        for r in self.seen:
+            cells = self.records.setdefault((r.training, r.row, r.stream), {})
+            cells.setdefault(r.shift, {})[r.seed] = r
+            self.shifts.setdefault(r.stream, {})[r.shift] = None
 
 
 def _summary(results: Results, row: Row) -> dict[str, Any]:
@@ -348,15 +382,20 @@ def _summary(results: Results, row: Row) -> dict[str, Any]:
         if not results.has(row, stream):
             continue
         gain, error = results.gain(row, stream), results.corruption_error(row, stream)
+        interval = results.interval(row, stream)
+        calibration = results.calibration_error(row, stream)
         summary[stream] = {
             "clean": asdict(results.clean(row, stream)),
             "shifted": asdict(results.shifted(row, stream)),
             "gain": None if gain is None else asdict(gain),
+            "interval": None if interval is None else asdict(interval),
             **({} if error is None else {"mean_corruption_error": asdict(error)}),
+            **({} if calibration is None else {"calibration_error": _both(*calibration)}),
         }
     costs = zip(("forwards", "backwards", "ms_per_sample"), results.cost(row), strict=True)
-    return {**summary, **dict(costs)}
+    harm = results.harm(row)
+    return {**summary, "harm": None if harm is None else asdict(harm), **dict(costs)}
 
 
-def _percent(true: Iterable[bool]) -> float:
-    return 100 * statistics.fmean(true)
+def _both(clean: Cell, shifted: Cell) -> dict[str, Any]:
+    return {"clean": asdict(clean), "shifted": asdict(shifted)}

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from it3_lightning.benchmark.config import BenchmarkSettings
+from it3_lightning.benchmark.distance_lines import Distances
 from it3_lightning.benchmark.distances import keep_distances, kept_distances
 from it3_lightning.benchmark.kept import check_folder
 from it3_lightning.benchmark.models import MakeModel, about, with_priors
 from it3_lightning.benchmark.peers import Facts, peers
-from it3_lightning.benchmark.results import Distances, Record, Results
+from it3_lightning.benchmark.results import Record, Results
 from it3_lightning.benchmark.rows import (
     PERTURBED,
     Kind,
@@ -73,6 +74,7 @@ class Benchmark(BenchmarkSettings):
                 higher_is_better=self.higher_is_better,
                 decimals=self.decimals,
                 baseline_errors=self._baseline_errors(data),
+                percent=self.percent,
             )
             with Progress(self._evaluations(rows, moving)) as progress:
                 scoring = Scoring(self, make_model, data, facts, progress)
@@ -84,9 +86,12 @@ class Benchmark(BenchmarkSettings):
                     for row, stream in self._pairs(rows):
                         most = self.batches if "/" in stream else None
                         results.records += scoring.records(row, seed, stream, batches=most)
-                    found = self._distances(seed, rows, scoring)
-                    results.separations += found[0]
-                    results.distances += found[1]
+                        found = scoring.samples(row, seed, stream, batches=most)
+                        names = row.training, row.name, stream, seed
+                        results.samples |= {(*names, shift): s for shift, s in found.items()}
+                    told, distances = self._distances(seed, rows, scoring)
+                    results.separations += told
+                    results.distances += distances
         results.save(Path(self.output))
         return results
 

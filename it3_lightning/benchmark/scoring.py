@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -23,6 +24,7 @@ from it3_lightning.benchmark.models import MakeModel, Models, further_model, mod
 from it3_lightning.benchmark.peers import training_of
 from it3_lightning.benchmark.results import Record
 from it3_lightning.benchmark.rows import Row, Training
+from it3_lightning.benchmark.sample_scores import Scores, keep_samples, kept_samples, noting
 from it3_lightning.callbacks.test_time import TestTimeCallback
 from it3_lightning.data import ShiftedData
 from it3_lightning.engine.selection import select
@@ -85,13 +87,34 @@ class Scoring:
             self._files[seed] = _Kept(file, self._fingerprint())
         scores, row = self._files[seed], row.on(stream)
         key = self._key(row, stream, batches)
-        if key not in scores.records:
+        if key not in scores.records or self._kept_samples(seed, key) is None:
             self.progress.say(f"seed {seed}, {stream}: {row.training}, {row.name}")
             model = self.model(seed, row.training)
             with streaming(self.data, seed, stream):
-                scores.add(key, scored(self.settings, row, model, self.data, stream, batches))
+                found = scored(self.settings, row, model, self.data, stream, batches)
+            keep_samples(self._of_samples(seed, key), scores.fingerprint, found[1])
+            scores.add(key, found[0])
         self.progress.advance()
         return [replace(record, row=row.name) for record in scores.records[key]]
+
+    def samples(
+        self, row: Row, seed: int, stream: str, *, batches: int | None = None
+    ) -> dict[str, Scores]:
+        """Return the scores of single samples by shift, of a row that has been scored.
+
+        Where the metric is no mean over samples, or a former version scored, there are none. See
+        :meth:`records` for the arguments.
+        """
+        return self._kept_samples(seed, self._key(row.on(stream), stream, batches)) or {}
+
+    def _kept_samples(self, seed: int, key: str) -> dict[str, Scores] | None:
+        """Return the scores of samples; ``None`` where their file is damaged."""
+        file = self._of_samples(seed, key)
+        return kept_samples(file, self._files[seed].fingerprint) if file.is_file() else {}
+
+    def _of_samples(self, seed: int, key: str) -> Path:
+        name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        return Path(self.settings.output) / self.folder / "samples" / f"seed_{seed}_{name}.pt"
 
     def _key(self, row: Row, stream: str, batches: int | None) -> str:
         """Return what tells scores apart in the file: names are no part of it, and may change."""
@@ -114,14 +137,14 @@ class _Kept:
     """Records of one seed by row and stream, in a file."""
 
     def __init__(self, file: Path, fingerprint: str) -> None:
-        self._file, self._fingerprint = file, fingerprint
+        self._file, self.fingerprint = file, fingerprint
         self.records = kept(file, fingerprint, _records) or {}
 
     def add(self, key: str, records: list[Record]) -> None:
         """Keep the records of a row, and write the file."""
         self.records[key] = records
         rows = {key: [asdict(record) for record in own] for key, own in self.records.items()}
-        write_json(self._file, {"fingerprint": self._fingerprint, "rows": rows})
+        write_json(self._file, {"fingerprint": self.fingerprint, "rows": rows})
 
 
 def _records(content: dict[str, Any]) -> dict[str, list[Record]]:
@@ -149,8 +172,10 @@ def scored(
     data: ShiftedData,
     stream: str,
     batches: int | None = None,
-) -> list[Record]:
-    """Return a record for each loader of the data.
+) -> tuple[list[Record], dict[str, Scores]]:
+    """Return a record for each loader of the data, and the scores of its samples by shift.
+
+    There are no scores of samples where the metric is not their mean.
 
     Args:
         settings: of the Trainer and of the metric.
@@ -170,28 +195,37 @@ def scored(
         most = min(batches or row.samples, -(-row.samples // data.eval_batch_size))
     data.setup("test")  # shifts are made before the time is taken
     trainer = settings.trainer(callbacks=callbacks, limit_test_batches=most)
-    start = time.perf_counter()
-    logged = trainer.test(model, datamodule=data, verbose=False)
-    milliseconds = 1000 * (time.perf_counter() - start)
-    samples = sum(trainer.num_test_batches) * data.eval_batch_size  # but for the last batches
+    own = row.settings
+    answered = own is not None and row.alone and (own.steps > 0 or own.norm_stats != "source")
+    with noting(model, alone=answered) as seen:
+        start = time.perf_counter()
+        logged = trainer.test(model, datamodule=data, verbose=False)
+        milliseconds = 1000 * (time.perf_counter() - start)
+    samples_seen = sum(trainer.num_test_batches) * data.eval_batch_size  # but for the last batches
     adapts = row.settings is not None and row.settings.steps > 0
     chosen = select(model, row.settings.parameters) if adapts and row.settings else {}
     forwards, backwards = _passes(row, callback)
-    return [
-        Record(
-            row.training,
-            row.name,
-            stream,
-            data.seed,
-            shift,
-            _score_in(scores, settings.metric, percent=settings.percent),
-            milliseconds / max(samples, 1),
-            sum(p.numel() for p in chosen.values()),
-            forwards,
-            backwards,
+    records, samples = [], {}
+    for loader, (shift, found) in enumerate(zip(data.test_names, logged, strict=True)):
+        score = _score_in(found, settings.metric)
+        if (each := seen.matching(loader, score)) is not None:
+            samples[shift] = each
+        records.append(
+            Record(
+                row.training,
+                row.name,
+                stream,
+                data.seed,
+                shift,
+                score * (100 if settings.percent else 1),
+                milliseconds / max(samples_seen, 1),
+                sum(p.numel() for p in chosen.values()),
+                forwards,
+                backwards,
+                seen.calibration_error(loader),
+            )
         )
-        for shift, scores in zip(data.test_names, logged, strict=True)
-    ]
+    return records, samples
 
 
 def _passes(row: Row, callback: TestTimeCallback | None) -> tuple[float, float]:
@@ -204,18 +238,18 @@ def _passes(row: Row, callback: TestTimeCallback | None) -> tuple[float, float]:
     return own + summary.forwards / count, summary.backwards / count
 
 
-def _score_in(scores: Mapping[str, Any], metric: str, *, percent: bool) -> float:
+def _score_in(scores: Mapping[str, Any], metric: str) -> float:
     """Return the score in what a loader's ``test_step`` logged.
 
     Raises:
         ValueError: it is not there.
 
-    >>> _score_in({"test_acc/dataloader_idx_1": 0.5}, "test_acc", percent=True)
-    50.0
+    >>> _score_in({"test_acc/dataloader_idx_1": 0.5}, "test_acc")
+    0.5
     """
     for key, value in scores.items():
         if key.partition("/dataloader_idx_")[0] == metric:
-            return float(value) * (100 if percent else 1)
+            return float(value)
     raise ValueError(
         f"test_step logged no {metric!r}, but {', '.join(scores)}. Set benchmark.metric "
         "to one of them."

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from it3_lightning.benchmark.config import Recipe
-from it3_lightning.benchmark.results import Cell
+from it3_lightning.benchmark.intervals import Cell
 from it3_lightning.benchmark.rows import Kind, Row, Training
 from it3_lightning.engine import Settings
 from it3_lightning.engine.selection import select

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
 from it3_lightning.benchmark import Benchmark, Results
+from it3_lightning.benchmark.distance_lines import Distances, lines
 from it3_lightning.benchmark.distance_report import (
     as_page,
     as_text,
@@ -24,7 +25,6 @@ from it3_lightning.benchmark.distance_report import (
 )
 from it3_lightning.benchmark.distances import ADAPTED, SOURCE, STATISTICS
 from it3_lightning.benchmark.report import page, show
-from it3_lightning.benchmark.results import Distances, lines
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from it3_lightning import FeatureInjection, IT3Mixin, MaskPrior, ValuePrior
 from it3_lightning.benchmark import Results
 from it3_lightning.benchmark.config import Recipe
+from it3_lightning.benchmark.distance_lines import Distances
 from it3_lightning.benchmark.distances import (
     ADAPTED,
     CONFIDENCE,
@@ -27,7 +28,6 @@ from it3_lightning.benchmark.distances import (
     splits,
 )
 from it3_lightning.benchmark.report import separation
-from it3_lightning.benchmark.results import Distances
 from it3_lightning.benchmark.rows import Kind, Row, rows_for
 from it3_lightning.data import (
     AirfoilDataModule,

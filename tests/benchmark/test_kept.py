@@ -12,8 +12,8 @@ import torch
 from helpers.benchmark_runs import benchmark, digits, make_model
 
 from it3_lightning.benchmark import Record, Results, Tuning
+from it3_lightning.benchmark.distance_lines import Distances
 from it3_lightning.benchmark.kept import check_folder, kept, mark_folder, rebuilt
-from it3_lightning.benchmark.results import Distances
 from it3_lightning.benchmark.tune_rules import Grid
 from it3_lightning.utils.files import write_json
 

@@ -3,7 +3,7 @@
 import csv
 import json
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,9 @@ from helpers.benchmark_runs import (
 )
 
 from it3_lightning.benchmark import Record, Results, Row
+from it3_lightning.benchmark.distance_lines import Distances, lines, names, pooled
 from it3_lightning.benchmark.distances import ADAPTED, SOURCE, kept_distances
 from it3_lightning.benchmark.report import headers, line, markdown, page
-from it3_lightning.benchmark.results import Distances, lines, names, pooled
 from it3_lightning.data import DigitsDataModule
 
 FOG = [f"fog/{level}" for level in range(1, 6)]
@@ -59,6 +59,84 @@ def test_rows_of_each_sample_are_compared_with_the_source(
         assert gain is not None
         (mine,), (base,) = (results.scores(r, "equal", ["contrast"]) for r in (row, rows["source"]))
         assert gain.mean == pytest.approx(mine - base)
+
+
+def with_samples(gains: dict[tuple[str, str], float], size: int = 400) -> Results:
+    """Source and Tent on two streams, right or wrong sample by sample, of two seeds."""
+    random = np.random.default_rng(0)
+    results = Results("acc", [Row("ordinary", "source"), Row("ordinary", "Tent")], percent=True)
+    for (stream, shift), gain in gains.items():
+        for seed in (0, 1):
+            source = random.random(size) < 0.5
+            tent = source ^ (random.random(size) < abs(gain) / 50) & (source == (gain < 0))
+            for row, scores in (("source", source), ("Tent", tent)):
+                score = 100 * float(scores.mean())
+                results.records.append(Record("ordinary", row, stream, seed, shift, score, 0.0, 0))
+                results.samples["ordinary", row, stream, seed, shift] = scores
+    return results
+
+
+GAINS = {
+    ("equal", "clean"): 0.0,
+    ("equal", "fog"): 8.0,
+    ("equal/4", "clean"): -1.0,
+    ("equal/4", "fog"): -8.0,
+}
+
+
+def test_intervals_are_paired_sample_by_sample_and_hold_the_gain() -> None:
+    results = with_samples(GAINS)
+    tent = results.rows[1]
+    for stream, shift in GAINS:
+        interval, gain = results.interval(tent, stream, shift), results.gain(tent, stream, shift)
+        assert interval is not None
+        assert gain is not None
+        assert interval.low <= interval.mean <= interval.high
+        assert interval.mean == pytest.approx(gain.mean)
+    pairs = [
+        [results.samples["ordinary", row, "equal", seed, "fog"] for row in ("Tent", "source")]
+        for seed in (0, 1)
+    ]
+    paired = 100 * statistics.fmean((a ^ b).std() ** 2 / len(a) for a, b in pairs) ** 0.5
+    interval = results.interval(tent, "equal", "fog")
+    assert interval is not None
+    assert interval.high - interval.low < 4 * paired  # unpaired samples would give three times
+    assert results.interval(results.rows[0], "equal") is None
+
+
+def test_harm_names_the_worst_of_all_cells_and_counts_those_that_surely_lose() -> None:
+    results = with_samples(GAINS)
+    harm = results.harm(results.rows[1])
+    assert harm is not None
+    assert harm.cell == "fog, equal/4"
+    gain = results.gain(results.rows[1], "equal/4", "fog")
+    assert gain is not None
+    assert harm.gain == pytest.approx(gain.mean)
+    assert (harm.harmed, harm.cells) == (2, 4)
+    assert results.harm(results.rows[0]) is None
+
+
+def test_where_scores_are_no_means_over_samples_seeds_alone_are_drawn() -> None:
+    results = toy_results()
+    interval = results.interval(results.rows[2], "equal")
+    assert interval is not None
+    assert (interval.low, interval.mean, interval.high) == pytest.approx((3.0, 4.0, 5.0))
+    results.records = [r for r in results.records if r.seed == 0]
+    harm = results.harm(results.rows[2])
+    assert results.interval(results.rows[2], "equal") is None
+    assert harm is not None
+    assert (harm.cell, harm.gain, harm.interval, harm.cells) == ("clean", -1.0, None, 0)
+
+
+def test_records_that_are_added_or_replaced_are_seen() -> None:
+    results = toy_results()
+    row = results.rows[2]
+    assert not results.has(row, "unequal")
+    results.records += [replace(r, stream="unequal") for r in results.records]
+    assert results.has(row, "unequal")
+    results.records[:] = [replace(r, score=r.score + 1) for r in results.records]
+    assert results.scores(row, "unequal", ["noise"]) == [64.0, 66.0]
+    assert results.scores(row, "unequal", ["none"]) == []
 
 
 def accuracies(row: str, seed: int, drop: float) -> list[Record]:

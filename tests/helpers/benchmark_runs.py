@@ -9,8 +9,8 @@ import pytest
 from it3_lightning import ClassPrior, FeatureInjection
 from it3_lightning.benchmark import Benchmark, Record, Results, Row, Tuned, scoring
 from it3_lightning.benchmark.config import Recipe
+from it3_lightning.benchmark.distance_lines import Distances
 from it3_lightning.benchmark.distances import ADAPTED, SOURCE
-from it3_lightning.benchmark.results import Distances
 from it3_lightning.benchmark.tune_rules import Candidate, Rule
 from it3_lightning.data import DigitsDataModule
 from it3_lightning.networks import SmallCNN
