@@ -41,7 +41,7 @@ _BEYOND = (
     "Samples whose distance exceeds that of 95 % of the validation samples, with the same weights, "
     "in percent."
 )
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SMALL = 1e-4  # distances below it are written with a power of ten
 _BINS = 48
 _HEIGHT = 0.86  # of a line's highest bin; lines are 1 apart
 _ENDS = (0.005, 0.995)  # the quantiles at the ends of the axis
@@ -93,18 +93,9 @@ def as_page(results: Results) -> str:
     return f"<h2>{_TITLE}</h2><p>{_CAPTION}</p><div class=plot>{drawn}</div>{shown}"
 
 
-def median_table(found: Sequence[Line]) -> tuple[list[list[str]], str]:
-    """Return the medians, with titles, and the power of ten that they are multiples of.
-
-    It is the one that makes the smallest of them a number from 1 to 1,000: they span decades.
-    """
-    known = [line.median.mean for line in found if line.median.mean > 0]
-    power = _power(min(known, default=1.0))
-    unit = 10.0**power
-    cells = _table(
-        found, lambda line: f"{Cell(line.median.mean / unit, line.median.std / unit):.1f}"
-    )
-    return cells, "1" if power == 0 else f"10{str(power).translate(_RAISED)}"
+def median_table(found: Sequence[Line]) -> list[list[str]]:
+    """Return the medians, two digits of each, with titles."""
+    return _table(found, lambda line: _two_digits(line.median))
 
 
 def beyond_table(found: Sequence[Line]) -> list[list[str]]:
@@ -172,10 +163,8 @@ def _tables(results: Results) -> list[tuple[str, list[list[str]]]]:
     found = lines(results.distances)
     if not found:
         return []
-    rows, power = median_table(found)
-    unit = "" if power == "1" else f", in units of {power}"
-    median = f"Median idempotence distance{_distance(results, ' ({})')}{unit}."
-    return [(median, rows), (_BEYOND, beyond_table(found))]
+    median = f"Median idempotence distance{_distance(results, ' ({})')}."
+    return [(median, median_table(found)), (_BEYOND, beyond_table(found))]
 
 
 def _distance(results: Results, form: str = "({})") -> str:
@@ -194,13 +183,16 @@ def _table(found: Sequence[Line], cell: Callable[[Line], str]) -> list[list[str]
     return [["training", "at test time", *order], *body]
 
 
-def _power(number: float) -> int:
-    """Return the power of ten, a multiple of three, in whose units a number is 1 to 1,000.
+def _two_digits(cell: Cell) -> str:
+    """Return a mean with two digits, and its spread with as many decimals.
 
-    >>> _power(0.041)
-    -3
+    >>> [_two_digits(Cell(mean, mean / 9)) for mean in (0.0129404, 12.94, 0.0000129, 0.0)]
+    ['0.013 ± 0.001', '13 ± 1', '1.3e-05 ± 1.4e-06', '0 ± 0']
     """
-    return 3 * math.floor(math.log10(number) / 3)
+    if 0 < abs(cell.mean) < _SMALL:
+        return f"{cell:.1e}"
+    decimals = 1 - math.floor(math.log10(abs(cell.mean))) if cell.mean else 0
+    return f"{cell:.{max(decimals, 0)}f}"
 
 
 def _line(axes: Axes, values: Mapping[str, Sequence[float]], edges: Edges, base: float) -> None:

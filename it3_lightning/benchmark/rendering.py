@@ -1,18 +1,19 @@
-"""Rendering: a console as wide as its tables, Markdown tables, and HTML in a single file."""
+"""Rendering: a console, Markdown tables, and HTML in a single file."""
 
 from __future__ import annotations
 
 import html
 import io
+import os
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_COLUMNS = 100  # of a file or a pipe
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
@@ -30,11 +31,11 @@ pre { background: var(--soft); overflow-x: auto; padding: .8rem; }
 """
 
 
-def fitting(*tables: Table) -> Console:
-    """Return a console as wide as the tables need: one that wraps cannot be read."""
-    console = Console(markup=False)  # names may have square brackets
-    needed = max(Console(width=400, markup=False).measure(each).maximum for each in tables)
-    return Console(width=needed, markup=False) if needed > console.width else console
+def console() -> Console:
+    """Return the console of this terminal; of no terminal, one of 100 columns."""
+    found = Console(markup=False, highlight=False)  # names may have square brackets
+    given = found.is_terminal or "COLUMNS" in os.environ
+    return found if given else Console(markup=False, highlight=False, width=_COLUMNS)
 
 
 def document(title: str, body: str, *, style: str = "") -> str:
@@ -50,7 +51,8 @@ def document(title: str, body: str, *, style: str = "") -> str:
     """
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
-        f"<meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(title)}</title>"
         f"<style>{_STYLE}{style}</style>{body}</html>"
     )
 
@@ -77,11 +79,19 @@ def _padded(cells: Sequence[str], widths: Sequence[int], left: Collection[int]) 
     return f"| {' | '.join(c.ljust(w) if at in left else c.rjust(w) for at, (c, w) in pairs)} |"
 
 
-def as_html(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in HTML; the first row has the titles."""
+def as_html(rows: Sequence[Sequence[str]], *, sections: bool = False) -> str:
+    """Return a table in HTML; the first row has the titles.
+
+    Args:
+        rows: of cells.
+        sections: draw a line where the first cell is another than above.
+    """
     titles = "".join(f"<th>{html.escape(title)}</th>" for title in rows[0])
-    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows[1:])
-    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    body, before = "", ""
+    for row in rows[1:]:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        body += f"<tr{' class=first' * (sections and row[0] != before)}>{cells}</tr>\n"
+        before = row[0]
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 

@@ -1,189 +1,98 @@
-"""Report of a benchmark: an aligned table, an HTML page with plots, several results compared."""
+"""Reports: what a benchmark prints and writes, several benchmarks compared, and tuning."""
 
 from __future__ import annotations
 
-import html
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.padding import Padding
 from rich.table import Table
 
-from it3_lightning.benchmark.distance_report import as_page, as_text, picture
+from it3_lightning.benchmark.advice import advice, callback_yaml, lines
+from it3_lightning.benchmark.distance_report import as_text, picture
 from it3_lightning.benchmark.intervals import Cell
-from it3_lightning.benchmark.rendering import as_html, as_markdown, document, fitting, svg
+from it3_lightning.benchmark.page import page
+from it3_lightning.benchmark.rendering import as_markdown, console
 from it3_lightning.benchmark.results import Results
-from it3_lightning.benchmark.rows import Row
+from it3_lightning.benchmark.tables import (
+    BY_STREAM,
+    TOLD,
+    by_shift,
+    by_stream,
+    markdown,
+    separation,
+    terminal,
+)
 from it3_lightning.benchmark.tune import Tuned
 from it3_lightning.benchmark.tune_rules import Verdict, is_clean
-from it3_lightning.utils.files import read_json, write
+from it3_lightning.utils.files import read_json, write, write_json
 
-_TOLD = "Telling shifted from clean samples: area under the ROC curve, in percent; 50 is chance."
-_BY_STREAM = "Mean gain over the shifts by stream; of unadapted rows the score."
 _FILES = ("distances.svg", "page.html", "results.csv", "results.json", "table.md")
 _STREAMS = ("equal", "unequal")
 
 
 def show(results: Results, folder: Path) -> None:
-    """Print the tables; write ``table.md``, ``page.html``, ``distances.svg`` into the folder."""
-    shown = [table(results)]
-    parts = [f"{results.title}; a gain is an improvement.", markdown(results)]
-    if len(results.streams) > len(_detailed(results)):
-        shown.append(_as_table(by_stream(results), _BY_STREAM))
-        parts.append(f"{_BY_STREAM}\n\n{as_markdown(by_stream(results))}")
-    console = fitting(*shown)
-    console.print(*shown)
-    parts += [f"Gain by shift, {s} classes:\n\n{by_shift(results, s)}" for s in results.streams]
+    """Print the verdict and the tables; write them, and all that they are made of, into the folder.
+
+    Files are ``table.md``, ``page.html`` and ``distances.svg``.
+    """
+    verdict, paste = _verdict(results, folder)
+    shown = console()
+    for about, text in verdict:
+        shown.print(Padding(f"{about}: {text}" if about else text, (0, 0, 0, 2 * bool(about))))
+    if paste:
+        shown.print(Padding(f"paste into your configuration:\n{paste}", (0, 0, 0, 2)))
+    shown.print(*terminal(results), sep="\n")
+    listed = "\n".join(f"- {about}: {text}" for about, text in verdict[1:])
+    parts = [f"**{verdict[0][1]}**", listed, f"```yaml\n{paste}```"] if verdict else []
+    parts = [part for part in parts if part not in ("", "```yaml\n```")]
+    parts += [f"{results.title}; a gain is an improvement.", markdown(results)]
+    if len(results.streams) > 1:
+        parts.append(f"{BY_STREAM}\n\n{as_markdown(by_stream(results))}")
+    parts += [f"Gain by shift, stream {s}:\n\n{by_shift(results, s)}" for s in results.streams]
     if told := separation(results):
-        parts.append(f"{_TOLD}\n\n{as_markdown(told)}")
+        parts.append(f"{TOLD}\n\n{as_markdown(told)}")
     parts += as_text(results)
     write(folder / "table.md", "\n\n".join(parts) + "\n")
-    write(folder / "page.html", page(results))
+    write(folder / "page.html", page(results, verdict, paste))
     if drawn := picture(results):
         write(folder / "distances.svg", drawn)
     files = sorted(name for name in _FILES if (folder / name).is_file())
-    console.print(f"Written to {folder}: {', '.join(files)}")
+    shown.print(f"Written to {folder}: {', '.join(files)}")
 
 
-def page(results: Results) -> str:
-    """Return one HTML page: the table, a plot by shift, and what it was made with."""
-    titles = "".join(f"<th>{html.escape(title)}</th>" for title in headers(results))
-    body, before = "", ""
-    for row in results.rows:
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in line(results, row))
-        body += f"<tr{' class=first' if row.training != before else ''}>{cells}</tr>\n"
-        before = row.training
-    plots = ""
-    if len(results.streams) > len(_detailed(results)):
-        plots = f"<h2>{_BY_STREAM}</h2><div class=wide>{as_html(by_stream(results))}</div>"
-    plots += "".join(
-        f"<h2>Gain by shift, {html.escape(stream)} classes</h2>"
-        f"<div class=plot>{_plot(results, stream)}</div>"
-        for stream in results.streams
-    )
-    if told := separation(results):
-        plots += f"<h2>{_TOLD}</h2><div class=wide>{as_html(told)}</div>"
-    plots += as_page(results)
-    about = html.escape("\n".join(f"{k}: {v}" for k, v in _facts(results).items()))
-    return document(
-        "IT3 benchmark",
-        f"<h1>IT3 benchmark: {html.escape(results.title)}</h1>"
-        f"<p>Mean ± standard deviation over seeds {results.seeds}. <em>shifts</em>: mean over "
-        f"{html.escape(', '.join(s for s in results.shifts if s != 'clean'))}. <em>gain</em>: the "
-        "improvement over the same model with batch statistics (its source where it has no "
-        "BatchNorm or each sample is by itself), on the mean of the shifts; <em>worst shift</em>: "
-        "the smallest such gain.</p>"
-        f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
-        f"</div>{plots}<h2>Made with</h2><pre>{about}</pre>",
-    )
+def _verdict(results: Results, folder: Path) -> tuple[list[tuple[str, str]], str]:
+    """Return the advice in words, with what tuning has chosen, and the lines to paste."""
+    found = advice(results)
+    if found is None:
+        text = "No verdict: one seed, and no scores of single samples. Run several seeds."
+        return [("", text), ("it3 tune", _chosen_before(folder))], ""
+    said = [*lines(results, found), ("it3 tune", _chosen_before(folder))]
+    if found.chosen is not None:
+        said.append(("how sure", _CHOSEN_HERE.format(found.judged)))
+    return said, callback_yaml(found.row)
 
 
-def table(results: Results) -> Table:
-    """Return the aligned table of all rows; gains are over the same model's batch statistics."""
-    rows = [headers(results), *(line(results, row) for row in results.rows)]
-    return _as_table(rows, f"{results.title}, mean ± std over seeds {results.seeds}")
+_CHOSEN_HERE = (
+    "the best of {} on these very test samples, so its gain is a little flattered; it3 tune "
+    "chooses on validation samples under other shifts"
+)
+_TUNED = "tuning.json"
 
 
-def _as_table(rows: Sequence[Sequence[str]], title: str) -> Table:
-    """Return rows, the head first, as a table in which each training is a section."""
-    shown = Table(title=title)
-    for index, head in enumerate(rows[0]):
-        shown.add_column(head, justify="left" if index < 2 else "right", no_wrap=True)
-    before = ""
-    for cells in rows[1:]:
-        if before and before != cells[0]:
-            shown.add_section()
-        before = cells[0]
-        shown.add_row(*cells)
-    return shown
-
-
-def by_stream(results: Results) -> list[list[str]]:
-    """Return a table: the mean gain over the shifts in each stream, and its titles.
-
-    Of an unadapted row it is the score; empty where a row does not go with a stream.
-    """
-    style = f".{results.decimals}f"
-    rows = [["training", "at test time", *results.streams]]
-    for row in results.rows:
-        cells = [row.training, row.name]
-        for stream in results.streams:
-            gain = results.gain(row, stream) if results.has(row, stream) else None
-            if gain is not None:
-                cells.append(format(gain, f"+{style}"))
-            elif results.has(row, stream):
-                cells.append(format(results.shifted(row, stream), style))
-            else:
-                cells.append("")
-        rows.append(cells)
-    return rows
-
-
-def _detailed(results: Results) -> list[str]:
-    """Return the streams of the first table: more than two do not fit in one."""
-    return results.streams if len(results.streams) <= 2 else results.streams[:1]
-
-
-def markdown(results: Results) -> str:
-    """Return the table in Markdown."""
-    return as_markdown([headers(results), *(line(results, row) for row in results.rows)])
-
-
-def headers(results: Results) -> list[str]:
-    """Return the column titles of the table."""
-    per_stream = [
-        title
-        for stream in _detailed(results)
-        for title in (f"{stream}: clean", "shifts", "gain", "worst shift", *_error_title(results))
-    ]
-    return ["training", "at test time", *per_stream, "passes", "ms/sample"]
-
-
-def line(results: Results, row: Row) -> list[str]:
-    """Return the cells of one row, as text."""
-    cells, style = [row.training, row.name], f".{results.decimals}f"
-    for stream in _detailed(results):
-        if not results.has(row, stream):
-            cells += [""] * (4 + len(_error_title(results)))
-            continue
-        gain, worst = results.gain(row, stream), results.worst(row, stream)
-        error = results.corruption_error(row, stream)
-        cells += [
-            format(results.clean(row, stream), style),
-            format(results.shifted(row, stream), style),
-            "" if gain is None else format(gain, f"+{style}"),
-            "" if worst is None else f"{worst[1]:+{style}} {worst[0]}",
-            *([] if error is None else [format(error, style)]),
-        ]
-    forwards, backwards, time = results.cost(row)
-    return [*cells, f"{forwards:.3g} + {backwards:.3g}", f"{time:.2f}"]
-
-
-def by_shift(results: Results, stream: str) -> str:
-    """Return a table in Markdown: the gain over the baseline on each shift, mean over seeds."""
-    shifts = ["clean", *results.shifts_of(stream)]
-    rows = [["training", "at test time", *shifts]]
-    for row in results.rows:
-        if not results.has(row, stream):
-            continue
-        gains = [results.gain(row, stream, shift) for shift in shifts]
-        cells = [f"{gain.mean:+.{results.decimals}f}" for gain in gains if gain is not None]
-        if cells:
-            rows.append([row.training, row.name, *cells])
-    return as_markdown(rows)
-
-
-def separation(results: Results) -> list[list[str]]:
-    """Return a table: how well the distance tells each shift from clean samples, and its titles.
-
-    The area under the ROC curve in percent, 50 for not at all, for the distance of the un-adapted
-    network and beside it for the confidence of its prediction.
-    """
-    shifts = list(dict.fromkeys(record.shift for record in results.separations))
-    pairs = dict.fromkeys((record.training, record.row) for record in results.separations)
-    rows = [[*pair, *(str(results.separation(*pair, s)) for s in shifts)] for pair in pairs]
-    return [["training", "score", *shifts], *rows] if rows else []
+def _chosen_before(folder: Path) -> str:
+    """Return what tuning has chosen in a folder, in words."""
+    file = folder / _TUNED
+    if not file.is_file():
+        return "not run in this folder; it chooses on validation samples under other shifts"
+    try:
+        found = read_json(file)
+        return f"chose {found['chosen']} ({found['seeds']} seeds, {found['against']}); tuning.md"
+    except (ValueError, KeyError) as error:
+        return f"{file} is damaged ({type(error).__name__}: {error}); run it3 tune again"
 
 
 def overview(folders: Sequence[Path]) -> str:
@@ -219,48 +128,6 @@ def _compared(read: dict[str, dict[str, Any]]) -> str:
         f"**{training}**\n\n{as_markdown(_ways(read, training), left=(0,))}"
         for training in trainings
     )
-
-
-def _error_title(results: Results) -> list[str]:
-    """Return the title of the mean corruption error, where there is a baseline for it."""
-    return [] if results.baseline_errors is None else ["mCE (lower is better)"]
-
-
-def _facts(results: Results) -> dict[str, Any]:
-    settings = results.about.get("settings", {})
-    return {
-        **results.about.get("versions", {}),
-        **settings.get("benchmark", {}),
-        **settings.get("data", {}),
-    }
-
-
-def _plot(results: Results, stream: str) -> str:
-    """Return an SVG of gains by shift, a line per row that adapts; a note without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "<p>Install <code>it3_lightning[plots]</code> for the plot.</p>"
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(0, color="black", lw=0.8)
-    shifts = ["clean", *results.shifts_of(stream)]
-    for row in results.rows:
-        hidden = row.training == "joint" or "published" in row.name or "tuned" in row.name
-        if hidden or not results.has(row, stream):
-            continue
-        gains = [results.gain(row, stream, shift) for shift in shifts]
-        if None not in gains:
-            means = [gain.mean for gain in gains if gain is not None]
-            style = {"ordinary": ":", "post-hoc": "-"}.get(row.training, "--")
-            label = f"{row.training}: {row.name}"
-            axes.plot(shifts, means, style, marker="o", ms=3, lw=1.4, label=label)
-    axes.set_ylabel("gain over the unadapted model")
-    axes.tick_params(axis="x", rotation=30)
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    return svg(figure)
 
 
 def _results_in(folder: Path) -> dict[str, Any]:
@@ -325,10 +192,11 @@ _TITLES = ("at test time", "gain", "clean", "least", "on", "verdict")
 
 def tuning_table(tuned: Tuned) -> Table:
     """Return the aligned table of all candidates, those that may be chosen first."""
-    shown = Table(title=f"{tuned.title}: {_against(tuned)}")
+    title = f"{tuned.title}: {_against(tuned)}"
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, title in enumerate(_TITLES):
         justify = "left" if index in (0, 4, 5) else "right"
-        shown.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        shown.add_column(title, justify=justify, no_wrap=bool(index))  # type: ignore[arg-type]
     for cells in _lines(tuned):
         shown.add_row(*cells)
     return shown
@@ -354,13 +222,14 @@ def tuning_markdown(tuned: Tuned) -> str:
 
 def show_tuning(tuned: Tuned, folder: Path) -> None:
     """Print the table and the lines to paste, and write ``tuning.md`` into the folder."""
-    shown = tuning_table(tuned)
-    console = fitting(shown)
-    console.print(shown)
-    console.print(f"Chosen: {_chosen(tuned)}.")
-    console.print(tuned.yaml(), markup=False, highlight=False)
+    shown = console()
+    shown.print(tuning_table(tuned))
+    shown.print(f"Chosen: {_chosen(tuned)}.")
+    shown.print(tuned.yaml())
     write(folder / "tuning.md", tuning_markdown(tuned) + "\n")
-    console.print(f"Written to {folder}: tuning.md")
+    chosen = {"chosen": _chosen(tuned), "seeds": len(tuned.seeds), "against": _against(tuned)}
+    write_json(folder / _TUNED, {**chosen, "yaml": tuned.yaml()})
+    shown.print(f"Written to {folder}: tuning.md")
 
 
 def _against(tuned: Tuned) -> str:

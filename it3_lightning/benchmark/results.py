@@ -123,7 +123,7 @@ class Results:
     @property
     def streams(self) -> list[str]:
         """Streams that have records, in their order."""
-        return list(dict.fromkeys(record.stream for record in self.records))
+        return list(self._indexed.shifts)
 
     @property
     def shifts(self) -> list[str]:
@@ -204,14 +204,20 @@ class Results:
         base = self.baseline(row) if over is None else over
         if base is None:
             return None
-        shifts = self.shifts_of(stream) if shift is None else [shift]
-        mine, theirs = (self.scores(r, stream, shifts) for r in (row, base))
-        found = self._replicates(row, base, stream)
-        if not shifts or len(mine) != len(theirs) or not found.keys() >= set(shifts):
-            return None
-        sign = 1 if self.higher_is_better else -1
-        mean = statistics.fmean(sign * (a - b) for a, b in zip(mine, theirs, strict=True))
-        return Interval.of(mean, np.mean([found[each] for each in shifts], axis=0))
+        key = row.training, row.name, base.training, base.name, stream, shift
+        if key not in self._indexed.intervals:
+            shifts = self.shifts_of(stream) if shift is None else [shift]
+            found = self._replicates(row, base, stream)
+            known = shifts and found.keys() >= set(shifts)
+            self._indexed.intervals[key] = (
+                Interval.of(
+                    statistics.fmean(self._gain_in(row, base, stream, each) for each in shifts),
+                    np.mean([found[each] for each in shifts], axis=0),
+                )
+                if known
+                else None
+            )
+        return self._indexed.intervals[key]
 
     def harm(self, row: Row, *, over: Row | None = None) -> Harm | None:
         """Return where a row gains least, and how often it does harm; ``None`` without a baseline.
@@ -223,21 +229,48 @@ class Results:
         base = self.baseline(row) if over is None else over
         if base is None:
             return None
-        sign = 1 if self.higher_is_better else -1
-        cells = {}
-        for stream in self.streams:
-            if not (self.has(row, stream) and self.has(base, stream)):
-                continue
-            for shift in ["clean", *self.shifts_of(stream)]:
-                pair = [self.scores(r, stream, [shift]) for r in (row, base)]
-                mean = sign * (statistics.fmean(pair[0]) - statistics.fmean(pair[1]))
-                name = shift if len(self.streams) == 1 else f"{shift}, {stream}"
-                cells[name] = mean, self.interval(row, stream, shift, over=base)
+        cells = self.cells(row, base)
         if not cells:
             return None
-        worst = min(cells, key=lambda name: cells[name][0])
-        known = [each for _, each in cells.values() if each is not None]
-        return Harm(worst, *cells[worst], sum(each.high < 0 for each in known), len(known))
+        gains = {name: self._gain_in(row, base, *name) for name in cells}
+        worst = min(gains, key=lambda name: gains[name])
+        known = [each for each in cells.values() if each is not None]
+        name = worst[1] if len(self.streams) == 1 else f"{worst[1]}, {worst[0]}"
+        harmed = sum(each.high < 0 for each in known)
+        return Harm(name, gains[worst], cells[worst], harmed, len(known))
+
+    def cells(self, row: Row, over: Row) -> dict[tuple[str, str], Interval | None]:
+        """Return the intervals of the gain by stream and shift, clean samples among the shifts."""
+        return {
+            (stream, shift): self.interval(row, stream, shift, over=over)
+            for stream in self._both(row, over)
+            for shift in ["clean", *self.shifts_of(stream)]
+        }
+
+    def overall(self, row: Row, over: Row, *, clean: bool = False) -> Interval | None:
+        """Return the gain over another row, mean over all streams with both, and its interval.
+
+        Args:
+            row: that is judged.
+            over: the other row.
+            clean: on clean samples, not on the mean of the shifts.
+        """
+        means, drawn = [], []
+        for stream in self._both(row, over):
+            shifts = ["clean"] if clean else self.shifts_of(stream)
+            found = self._replicates(row, over, stream)
+            if not shifts or not found.keys() >= set(shifts):
+                return None
+            means.append(statistics.fmean(self._gain_in(row, over, stream, s) for s in shifts))
+            drawn.append(np.mean([found[shift] for shift in shifts], axis=0))
+        return Interval.of(statistics.fmean(means), np.mean(drawn, axis=0)) if drawn else None
+
+    def _both(self, row: Row, over: Row) -> list[str]:
+        return [s for s in self.streams if self.has(row, s) and self.has(over, s)]
+
+    def _gain_in(self, row: Row, over: Row, stream: str, shift: str) -> float:
+        mine, theirs = (statistics.fmean(self.scores(r, stream, [shift])) for r in (row, over))
+        return mine - theirs if self.higher_is_better else theirs - mine
 
     def _replicates(self, row: Row, base: Row, stream: str) -> dict[str, Values]:
         """Return bootstrap replicates of the gain over another row, by shift."""
@@ -333,6 +366,12 @@ class Results:
         forwards, backwards, milliseconds = map(statistics.fmean, zip(*costs, strict=True))
         return forwards, backwards, milliseconds
 
+    def times_source(self, row: Row) -> float | None:
+        """Return how long a row takes, over the source of its training; ``None`` without one."""
+        still = [r for r in self.rows if (r.training, r.name) == (row.training, "source")]
+        known = [r for r in still if self.has(r, self.streams[0])]
+        return self.cost(row)[2] / max(self.cost(known[0])[2], 1e-9) if known else None
+
     def save(self, folder: Path) -> None:
         """Write ``results.csv`` and ``results.json``."""
         table = io.StringIO()
@@ -367,6 +406,7 @@ class _Index:
     records: dict[tuple[str, str, str], dict[str, dict[int, Record]]] = field(init=False)
     shifts: dict[str, dict[str, None]] = field(init=False)
     replicates: dict[tuple[str, ...], dict[str, Values]] = field(default_factory=dict)
+    intervals: dict[tuple[str | None, ...], Interval | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.records, self.shifts = {}, {}

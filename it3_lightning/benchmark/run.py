@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+
+import torch
 
 from it3_lightning.benchmark.config import BenchmarkSettings
 from it3_lightning.benchmark.distance_lines import Distances
@@ -70,7 +75,7 @@ class Benchmark(BenchmarkSettings):
             results = Results(
                 self.metric,
                 rows,
-                about=facts,
+                about={**facts, "made": _made(self.accelerator)},
                 higher_is_better=self.higher_is_better,
                 decimals=self.decimals,
                 baseline_errors=self._baseline_errors(data),
@@ -141,6 +146,18 @@ class Benchmark(BenchmarkSettings):
         scoring.progress.say(f"seed {seed}: distances")
         with streaming(scoring.data, seed, self.streams[0]):
             return keep_distances(self, scoring.models(seed), rows, scoring.data, fingerprint)
+
+
+def _made(accelerator: str) -> dict[str, str]:
+    """Return when and on what a benchmark was made."""
+    hardware = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        hardware = f"{names[0].partition(': ')[2]}, {os.cpu_count()} cores" if names else hardware
+    if accelerator != "cpu" and torch.cuda.is_available():
+        hardware = f"{torch.cuda.get_device_name()}; {hardware}"
+    return {"date": f"{datetime.now():%Y-%m-%d %H:%M}", "hardware": hardware}
 
 
 def _with(rows: list[Row], others: list[Row]) -> list[Row]:

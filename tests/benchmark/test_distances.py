@@ -27,8 +27,8 @@ from it3_lightning.benchmark.distances import (
     separations,
     splits,
 )
-from it3_lightning.benchmark.report import separation
 from it3_lightning.benchmark.rows import Kind, Row, rows_for
+from it3_lightning.benchmark.tables import separation
 from it3_lightning.data import (
     AirfoilDataModule,
     BundledDataModule,

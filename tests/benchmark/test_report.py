@@ -10,17 +10,16 @@ from helpers.benchmark_runs import benchmark, cells, digits, make_model, toy_res
 
 from it3_lightning.benchmark import Results
 from it3_lightning.benchmark.distances import CONFIDENCE, DISTANCE
-from it3_lightning.benchmark.report import (
+from it3_lightning.benchmark.page import dots, made_with, page
+from it3_lightning.benchmark.report import overview, show
+from it3_lightning.benchmark.tables import (
     by_shift,
     by_stream,
     headers,
     line,
     markdown,
-    overview,
-    page,
     separation,
-    show,
-    table,
+    terminal,
 )
 from it3_lightning.cli import main
 
@@ -35,11 +34,11 @@ def test_where_lower_is_better_a_gain_is_how_much_lower() -> None:
     assert line(results, results.rows[2])[2:6] == [
         "90.00 ± 1.41",
         "64.00 ± 1.41",
-        "-4.00 ± 1.41",
+        "-4.00 [-5.00, -3.00]",
         "-4.00 noise",
     ]
     assert cells(by_shift(results, "equal"))[2:] == [["ordinary", "Tent", "+0.00", "-4.00"]]
-    assert str(table(results).title).startswith("acc (lower is better)")
+    assert str(terminal(results)[0].title).startswith("acc (lower is better)")
     assert "<h1>IT3 benchmark: acc (lower is better)</h1>" in page(results)
 
 
@@ -47,7 +46,9 @@ def test_every_line_of_the_table_has_a_cell_for_every_title() -> None:
     results = toy_results()
     assert all(len(line(results, row)) == len(headers(results)) for row in results.rows)
     assert markdown(results).count("\n") == len(results.rows) + 1
-    assert "+4.0 ± 1.4" in markdown(results)
+    assert "+4.0 [+3.0, +5.0]" in markdown(results)
+    results.records = [r for r in results.records if r.seed == 0]
+    assert "+3.0 ± 0.0" in markdown(results)  # nothing to draw an interval from
 
 
 def test_more_than_two_streams_have_a_table_of_their_own(
@@ -60,7 +61,7 @@ def test_more_than_two_streams_have_a_table_of_their_own(
             for r in results.records
             if r.stream == "equal" and (r.row != "source" or stream != "equal/4")
         ]
-    assert headers(results)[2:] == ["equal: clean", "shifts", "gain", "worst shift", *COSTS]
+    assert headers(results)[2:] == ["equal: clean", "shifts", "gain", "worst shift", *LAST]
     assert by_stream(results) == [
         ["training", "at test time", "equal", "correlated", "equal/4"],
         ["ordinary", "source", "50.0 ± 0.0", "50.0 ± 0.0", ""],
@@ -68,11 +69,88 @@ def test_more_than_two_streams_have_a_table_of_their_own(
         ["ordinary", "Tent", "+4.0 ± 1.4", "-1.0 ± 1.4", "-6.0 ± 1.4"],
     ]
     show(results, tmp_path)
-    assert all("-6.0 ± 1.4" in text for text in (capsys.readouterr().out, page(results)))
+    assert "-6.0 ± 1.4" in page(results)
+    assert capsys.readouterr().out.splitlines()[-3].split() == ["Tent", "+4.0", "-1.0", "-6.0"]
     assert "| equal/4 |" in (tmp_path / "table.md").read_text().replace("    equal/4", " equal/4")
 
 
-COSTS = ["passes", "ms/sample"]
+LAST = ["worst case", "harmed", "ECE clean", "ECE shifts", "passes", "ms/sample", "x source"]
+
+
+@pytest.mark.parametrize("columns", [None, 100])
+def test_what_is_printed_fits_a_hundred_columns(
+    columns: int | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    results = toy_results()
+    long = "filtered distance + entropy + balance, mean prediction, each sample, episodic"
+    results.rows[2] = replace(results.rows[2], name=long)
+    results.records = [
+        replace(r, row=long if r.row == "Tent" else r.row, stream=stream, score=r.score / 1.7)
+        for r in results.records
+        for stream in ("equal", "unequal", "correlated", "continual", "equal/16", "equal/4")
+    ]
+    results.decimals = 3
+    show(results, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "…" not in "".join(lines)  # nothing is cut off
+    assert sum("+2.353 [+1.765, +2.941]" in line for line in lines) == 2  # verdict and table
+
+
+def test_dots_have_their_intervals_on_an_axis_that_shows_small_gains_as_small() -> None:
+    results = toy_results()
+    drawn = dots(results, {"noise": ("equal", "noise"), "clean": ("equal", "clean")})
+    assert drawn.count("<circle") == 2
+    assert "<title>+4.0 [+3.0, +5.0]</title>" in drawn
+    assert "+5.4<" in drawn  # the axis ends a little beyond the interval
+    results.records = [
+        replace(r, score=r.score + (100 - 14 * r.seed) * (r.row == "Tent" and r.shift == "noise"))
+        for r in results.records
+    ]
+    far = dots(results, {"noise": ("equal", "noise")})
+    assert "<circle" not in far
+    assert "+97.0 ▸" in far  # written at the edge
+    results.records = [
+        replace(r, score=60.01 if r.row == "Tent" and r.shift == "noise" else r.score)
+        for r in results.records
+    ]
+    assert "+3.5<" in dots(results, {"noise": ("equal", "noise")})  # 5 % of 70, the source's
+
+
+def test_the_page_says_in_words_what_it_was_made_with() -> None:
+    results = toy_results()
+    prior = {"class_path": "it3_lightning.ClassPrior", "init_args": {"num_classes": 3}}
+    layer = {"class_path": "it3_lightning.FeatureInjection", "init_args": {"layer": ["a", "b"]}}
+    model = {
+        "layers": "LitNet(\n  (a)",
+        "parameters": {"a.weight": [3, 4]},
+        "parts": [prior, layer],
+    }
+    results.about = {
+        "settings": {"model": model, "data": {"class": "Mine"}},
+        "made": {"date": "2020-01-02", "hardware": "a CPU"},
+        "versions": {"torch": "2.6"},
+    }
+    assert dict(made_with(results)) == {
+        "model": "LitNet",
+        "parameters": "12",
+        "prior": "ClassPrior, num_classes 3",
+        "conditioning": "FeatureInjection, layer a, b",
+        "data": "Mine",
+        "seeds": "0, 1",
+        "hardware": "a CPU",
+        "date": "2020-01-02",
+        "versions": "torch 2.6",
+    }
+    text = page(results)
+    assert "<dt>conditioning</dt><dd>FeatureInjection, layer a, b</dd>" in text
+    assert "{&#x27;" not in text  # no dict as Python writes it
 
 
 def test_gains_by_shift_are_means_over_seeds_and_leave_unadapted_rows_out() -> None:
@@ -82,8 +160,10 @@ def test_gains_by_shift_are_means_over_seeds_and_leave_unadapted_rows_out() -> N
 
 def test_page_holds_the_table_and_its_plots(finished: tuple[Path, Results]) -> None:
     text = page(finished[1])
-    assert text.split("<h2>")[0].count("<tr") == len(finished[1].rows) + 1
-    assert text.count("<svg") == 3
+    rows = text.split("<h2>All rows</h2>")[1].split("<h2>")[0]
+    assert rows.count("<tr") == len(finished[1].rows) + 1
+    assert text.count("<svg") == 4  # by stream, by shift of two streams, distances
+    assert all(f">{training}</text>" in text for training in ("ordinary", "joint", "post-hoc"))
     assert "http" not in text.partition("<svg")[0]  # one file, nothing loaded from elsewhere
 
 
@@ -192,10 +272,14 @@ def test_names_are_text_whatever_is_in_them(
 ) -> None:
     name = "<script>alert(1)</script>[/red]"
     results = toy_results()
-    results.records = [replace(r, shift=name) if r.shift == "noise" else r for r in results.records]
+    results.records = [
+        replace(r, shift=name, score=r.score - 9 * (r.row == "Tent")) if r.shift == "noise" else r
+        for r in results.records
+    ]
     (tmp_path / "out").mkdir()
     show(results, tmp_path / "out")
-    assert "[/red]" in capsys.readouterr().out
+    assert "<script>" in capsys.readouterr().out
+    assert name in (tmp_path / "out" / "table.md").read_text()
     shown = (tmp_path / "out" / "page.html").read_text()
     assert "<script>" not in shown
     assert "&lt;script&gt;alert(1)&lt;/script&gt;[/red]" in shown

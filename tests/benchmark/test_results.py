@@ -21,7 +21,7 @@ from helpers.benchmark_runs import (
 from it3_lightning.benchmark import Record, Results, Row
 from it3_lightning.benchmark.distance_lines import Distances, lines, names, pooled
 from it3_lightning.benchmark.distances import ADAPTED, SOURCE, kept_distances
-from it3_lightning.benchmark.report import headers, line, markdown, page
+from it3_lightning.benchmark.tables import headers, line, markdown
 from it3_lightning.data import DigitsDataModule
 
 FOG = [f"fog/{level}" for level in range(1, 6)]
@@ -165,10 +165,9 @@ def test_mean_corruption_error_is_the_errors_share_of_the_baselines() -> None:
     second = 100 * (35 / 64 + 45 / 84) / 2
     assert source.mean == pytest.approx((first + second) / 2)
     assert tent.mean == pytest.approx(100 * (26 / 64 + 36 / 84) / 2)
-    assert headers(results)[-3:] == ["mCE (lower is better)", "passes", "ms/sample"]
-    assert line(results, rows[1])[-3] == f"{tent.mean:.1f} ± 0.0"
-    assert headers(results)[-3] in markdown(results)
-    assert "mCE" in page(results)
+    place = headers(results).index("mCE (lower is better)")
+    assert line(results, rows[1])[place] == f"{tent.mean:.1f} ± 0.0"
+    assert headers(results)[place] in markdown(results)
 
 
 def test_without_a_baseline_there_is_no_mean_corruption_error() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from rich.console import Console
 from rich.table import Table
 
 from costs.curves import ENGINES
 from costs.items import Row
 from costs.results import Results
-from it3_lightning.benchmark.rendering import fitting
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,17 @@ def show(results: Results, last: str) -> None:
     """Print all sheets, as wide as they need to be, and a last line."""
     sheets = (*comparisons(results), *curves(results), deeds(results))
     tables = [_table(sheet) for sheet in sheets if sheet.rows]
-    console = fitting(*tables)
+    console = _fitting(*tables)
     for table in tables:
         console.print(table, "")
     console.print(last)
+
+
+def _fitting(*tables: Table) -> Console:
+    """Return a console as wide as the tables need: one that wraps cannot be read."""
+    console = Console(markup=False)
+    needed = max(Console(width=400, markup=False).measure(each).maximum for each in tables)
+    return Console(width=needed, markup=False) if needed > console.width else console
 
 
 def _table(sheet: Sheet) -> Table:
