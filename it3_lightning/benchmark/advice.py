@@ -5,19 +5,22 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 from it3_lightning.benchmark.intervals import Interval
 from it3_lightning.benchmark.results import Harm, Results
-from it3_lightning.benchmark.rows import Row
+from it3_lightning.benchmark.rows import FEWER, PERTURBED, Row
 from it3_lightning.callbacks.test_time import TestTimeCallback
 from it3_lightning.engine import Settings
 from it3_lightning.methods import Idempotence
 from it3_lightning.utils.specs import public_path
 
 _TOLERANCE = 0.01  # of the mean error of what is compared with
+_UNMOVED = ("source", "batch statistics", "evidence")
+_SHUFFLED = "shuffled prior"  # of controls
 _PLAIN = str | int | float | bool | None
 _NOT_USED = ("measure", "gate", "objective")  # in a callback by other names, or the benchmark's own
 
@@ -53,10 +56,11 @@ class Judged:
 class Advice:
     """What a benchmark advises.
 
-    A row that moves nothing, such as batch statistics, is taken where it is good over the network
-    as trained. A row that adapts, or predicts otherwise, is taken where it is good over its own
-    training's unadapted row and over that one; of several the one that gains most. Rows that are
-    scored on fewer samples are not judged.
+    What moves nothing (other statistics of norm layers, ordinary training on perturbed inputs) is
+    taken where it is good over the network as trained; of several what gains most. What adapts, or
+    predicts otherwise, is taken where it is good over that, and over the row of its own training
+    that has the same statistics. Rows on fewer samples, and controls with a shuffled prior, are not
+    judged.
 
     Args:
         source: the network as trained.
@@ -84,20 +88,21 @@ def advice(results: Results) -> Advice | None:
 
     That is so of a single seed and a metric that is no mean over samples.
     """
-    ordinary = [row for row in results.rows if row.training == "ordinary"]
-    source = next((row for row in ordinary if row.name == "source"), None)
+    rows = {(row.training, row.name): row for row in results.rows}
+    source = rows.get(("ordinary", "source"))
     if source is None:
         return None
-    unmoved = [r for r in ordinary if r.name == "batch statistics"]
-    found = [each for r in unmoved if (each := judged(results, r, source)) is not None]
+    plain = [r for r in results.rows if r.training in ("ordinary", PERTURBED) and r is not source]
+    unmoved = [judged(results, r, source) for r in plain if r.name in _UNMOVED]
+    found = [each for each in unmoved if each is not None]
     still = max((e for e in found if e.good), key=lambda e: e.gain.mean, default=None)
     base = source if still is None else still.row
     moving = []
     for row in results.rows:
-        own = results.baseline(row)
-        if own is None or row.samples is not None:
+        own = rows.get((row.training, base.name), results.baseline(row))
+        if row.name in (*_UNMOVED, FEWER) or _SHUFFLED in row.name or row.samples is not None:
             continue
-        pair = judged(results, row, base), judged(results, row, own)
+        pair = judged(results, row, base), None if own is None else judged(results, row, own)
         if pair[0] is not None and pair[1] is not None:
             moving.append((pair[0], pair[0].good and pair[1].good))
     if not moving and not found:
@@ -137,15 +142,13 @@ def lines(results: Results, found: Advice) -> list[tuple[str, str]]:
     said = [("", _headline(found))]
     if found.still is not None:
         text = f"{found.still.gain:{style}}{unit} over the network as trained, under the shifts"
-        said.append(("batch statistics", text))
+        said.append((_called(found.still.row), text))
     best = found.chosen
     if best is not None:
-        over = "batch statistics" if best.over.name != "source" else "the network as trained"
         streams = [s for s in results.streams if results.has(best.row, s)]
-        where = (
-            f"mean over streams {', '.join(streams)}" if len(streams) > 1 else "under the shifts"
-        )
-        said.append(("gain", f"{best.gain:{style}}{unit} over {over}, {where}"))
+        many = f"mean over streams {', '.join(streams)}"
+        where = many if len(streams) > 1 else "under the shifts"
+        said.append(("gain", f"{best.gain:{style}}{unit} over {_called(best.over)}, {where}"))
     known = best or found.still
     if known is not None:
         said.append(("clean samples", f"{known.clean:{style}}{unit}"))
@@ -199,15 +202,28 @@ def callback_yaml(row: Row) -> str:
 
 def _headline(found: Advice) -> str:
     if found.chosen is not None:
-        training = {
-            "post-hoc": "; train its conditioning on your network first (post-hoc)",
-            "joint": "; train the network jointly first",
-        }.get(found.chosen.row.training, f" ({found.chosen.row.training})")
-        return f"Use it: {found.chosen.row.name}{training}."
+        row = found.chosen.row
+        return f"Use it: {row.name}{_TRAININGS.get(row.training, f' ({row.training})')}."
     of = f"nothing of {found.judged} that adapt gains for sure without harm"
     if found.still is not None:
-        return f"Do not adapt; use batch statistics alone: {of}."
+        return f"Do not adapt; use {_called(found.still.row)} alone: {of}."
     return f"Do not adapt; leave the network as it is: {of}."
+
+
+_TRAININGS: Mapping[str, str] = MappingProxyType(
+    {
+        "ordinary": "",
+        "post-hoc": "; train its conditioning on your network first (post-hoc)",
+        "joint": "; train the network jointly first",
+        f"{PERTURBED} post-hoc": "; train the network on perturbed inputs, then its conditioning",
+    }
+)
+
+
+def _called(row: Row) -> str:
+    """Return a row that moves nothing, in words."""
+    training = "" if row.training == "ordinary" else f" after training on {row.training} inputs"
+    return ("the network as trained" if row.name == "source" else row.name) + training
 
 
 def _worst(harm: Harm, style: str) -> str:

@@ -33,7 +33,7 @@ details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .wide table { font-size: .8rem; } .wide th, .wide td { padding: .25rem .4rem; }
 .wide th { white-space: normal; }
-.wide td:nth-child(2) { white-space: normal; min-width: 10rem; }
+.wide td:first-child { white-space: normal; min-width: 7.5rem; }
 body { max-width: 78rem; }
 @media (max-width: 40rem) {
   body { margin: 1rem auto; padding: 0 .7rem; } h1 { font-size: 1.25rem; }

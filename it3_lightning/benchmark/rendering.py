@@ -22,7 +22,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 10
 th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 th { border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom; }
-tr.first td { border-top: 1px solid var(--line); }
+table.sections :is(th, td):nth-child(2) { text-align: right; }
+tr.section th { border: 0; border-top: 1px solid var(--line); padding-top: .5rem; }
 tr:hover { background: var(--soft); }
 .wide { overflow-x: auto; } .small { font-size: .85rem; }
 .small th, .small td { padding: .25rem .4rem; }
@@ -84,15 +85,19 @@ def as_html(rows: Sequence[Sequence[str]], *, sections: bool = False) -> str:
 
     Args:
         rows: of cells.
-        sections: draw a line where the first cell is another than above.
+        sections: the first cell is a line of its own where it is another than above.
     """
-    titles = "".join(f"<th>{html.escape(title)}</th>" for title in rows[0])
-    body, before = "", ""
+    skip, body, before = int(sections), "", ""
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in rows[0][skip:])
     for row in rows[1:]:
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        body += f"<tr{' class=first' * (sections and row[0] != before)}>{cells}</tr>\n"
+        if sections and row[0] != before:
+            span = len(row) - skip
+            body += f"<tr class=section><th colspan={span}>{html.escape(row[0])}</th></tr>\n"
         before = row[0]
-    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row[skip:])
+        body += f"<tr>{cells}</tr>\n"
+    kind = " class=sections" * sections
+    return f"<table{kind}><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def svg(figure: Figure) -> str:

@@ -115,6 +115,39 @@ def test_a_gain_that_may_be_chance_is_none() -> None:
     assert said(results)[0].startswith("Do not adapt; use batch statistics")
 
 
+def test_what_ordinary_training_on_perturbed_inputs_gains_is_not_put_down_to_a_method() -> None:
+    gains = {"clean": 0.9, "fog": 0.8, "blur": 0.8}
+    results = made(batch_statistics=BATCH, second_prediction=gains)
+    results.rows += [replace(row, training="perturbed") for row in ROWS[:2]]
+    for record in results.records[:]:
+        key = "post-hoc", "second prediction", record.stream, record.seed, record.shift
+        if record.training == "ordinary" and record.row in ("source", "batch statistics"):
+            mine = replace(record, training="perturbed")
+            if record.row == "batch statistics":
+                mine = replace(mine, score=100 * float(results.samples[key].mean()))
+            results.records.append(mine)
+            name = "perturbed", record.row, record.stream, record.seed, record.shift
+            own = "ordinary", *name[1:]
+            results.samples[name] = results.samples[key if record.row[0] == "b" else own]
+    first, facts = said(results)
+    text = "batch statistics after training on perturbed inputs"
+    assert first.startswith(f"Do not adapt; use {text} alone: nothing of 2 ")
+    assert text in facts
+
+
+def test_controls_with_a_shuffled_prior_are_not_advised() -> None:
+    results = made(batch_statistics=BATCH, second_prediction={**BATCH, "fog": 0.95})
+    name = "second prediction, shuffled prior"
+    results.rows[5] = replace(ROWS[5], name=name)
+    results.records = [
+        replace(r, row=name) if r.row == "second prediction" else r for r in results.records
+    ]
+    results.samples |= {
+        (k[0], name, *k[2:]): v for k, v in results.samples.items() if "sec" in k[1]
+    }
+    assert said(results)[0].startswith("Do not adapt; use batch statistics alone: nothing of 1 ")
+
+
 def test_rows_on_fewer_samples_are_not_judged() -> None:
     results = made(batch_statistics=BATCH, second_prediction={**BATCH, "fog": 0.95})
     results.rows[5] = replace(ROWS[5], samples=10)
@@ -146,7 +179,7 @@ def test_verdict_choice_of_tuning_and_lines_to_paste_stand_on_top_everywhere(
     table = (tmp_path / "table.md").read_text()
     assert out.startswith("Use it: second prediction")
     assert table.startswith("**Use it: second prediction")
-    assert page.index("Use it: second prediction") < page.index("<table>")
+    assert page.index("Use it: second prediction") < page.index("<table")
     for text in (out, table, page):
         assert "chose sharpened objective, all, 1 step of adam 0.001, episodic" in text
         assert "prediction: second" in text
