@@ -52,7 +52,7 @@ _CAPTION = (
     " it is written as a number."
 )
 _NOTHING = Interval(0.0, 0.0, 0.0)
-_LINE, _PANEL, _LETTER = 16, 98, 6.1  # pixels: height of a line, width of a panel and of a letter
+_LINE, _PANEL, _LETTER = 16, 90, 6.1  # pixels: height of a line, width of a panel and of a letter
 
 
 def page(results: Results, verdict: Verdict = (), paste: str = "") -> str:
@@ -201,7 +201,7 @@ def dots(results: Results, columns: Columns) -> str:
                 centre = left + (place + 0.5) * _PANEL
                 parts.append(_dot(gain, centre, y - 4, half, _colour(results, row), results))
     bottom = y + 0.6 * _LINE
-    parts += [_axis(left + place * _PANEL, bottom, half, results) for place in range(len(columns))]
+    parts += [_axis(left + place * _PANEL, bottom, half) for place in range(len(columns))]
     width, height = left + len(columns) * _PANEL + 4, bottom + 1.5 * _LINE
     return (
         f"<div class='plot dots'><svg xmlns='http://www.w3.org/2000/svg' width='{width:.0f}' "
@@ -225,7 +225,9 @@ def _half(results: Results, gains: Sequence[Interval]) -> float:
     scores = [r.score for r in results.records if r.row == "source"]
     least = _SHARE * abs(statistics.fmean(scores or [1.0])) or 1.0
     reach = max((max(-each.low, each.high) for each in gains), default=0.0)
-    return min(max(1.08 * reach, least), _MOST * least)
+    half = min(max(1.08 * reach, least), _MOST * least)
+    unit = 10.0 ** (math.floor(math.log10(half)) - 1)
+    return math.ceil(half / unit - 1e-9) * unit  # two digits
 
 
 def _dot(
@@ -248,7 +250,7 @@ def _dot(
     )
 
 
-def _axis(left: float, bottom: float, half: float, results: Results) -> str:
+def _axis(left: float, bottom: float, half: float) -> str:
     """Return a panel's zero, its ends, and their numbers."""
     centre, reach = left + 0.5 * _PANEL, 0.46 * _PANEL
     lines = "".join(
@@ -256,9 +258,8 @@ def _axis(left: float, bottom: float, half: float, results: Results) -> str:
         f"stroke='{'#000' if side == 0 else '#ccc'}' stroke-width='0.8'/>"
         for side in (-1, 0, 1)
     )
-    style = f".{results.decimals}f"
     ends = (
-        _text(centre + s * 0.34 * _PANEL, bottom + 12, f"{s * half:+{style}}", "middle")
+        _text(centre + s * 0.34 * _PANEL, bottom + 12, f"{s * half:+.2g}", "middle")
         for s in (-1, 1)
     )
     return f"{lines}{''.join(ends)}{_text(centre, bottom + 12, '0', 'middle')}"

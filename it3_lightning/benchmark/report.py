@@ -17,6 +17,7 @@ from it3_lightning.benchmark.intervals import Cell
 from it3_lightning.benchmark.page import page
 from it3_lightning.benchmark.rendering import as_markdown, console
 from it3_lightning.benchmark.results import Results
+from it3_lightning.benchmark.scalars import write_scalars
 from it3_lightning.benchmark.tables import (
     BY_STREAM,
     TOLD,
@@ -30,14 +31,15 @@ from it3_lightning.benchmark.tune import Tuned
 from it3_lightning.benchmark.tune_rules import Verdict, is_clean
 from it3_lightning.utils.files import read_json, write, write_json
 
-_FILES = ("distances.svg", "page.html", "results.csv", "results.json", "table.md")
+_FILES = ("distances.svg", "page.html", "results.csv", "results.json", "table.md", "tensorboard")
 _STREAMS = ("equal", "unequal")
 
 
 def show(results: Results, folder: Path) -> None:
     """Print the verdict and the tables; write them, and all that they are made of, into the folder.
 
-    Files are ``table.md``, ``page.html`` and ``distances.svg``.
+    Files are ``table.md``, ``page.html`` and ``distances.svg``; ``tensorboard`` where that is
+    installed.
     """
     verdict, paste = _verdict(results, folder)
     shown = console()
@@ -60,7 +62,8 @@ def show(results: Results, folder: Path) -> None:
     write(folder / "page.html", page(results, verdict, paste))
     if drawn := picture(results):
         write(folder / "distances.svg", drawn)
-    files = sorted(name for name in _FILES if (folder / name).is_file())
+    write_scalars(results, folder)
+    files = sorted(name for name in _FILES if (folder / name).exists())
     shown.print(f"Written to {folder}: {', '.join(files)}")
 
 

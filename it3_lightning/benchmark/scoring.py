@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from it3_lightning.benchmark.config import BenchmarkSettings, stream_and_size
+from it3_lightning.benchmark.dry_run import dry_run, score_in
 from it3_lightning.benchmark.kept import kept, rebuilt
-from it3_lightning.benchmark.models import MakeModel, Models, further_model, models_of
+from it3_lightning.benchmark.models import MakeModel, Models, further_model, models_of, with_priors
 from it3_lightning.benchmark.peers import training_of
 from it3_lightning.benchmark.results import Record
 from it3_lightning.benchmark.rows import Row, Training
@@ -54,14 +55,25 @@ class Scoring:
     folder: str = "."
     _models: dict[int, Models] = field(default_factory=dict)
     _files: dict[int, _Kept] = field(default_factory=dict, init=False)
+    _tried: bool = field(default=False, init=False)
 
     def models(self, seed: int) -> Models:
         """Return the three trained models of a seed; those of one seed at a time are in memory."""
+        if not self._tried:
+            self._try_out(seed)
         if seed not in self._models:
             say, training = self.progress.say, self.facts["training"]
             found = models_of(self.settings, seed, self.make_model, self.data, say, training)
             self._models = {seed: found}
         return self._models[seed]
+
+    def _try_out(self, seed: int) -> None:
+        """Find out with an untrained model what would else be found out after training."""
+        self.progress.say("trying a batch of each loader")
+        for stream in dict.fromkeys(stream_and_size(each)[0] for each in self.settings.streams):
+            with streaming(self.data, seed, stream):
+                dry_run(self.settings, with_priors(self.make_model()), self.data)
+        self._tried = True
 
     def model(self, seed: int, training: Training) -> IT3Mixin:
         """Return the model of a seed and a training, which is done where it has not been."""
@@ -207,7 +219,7 @@ def scored(
     forwards, backwards = _passes(row, callback)
     records, samples = [], {}
     for loader, (shift, found) in enumerate(zip(data.test_names, logged, strict=True)):
-        score = _score_in(found, settings.metric)
+        score = score_in(found, settings.metric)
         if (each := seen.matching(loader, score)) is not None:
             samples[shift] = each
         records.append(
@@ -236,24 +248,6 @@ def _passes(row: Row, callback: TestTimeCallback | None) -> tuple[float, float]:
     summary = callback.summary
     count = max(summary.samples if row.alone else summary.batches, 1)
     return own + summary.forwards / count, summary.backwards / count
-
-
-def _score_in(scores: Mapping[str, Any], metric: str) -> float:
-    """Return the score in what a loader's ``test_step`` logged.
-
-    Raises:
-        ValueError: it is not there.
-
-    >>> _score_in({"test_acc/dataloader_idx_1": 0.5}, "test_acc")
-    0.5
-    """
-    for key, value in scores.items():
-        if key.partition("/dataloader_idx_")[0] == metric:
-            return float(value)
-    raise ValueError(
-        f"test_step logged no {metric!r}, but {', '.join(scores)}. Set benchmark.metric "
-        "to one of them."
-    )
 
 
 class Progress:
