@@ -17,7 +17,7 @@ from it3_lightning.benchmark.models import MakeModel, about, models_of, with_pri
 from it3_lightning.benchmark.peers import Facts, peers
 from it3_lightning.benchmark.policy_errors import SampleErrors, unit_of
 from it3_lightning.benchmark.policy_rule import Choice, Errors, HarmlessRule, Judgement
-from it3_lightning.benchmark.rendering import as_markdown, fitting
+from it3_lightning.benchmark.rendering import as_markdown, console
 from it3_lightning.benchmark.rows import Kind, Row
 from it3_lightning.benchmark.scoring import Progress, quiet, threads
 from it3_lightning.benchmark.tune import to_tune_on
@@ -405,16 +405,16 @@ class Calibrated:
 def show_choice(found: Calibrated, folder: Path) -> None:
     """Print the table, the verdict and the lines to paste; write them into the folder."""
     shown = found.table()
-    console = fitting(shown)
-    console.print(shown)
-    console.print(found.words())
+    terminal = console()
+    terminal.print(shown)
+    terminal.print(found.words())
     lines = found.yaml()
-    console.print(f"\n{lines}", markup=False, highlight=False)
+    terminal.print(f"\n{lines}")
     rows = as_markdown([list(_TITLES), *found.lines()], left=(0, 5, 6))
     parts = [f"{found.title()}.", rows, found.words(), f"```yaml\n{lines}```"]
     write(folder / "calibration.md", "\n\n".join(parts) + "\n")
     write(folder / "policy.yaml", lines)
-    console.print(
+    terminal.print(
         f"Put into {found.path}: IT3TestTimeCallback(policy='calibrated') predicts so. Written to "
         f"{folder}: calibration.md, policy.yaml"
     )
