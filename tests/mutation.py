@@ -316,16 +316,24 @@ class Mutation:
 
     Args:
         files: to be mutated.
-        sample: how many mutants of each file are tried, drawn with seed 0; ``None``: all.
+        sample: how many mutants of each file are tried; ``None``: all.
+        seed: that they are drawn with.
         seconds: that the tests of a mutant may need, without a mutant; quick ones come first.
         again: what was said of mutants that survived; these alone are tried. ``None``: all.
     """
 
     def __init__(
-        self, files: list[Path], *, sample: int | None, seconds: float, again: str | None
+        self,
+        files: list[Path],
+        *,
+        sample: int | None,
+        seed: int,
+        seconds: float,
+        again: str | None,
     ) -> None:
         self.sources = [Source(file.resolve()) for file in files]
         self.sample = sample
+        self.seed = seed
         self.seconds = seconds
         self.again = again
         self.kills: Counter[int] = Counter()  # mutants that each test has found
@@ -376,7 +384,9 @@ class Mutation:
         """Run the mutants of a file and print those that no test sees."""
         found = list(mutants(source.file, source.tree))
         if self.sample is not None and self.sample < len(found):
-            found = sorted(random.Random(0).sample(found, self.sample), key=lambda m: m.line)
+            found = sorted(
+                random.Random(self.seed).sample(found, self.sample), key=lambda m: m.line
+            )
         if self.again is not None:
             found = [mutant for mutant in found if f"{mutant}  (" in self.again]
         tried = survivors = 0
@@ -413,6 +423,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="Python files that are mutated")
     parser.add_argument("--sample", type=int, help="mutants tried of each file; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="that the sample is drawn with")
     parser.add_argument("--seconds", type=float, default=20, help="of tests for a mutant at most")
     parser.add_argument("--again", type=Path, help="output of a run: its survivors alone")
     parser.add_argument("--tests", nargs=argparse.REMAINDER, required=True, help="last: for pytest")
@@ -420,8 +431,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = folder
         options = "-q -s --no-header -p no:cacheprovider --override-ini addopts=--doctest-modules"
+        how: dict[str, Any] = {"sample": given.sample, "seed": given.seed}
         again = given.again and given.again.read_text()
-        plugin = Mutation(given.files, sample=given.sample, seconds=given.seconds, again=again)
+        plugin = Mutation(given.files, **how, seconds=given.seconds, again=again)
         return int(pytest.main([*options.split(), *given.tests], plugins=[plugin]))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,14 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from helpers.adapters import ONLINE, PUBLISHED, batch_adapter, outputs_of, results
+from helpers.adapters import (
+    ONLINE,
+    PUBLISHED,
+    batch_adapter,
+    outputs_of,
+    results,
+    sample_adapter,
+)
 from helpers.modules import (
     Conditioned,
     LastOutput,
@@ -501,6 +509,79 @@ def test_no_step_with_batch_statistics_is_that_baseline(measure: bool) -> None:
     with two_steps(net, steps=0, norm_stats="batch", measure=measure).adapted(x):
         torch.testing.assert_close(forward_predict(net, x, None), expected)
     assert not torch.allclose(forward_predict(net, x, None), expected)
+
+
+class Sees(TestTimeMethod):
+    """Notes what it is shown of source data, and which parameters need gradients then."""
+
+    needs_batch = True
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, set[str], bool]] = []
+        self.net = toy()
+
+    def loss(self, passes: Passes) -> Objective:
+        return PUBLISHED(passes.y0, passes.second)
+
+    def fit_source(self, passes: Passes) -> None:
+        named = dict(self.net.named_parameters())
+        needing = {name for name, p in named.items() if p.requires_grad}
+        self.seen.append((len(passes.y0), needing, any(p.grad is not None for p in named.values())))
+
+
+def test_two_samples_are_several() -> None:
+    method = Sees()
+    for parameter in method.net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    adapter = batch_adapter(method.net, objective=method, parameters=["head.*"])
+    for size, skipped in ((1, [True]), (2, [False, False])):
+        adapter.fit_source(images(size))
+        (adaptation,) = results(adapter, [images(size)])
+        assert adaptation.skipped.tolist() == skipped
+    assert method.seen == [(2, {"head.weight", "head.bias"}, False)]
+    assert all(p.requires_grad and p.grad is not None for p in method.net.parameters())
+
+
+class Counts(nn.Module):
+    """Counts its passes, in a buffer and in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.seen = toy(), list[int]()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        self.seen.append(len(x))
+        assert isinstance(self.passes, Tensor)
+        self.passes.add_(1)
+        return forward_predict(self.net, x, prior)
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_a_skipped_batch_leaves_no_trace_either(measure: bool) -> None:
+    net = Counts()
+    adapter = batch_adapter(net, measure=measure)
+    bad = images() * torch.nan
+    with adapter.adapted(bad) as found:
+        assert net.seen == []
+    with adapter.adapted(bad, lambda x: (net(x), None)) as answered:
+        assert net.seen == []
+    assert found.skipped.all()
+    assert answered.skipped.all()
+    assert answered.outputs is not None
+    assert answered.outputs.isnan().all()
+    assert net.get_buffer("passes") == 0
+
+
+def test_steps_take_some_of_the_time() -> None:
+    for adapter in (
+        batch_adapter(toy()),
+        sample_adapter(toy()),
+        sample_adapter(toy(), backend="loop"),
+    ):
+        started = time.perf_counter()
+        seconds = results(adapter, [images()])[0].seconds
+        assert 0 < seconds < time.perf_counter() - started
 
 
 def test_one_sample_where_several_are_needed_gets_source_statistics() -> None:

@@ -208,6 +208,43 @@ def test_batches_that_cannot_be_taken_apart_are_gated_all_the_same() -> None:
         assert_close(value, others[name])
 
 
+def test_samples_beyond_the_gate_are_taken_out_where_it_is_told_what_holds_them() -> None:
+    net, x, sizes = toy(), images(), list[int]()
+    shared = torch.ones(6, dtype=torch.float64)  # as long as the batch
+
+    def forward(inputs: Any, prior: Tensor | None) -> Tensor:
+        sizes.append(len(inputs["x"]))
+        assert len(inputs["shared"]) == 6
+        return forward_predict(net, inputs["x"], prior)
+
+    made = Settings(objective=PUBLISHED, lr=0.05, gate=GATE)
+    found = []
+    for dims in ({"shared": None}, None):
+        told: Any = {} if dims is None else {"sample_dims": lambda _, dims=dims: dims}
+        adapter = BatchAdapter(net, forward, softmax_label, made, **told)
+        sizes.clear()
+        found.append(adapted(adapter, {"x": x, "shared": shared})[0])
+        assert sizes == [6, 6, *([6, 6] if dims is None else [3, 3]), 6, 6]
+    (record,) = by_reference(net, [x[distances(net, x) > GATE]], optimizer="adam")
+    for each in found:
+        assert_close(each.outputs, functional_call(net, record.weights, (x,)).detach())
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_closed_gate_answers_with_the_source_in_as_few_passes(answers: bool) -> None:
+    net, x = toy(), images()
+    adapter = batch_adapter(net, gate=EVERYTHING)
+    answer: Any = (lambda inputs: (net(inputs), {"twice": 2 * net(inputs)})) if answers else None
+    with adapter.adapted(x, answer) as adaptation:
+        pass
+    assert_close(adaptation.outputs, net(x).detach())
+    if answers:
+        assert_close(adaptation.answers["twice"], 2 * net(x).detach())
+    else:
+        assert adaptation.answers is None
+        assert adaptation.forwards == 2  # the gate's own
+
+
 # Scope sample
 
 

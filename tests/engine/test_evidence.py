@@ -228,7 +228,9 @@ def close(found: list[Tensor], expected: list[Tensor], atol: float = 1e-6) -> No
 
 
 @pytest.mark.parametrize("count", [1, 2, 16])
-@pytest.mark.parametrize("shift", [{}, {"scale": 2.0, "shift": 1.0}, {"scale": 0.2}])
+@pytest.mark.parametrize(
+    "shift", [{}, {"scale": 2.0, "shift": 1.0}, {"scale": 0.2}, {"scale": 0.0, "shift": 1.0}]
+)
 def test_statistics_are_those_of_the_formulas(
     net: nn.Module, count: int, shift: dict[str, float]
 ) -> None:
@@ -542,6 +544,21 @@ def test_nodes_of_graphs_count_as_their_graphs() -> None:
     assert norm.running_mean is before
 
 
+def test_graphs_may_come_beside_tensors() -> None:
+    net, source = drawn(GraphNet()), graphs(*(1 + i % 4 for i in range(40)))
+
+    def beside(each: Graphs) -> dict[str, Any]:
+        return {"scale": torch.ones(each.num_graphs, 1), "graphs": each}
+
+    whole = moments_of(net, source)
+    both = batch_adapter(net, lambda held, _: net(held["graphs"]))
+    both.fit_moments(beside(source))
+    assert both.moments is not None
+    expected = whole.source_dict()["layers"]["norm"]
+    found = both.moments.source_dict()["layers"]["norm"]
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def test_layers_that_run_twice_or_whose_samples_cannot_be_told_keep_the_source() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -558,6 +575,10 @@ def test_layers_that_run_twice_or_whose_samples_cannot_be_told_keep_the_source()
     net = drawn(Odd())
     moments = moments_of(net)
     assert list(moments.source_dict()["layers"]) == ["once"]
+    before = {name: layer.running_mean for name, layer in norms(net).items()}
+    with by_evidence(net, moments).adapted(images(6, 5, scale=9.0, shift=9.0)):
+        moved = {n for n, m in norms(net).items() if not torch.equal(m.running_mean, before[n])}
+    assert moved == {"once"}
 
 
 def test_networks_without_such_layers_need_no_source_data_and_are_as_they_are() -> None:

@@ -29,11 +29,13 @@ from helpers.zoo import KINDS, RESNET, Kind
 from torch import Tensor, nn
 
 from it3_lightning.engine import Adaptation, BatchAdapter, Forward, SampleAdapter, Settings, fast
+from it3_lightning.engine.restore import Snapshot
 from it3_lightning.integration.batches import normal
 from it3_lightning.methods import Entropy, Idempotence, Objective
 
 TESTS = Path(__file__).parents[1]
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 # Every kind of network: alone in a fresh process, by the plain reference, in a loop, vectorised
@@ -331,6 +333,78 @@ def test_a_sample_does_not_depend_on_the_mode(
     assert same([(found[:6], expected), (found[6:], expected)])
 
 
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("steps", [0, 1])
+@both_backends
+def test_results_are_ordinary_tensors_in_any_mode(
+    backend: str, steps: int, mode: Callable[[], Any]
+) -> None:
+    adapter = sample_adapter(toy(), backend=backend, steps=steps)
+    with mode():
+        for inputs in (images(), images(seed=1)):
+            with adapter.adapted(inputs) as found:
+                pass
+    tensors = [value for value in vars(found).values() if isinstance(value, Tensor)]
+    assert len(tensors) == 6
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_is_interrupted_as_it_is_put_back_is_put_back_at_once(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, own, tried = toy(), Snapshot.restore, []
+    before = bits(net)
+
+    def restore(snapshot: Snapshot) -> None:
+        tried.append(1)
+        if len(tried) == 1:
+            raise KeyboardInterrupt
+        own(snapshot)
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        if prior is not None:
+            raise KeyboardInterrupt
+        outputs: Tensor = net(x)
+        return outputs
+
+    monkeypatch.setattr(Snapshot, "restore", restore)
+    adapter = sample_adapter(net, forward, backend="loop", steps=steps)
+    with pytest.raises(KeyboardInterrupt):
+        adapted(adapter, images(2))
+    assert len(tried) > 1
+    assert changed(before, net) == []
+
+
+class Biased(nn.Module):
+    """Adds a table ``(B, 3)`` to its logits: of each sample, or of all."""
+
+    def __init__(self, *, shared: bool) -> None:
+        super().__init__()
+        self.net, self.shared = toy(), shared
+
+    def forward(self, inputs: Any, prior: Tensor | None = None) -> Tensor:
+        table = inputs["table"].sum(0) if self.shared else inputs["table"]
+        return forward_predict(self.net, inputs["x"], prior) + table
+
+
+@both_backends
+def test_of_two_tensors_that_may_hold_samples_both_are_checked(backend: str) -> None:
+    table = torch.arange(18.0, dtype=torch.float64).view(6, 3)
+    inputs = {"x": images(), "table": table}
+    net = Biased(shared=False)
+    assert_close(
+        adapted(sample_adapter(net, backend=backend, steps=0), inputs).outputs,
+        forward_predict(net.net, images(), None).detach() + table,
+        1e-12,
+    )
+    adapter = sample_adapter(net, backend=backend)
+    assert not adapted(adapter, inputs).skipped.any()
+    shared = sample_adapter(Biased(shared=True), backend=backend)
+    with pytest.raises(ValueError, match=r"\(6, 1, 4, 4\), \(6, 3\). Say what holds them"):
+        adapted(shared, inputs)
+
+
 # Batches of graphs
 
 
@@ -386,9 +460,6 @@ def test_batches_that_cannot_be_taken_apart_are_refused() -> None:
 
 
 # What is done with the source, and what is returned
-
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def two_steps(net: nn.Module, forward: Forward | None = None, **given: Any) -> SampleAdapter:

@@ -185,6 +185,23 @@ def test_a_batch_is_adapted_to_by_chunks_from_the_first_one_on(
     assert limited.sizes == 2 * [2, 2, 1]
 
 
+@needs_fast_paths
+def test_memory_is_measured_of_attention_as_it_runs_in_vmap() -> None:
+    net, fused = toy(), list[bool]()
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        fused.append(torch.backends.cuda.flash_sdp_enabled())
+        outputs: Tensor = net(x, prior)
+        return outputs
+
+    adapter = sample_adapter(net, forward, backend="vectorised", measure=False)
+    adapted(adapter, images(3))
+    # the passes that are measured, one sample by the loop, and those of all
+    assert fused[:5] == [False, False, True, True, True]
+    assert not any(fused[5:])
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

@@ -366,6 +366,44 @@ def test_it_is_told_which_generators_a_pass_draws_from() -> None:
     assert generators_drawn_by(np.random.rand) == {"numpy"}
 
 
+def test_a_pass_that_is_watched_computes_what_it_would() -> None:
+    found: list[Tensor] = []
+    generators_drawn_by(lambda: found.append(torch.full((2,), 3, dtype=torch.int16)))
+    assert found[0].dtype == torch.int16
+    assert found[0].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("begins", "ends"),
+    [("before", "within"), ("before", "after"), ("within", "after")],  # others are of the pass
+)
+def test_numbers_of_a_thread_do_not_come_again_whenever_it_lives(begins: str, ends: str) -> None:
+    net, done, go, drawn = nn.Linear(1, 1), threading.Event(), threading.Event(), list[float]()
+
+    def other() -> None:
+        go.wait()
+        drawn.extend(torch.rand(100).tolist())
+        done.set()
+        if ends == "after":
+            go.clear()
+            go.wait()
+
+    thread = threading.Thread(target=other)
+    if begins == "before":
+        thread.start()
+    with without_side_effects(Snapshot(net), draws=lambda: frozenset()):
+        if begins == "within":
+            thread.start()
+        go.set()
+        done.wait()
+        if ends == "within":
+            thread.join()
+    after = torch.rand(100).tolist()
+    go.set()
+    thread.join()
+    assert not set(drawn) & set(after)
+
+
 def test_numbers_that_other_threads_draw_meanwhile_do_not_come_again() -> None:
     net, go, drawn = nn.Linear(1, 1), threading.Barrier(2), list[float]()
 

@@ -104,6 +104,30 @@ def test_a_batch_whose_later_step_fails_is_as_if_it_had_not_been(
         assert same(pairs)
 
 
+class StartsOver(Falters):
+    """Goes back to the source in the middle of each step, as methods do that have collapsed."""
+
+    def step(self, passes: Passes, state: Any) -> Objective:
+        state.step(self.loss(passes).loss())
+        state.reset()
+        assert same((state.weights[name], state.source[name]) for name in state.source)
+        return super().step(passes.again(), state)
+
+
+@pytest.mark.parametrize("anchor", ["frozen", "ema", "live"])
+def test_a_method_that_goes_back_to_the_source_begins_anew(anchor: str) -> None:
+    def run(method: Falters) -> list[Found]:
+        net = toy()
+        given: dict[str, Any] = {"optimizer": "adam", "anchor": anchor, "ema_decay": 0.5}
+        by = batch_adapter(net, objective=method, steps=1, lr=0.1, reset="never", **given)
+        return [adapted(by, net, images())]
+
+    ((found, weights),), ((expected, theirs),) = run(StartsOver([])), run(Falters([]))
+    assert found.backwards == 2
+    assert same(zip(weights, theirs, strict=True))
+    assert same([(found.distance_adapted, expected.distance_adapted)])
+
+
 @pytest.mark.parametrize("reset", ["batch", 2])
 def test_a_reset_takes_the_state_of_the_method_back(reset: Any) -> None:
     net, taken = toy(), []

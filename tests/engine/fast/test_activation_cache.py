@@ -394,6 +394,7 @@ def test_no_activation_is_kept_after_a_batch() -> None:
         ({}, {"stem": 2, "trunk.0.0": 2, "trunk.1.0": 4, "head": 4}),
         ({"measure": False}, {"stem": 1, "trunk.0.0": 1, "trunk.1.0": 2, "head": 2}),
         ({"steps": 3}, {"stem": 4, "trunk.0.0": 4, "trunk.1.0": 8, "head": 8}),
+        ({"reset": "weights"}, {"stem": 2, "trunk.0.0": 2, "trunk.1.0": 4, "head": 4}),
         ({"anchor": "live"}, {"stem": 4, "trunk.0.0": 4, "trunk.1.0": 4, "head": 4}),
         ({"parameters": ["head.*"]}, {"stem": 2, "trunk.0.0": 2, "trunk.1.0": 4, "head": 4}),
         (

@@ -385,6 +385,106 @@ def test_a_batch_in_inference_tensors_is_not_cached() -> None:
     assert equal(adaptation.outputs, expected.outputs)
 
 
+def as_without_a_cache(
+    make: Callable[[], Any], enters: Enters, change: Callable[[Any], Any]
+) -> int:
+    """Adapt before and after a change, which returns the next batch; return the calls answered."""
+    found = []
+    for exact in (True, False):
+        net = drawn(make())
+        adapter = adapter_of(net, enters, steps=2)
+        if not exact:
+            adapter.network.cache = NoCache()
+        pairs = run(adapter, [images()])
+        found.append([*pairs, *run(adapter, [change(net)])])
+    for (ours, _), (theirs, _) in zip(*found, strict=True):
+        assert equal(ours.outputs, theirs.outputs)
+        assert equal(ours.distance_adapted, theirs.distance_adapted)
+    return found[0][0][0].cache_hits
+
+
+@needs_fast_paths
+def test_what_is_found_of_inputs_of_one_shape_does_not_hold_for_another() -> None:
+    class Moves(nn.Module):
+        """Mixes images before the prior, and stripes after it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.mix, self.head = nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.embed, self.middle = nn.Linear(3, 8), nn.Identity()
+
+        def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+            features = self.stem(x.flatten(1)).tanh()
+            features = self.mix(features) if x.shape[1] == 1 else features
+            features = self.middle(features)
+            features = features if prior is None else features + self.embed(prior)
+            features = features if x.shape[1] == 1 else self.mix(features)
+            logits: Tensor = self.head(features.tanh())
+            return logits
+
+    hits = as_without_a_cache(Moves, {"middle": "output"}, lambda _: images().view(6, 4, 1, 4))
+    assert hits > 0
+
+
+@needs_fast_paths
+def test_a_forward_that_is_put_in_place_later_is_found_out_about_anew() -> None:
+    def counting(net: Outer) -> Tensor:
+        inner: Any = net.layer[1]  # type: ignore[index]
+        own, inner.calls = inner.forward, 0
+
+        def forward(x: Tensor) -> Tensor:
+            inner.calls += 1
+            outputs: Tensor = own(x) * inner.calls
+            return outputs
+
+        inner.forward = forward
+        return images()
+
+    layers = (nn.Flatten, lambda: nn.Linear(16, 16))
+    hits = as_without_a_cache(
+        lambda: Outer(nn.Sequential(*(make() for make in layers))),
+        {"net.trunk.1": "output"},
+        counting,
+    )
+    assert hits > 0
+
+
+@needs_fast_paths
+@pytest.mark.parametrize("library", ["lightning.pytorch.trainer", "pytorch_lightning.trainer"])
+def test_what_runs_a_network_is_no_state_of_it(library: str) -> None:
+    class Runs:
+        calls = 0
+
+    Runs.__module__ = library
+
+    class Calls(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trainer = Runs()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.trainer.calls += 1
+            return x.sin()
+
+    (adaptation,) = assert_the_cache_changes_no_bit(
+        lambda: drawn(Outer(Calls())), stream(1), {"net.trunk.1": "output"}
+    )
+    assert adaptation.cache_hits > 0
+
+
+@needs_fast_paths
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_parts_are_run() -> None:
+    def make() -> nn.Module:
+        scripted: Any = torch.jit.script(drawn(nn.Sequential(nn.Flatten(), nn.Linear(16, 16))))
+        return Outer(scripted).double().eval()
+
+    (adaptation,) = assert_the_cache_changes_no_bit(
+        make, stream(1), {"net.trunk.1": "output"}, parameters=["net.*"]
+    )
+    assert adaptation.cache_hits > 0  # the modules after it
+
+
 @needs_fast_paths
 def test_tied_weights_and_nested_networks() -> None:
     for body in (Tied(), LastOutput(nn.GRU(4, 8, batch_first=True))):

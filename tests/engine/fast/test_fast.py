@@ -104,6 +104,19 @@ def test_the_environment_turns_all_fast_paths_off() -> None:
     assert done.stdout.split() == ["False", "None"]
 
 
+def test_fast_paths_are_turned_off_by_name_one_within_another() -> None:
+    names = ("activation_cache", "grad_sample", "vmap")
+    assert fast.enabled() == fast.enabled("vmap")
+    with fast.disabled("vmap"), fast.disabled("grad_sample"):
+        assert [fast.path(name) for name in names[1:]] == [None, None]
+        assert fast.enabled() == fast.enabled("activation_cache")
+        with fast.disabled():
+            assert not any(map(fast.enabled, [None, *names]))
+    assert fast.enabled() == fast.enabled("vmap")
+    with pytest.raises(ValueError, match=r"vmapp.*vmap"), fast.disabled("vmapp"):
+        pass
+
+
 def test_what_is_made_while_fast_paths_are_off_takes_none() -> None:
     with fast.disabled():
         assert not fast.enabled()

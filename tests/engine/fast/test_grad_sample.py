@@ -18,7 +18,7 @@ from it3_lightning.engine.fast import grad_sample as products
 from it3_lightning.engine.fast import stacked_weights as stacked
 from it3_lightning.engine.fast import vmap as gradients
 from it3_lightning.engine.fast import vmap as vectorised
-from it3_lightning.engine.fast.grad_sample import Layerwise, Product, rules_for
+from it3_lightning.engine.fast.grad_sample import Layerwise, Product, rules_for, squared_norms
 from it3_lightning.methods import Entropy, Idempotence, Objective
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -33,8 +33,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "batch norm": (lambda: nn.BatchNorm2d(3), (3, 4, 4)),
     "batch norm of features": (lambda: nn.BatchNorm1d(5), (5,)),
     "batch norm of a sequence": (lambda: nn.BatchNorm1d(5), (5, 3)),
+    "batch norm of its own eps": (lambda: nn.BatchNorm2d(3, eps=0.5), (3, 4, 4)),
     "group norm": (lambda: nn.GroupNorm(2, 4), (4, 3, 3)),
+    "group norm of its own eps": (lambda: nn.GroupNorm(2, 4, eps=0.5), (4, 3, 3)),
     "layer norm": (lambda: nn.LayerNorm(5), (4, 5)),
+    "layer norm of its own eps": (lambda: nn.LayerNorm(5, eps=0.5), (4, 5)),
     "layer norm of features": (lambda: nn.LayerNorm(5), (5,)),
     "layer norm of images": (lambda: nn.LayerNorm([2, 3]), (4, 2, 3)),
 }
@@ -105,6 +108,12 @@ def test_a_product_of_one_position_is_measured_and_added_without_being_made() ->
     moved = torch.full((3, 5, 4), torch.nan, dtype=left.dtype)
     product.add_to(source, scale, moved)
     torch.testing.assert_close(moved, source + scale[:, None, None] * (left @ right))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_in_half_precision_are_summed_in_full(dtype: torch.dtype) -> None:
+    found = squared_norms(torch.ones(2, 70_000, dtype=dtype))  # float16 ends at 65,504
+    assert found.tolist() == pytest.approx([70_000.0] * 2)
 
 
 # In the engine
@@ -275,6 +284,15 @@ def test_an_objective_without_a_second_pass_needs_none(spy: Spy) -> None:
     adaptation = adapted(net, inputs, objective=Entropy(), measure=False)
     assert spy.batches
     assert adaptation.forwards == 2  # the first pass, and the final one
+
+
+@needs_fast_paths
+def test_hooks_that_change_what_a_layer_puts_out_are_served(spy: Spy) -> None:
+    net, inputs = toy(), images(5)
+    net.dense.register_forward_hook(lambda _, __, output: 2 * output)
+    adaptation = adapted(net, inputs)
+    assert spy.batches
+    assert_alone(adaptation, net, inputs)
 
 
 class TwiceCalled(nn.Module):

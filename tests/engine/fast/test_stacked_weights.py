@@ -99,6 +99,13 @@ def test_activations_are_what_autograd_keeps() -> None:
     assert bytes_kept(lambda: net(x).detach(), net) == kept - size_of(torch.zeros(3, 2))
 
 
+def test_sparse_tensors_that_are_kept_have_no_bytes_of_their_own() -> None:
+    table, rows = nn.Parameter(torch.ones(4, 2)), torch.eye(4)[:3].to_sparse()
+    layer, features = nn.Linear(2, 2), torch.zeros(3, 2)
+    kept = bytes_kept(lambda: layer(torch.sparse.mm(rows, table)).sum(), layer)
+    assert kept == size_of(features)  # what enters the layer
+
+
 # What it takes: live bytes stay below the budget
 
 

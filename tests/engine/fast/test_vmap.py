@@ -2,6 +2,9 @@
 
 import threading
 import warnings
+from collections import UserDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,9 +16,11 @@ from helpers.reference import adapt_stream, forward_predict, softmax_label
 from helpers.zoo import KINDS, rows
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 from it3_lightning.engine import Forward, SampleAdapter
 from it3_lightning.engine.fast.vmap import release_switches, uncompiled
+from it3_lightning.methods import Objective
 
 
 def two_steps(net: nn.Module, forward: Forward | None = None, **given: Any) -> SampleAdapter:
@@ -137,6 +142,97 @@ def test_what_cannot_be_vectorised_is_looped_with_one_warning(kind: str, backend
     )
     expected = torch.cat([record.outputs for record in records])
     torch.testing.assert_close(found.outputs, expected, rtol=0, atol=1e-10)
+
+
+@dataclass
+class Image:
+    """An input as a dataclass."""
+
+    x: Tensor
+
+
+HELD: dict[str, Callable[[Tensor], Any]] = {
+    "UserDict": lambda x: UserDict(x=x),
+    "Image": Image,
+    "PackedSequence": lambda x: pack_sequence(list(x.flatten(1)[:, :, None])),
+}
+
+
+@needs_fast_paths
+@pytest.mark.parametrize("kind", HELD)
+def test_containers_that_torch_func_does_not_open_are_named(kind: str) -> None:
+    net = toy()
+
+    def forward(held: Any, prior: Tensor | None) -> Tensor:
+        if isinstance(held, PackedSequence):
+            padded, _ = pad_packed_sequence(held, batch_first=True)
+            x = padded.reshape(-1, 1, 4, 4)
+        else:
+            x = held.x if isinstance(held, Image) else held["x"]
+        return forward_predict(net, x, prior)
+
+    adapter = two_steps(net, forward)
+    message = rf"tensors in tuples, lists and dicts, not in a {kind}\."
+    with pytest.warns(UserWarning, match=message):
+        found = adapted(adapter, HELD[kind](images(3)))
+    assert backend_of(adapter) == "loop"
+    expected = adapted(two_steps(toy(), backend="loop"), images(3)).outputs
+    torch.testing.assert_close(found.outputs, expected, rtol=0, atol=1e-12)
+
+
+@needs_fast_paths
+def test_objects_that_hold_no_tensor_are_shared_by_all_samples() -> None:
+    net = toy()
+
+    def forward(inputs: Any, prior: Tensor | None) -> Tensor:
+        assert inputs["mode"] == UserDict(scale="one")
+        return forward_predict(net, inputs["x"], prior)
+
+    adapter = two_steps(net, forward)
+    found = adapted(adapter, {"x": images(3), "mode": UserDict(scale="one"), "none": None})
+    assert backend_of(adapter) == "vectorised"
+    expected = adapted(two_steps(toy(), backend="loop"), images(3)).outputs
+    torch.testing.assert_close(found.outputs, expected, rtol=0, atol=1e-10)
+
+
+def steep(y: Tensor, bad: Tensor) -> Tensor:
+    """Add a zero of infinite slope."""
+    return y + torch.where(bad, y - y.detach(), 1.0).sqrt() * bad
+
+
+BAD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "non-finite output": lambda y, bad: y * torch.where(bad, torch.inf, 1.0),
+    "non-finite loss": lambda y, bad: torch.where(bad, torch.full_like(y, 1e200) * y, y),
+    "non-finite gradient or weights": steep,
+}
+
+
+@needs_fast_paths
+@pytest.mark.parametrize("reason", BAD)
+def test_of_a_sample_that_is_skipped_it_is_said_why(reason: str) -> None:
+    net, x = nn.Linear(2, 2).double(), torch.tensor([[1.0, 2.0], [9.0, 1.0], [0.0, 1.0]]).double()
+
+    def forward(x: Tensor, prior: Tensor | None) -> Tensor:
+        return BAD[reason](net(x), x[:, :1] == 9)
+
+    made = {"to_label": lambda y: y, "objective": Squares(), "parameters": "bias"}
+    for backend in ("loop", "vectorised"):
+        adapter = sample_adapter(net, forward, backend=backend, **made)
+        adapted(adapter, x[[0, 2]])
+        found = adapted(adapter, x)
+        assert backend_of(adapter) == backend
+        assert found.skipped.tolist() == [False, True, False]
+        assert found.reason == reason
+
+
+class Squares:
+    """Lowers the mean square of the outputs."""
+
+    needs_batch = False
+
+    def __call__(self, y0: Tensor, second: Any) -> Objective:
+        measure = y0.square().mean(1)
+        return Objective(measure, torch.ones_like(measure, dtype=torch.bool))
 
 
 class Centred(torch.optim.Optimizer):
