@@ -333,6 +333,24 @@ def test_moments_do_not_depend_on_how_source_data_are_split(net: nn.Module) -> N
             torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6)
 
 
+def test_source_data_may_be_added_to_moments_that_are_in_use() -> None:
+    net, x = trained(), images(6, 5, scale=2.0)
+    measuring = batch_adapter(net, blind(net))
+    for seed in (1, 2):
+        measuring.fit_moments(images(150, seed))
+        assert measuring.moments is not None
+        last = statistics(net, measuring.moments, x)
+    close(last, statistics(net, moments_of(net), x), 0)
+
+
+def test_predictions_of_other_rows_than_samples_tell_no_classes() -> None:
+    net = trained()
+    twice = batch_adapter(net, lambda x, _: torch.cat([net(x), net(x)]))
+    twice.fit_moments(images(6))
+    assert twice.moments is not None
+    assert not twice.moments.known
+
+
 def test_moments_travel_as_plain_data_and_begin_anew(net: nn.Module) -> None:
     moments, x = moments_of(net), images(5, 3, scale=2.0)
     other = SourceMoments()
@@ -386,6 +404,19 @@ def test_both_backends_equal_each_sample_alone(net: nn.Module, given: dict[str, 
             alone.append(adaptation.outputs)
     for backend in found:
         torch.testing.assert_close(found[backend], torch.cat(alone), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_passes_for_the_statistics_are_counted(net: nn.Module, way: str) -> None:
+    moments, x, calls = moments_of(net), images(4, 5, scale=2.0), list[int]()
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    adapting = by_evidence(net, moments, way, steps=2)
+    for _ in range(2):  # the second relies on what was found of the first
+        calls.clear()
+        with adapting.adapted(x) as found:
+            pass
+    times = len(x) if way == "loop" else 1
+    assert found.forwards == len(calls) == times * (3 + 2 * 2 + 2)
 
 
 def test_samples_without_steps_have_statistics_of_their_own(net: nn.Module) -> None:

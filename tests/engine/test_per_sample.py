@@ -398,8 +398,12 @@ def test_of_two_tensors_that_may_hold_samples_both_are_checked(backend: str) -> 
         forward_predict(net.net, images(), None).detach() + table,
         1e-12,
     )
-    adapter = sample_adapter(net, backend=backend)
-    assert not adapted(adapter, inputs).skipped.any()
+    one = {"x": images(1), "table": table[:1]}
+    for each in (inputs, one):
+        assert not adapted(sample_adapter(net, backend=backend), each).skipped.any()
+    bad = {"x": images().index_fill(0, torch.tensor(0), torch.nan), "table": table}
+    skipped = adapted(sample_adapter(net, backend=backend), bad).skipped
+    assert skipped.tolist() == [True, *5 * [False]]
     shared = sample_adapter(Biased(shared=True), backend=backend)
     with pytest.raises(ValueError, match=r"\(6, 1, 4, 4\), \(6, 3\). Say what holds them"):
         adapted(shared, inputs)
@@ -610,20 +614,43 @@ def test_half_precision_moves_through_float32_masters(backend: str) -> None:
         assert difference.abs().max() < 0.02  # units in the last place of outputs about 1
 
 
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_batch_of_bad_samples_gets_the_source(steps: int) -> None:
-    net, inputs = toy(), images(3) * torch.nan
+def test_a_batch_of_bad_samples_gets_the_source(steps: int, size: int) -> None:
+    net, inputs = toy(), images(size) * torch.nan
     adapter = two_steps(net, steps=steps)
     adaptation = adapted(adapter, inputs)
-    assert adaptation.skipped.tolist() == [True] * 3
+    assert adaptation.skipped.tolist() == [True] * size
     assert adaptation.reason == "non-finite output"
     assert adaptation.outputs is not None
     assert adaptation.outputs.isnan().all()
     if steps:  # what was tried on such samples alone is not trusted
-        later = adapted(adapter, images(3))
-        expected = adapted(two_steps(toy()), images(3))
+        later = adapted(adapter, images(size))
+        expected = adapted(two_steps(toy()), images(size))
         torch.testing.assert_close(later.outputs, expected.outputs)
         assert backend_of(adapter) == taken("vectorised")
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@both_backends
+def test_weights_are_finite_though_their_sum_is_not(backend: str, steps: int) -> None:
+    class Large(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.large = toy().float(), nn.Parameter(torch.full((4,), 3e38))
+
+        def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+            return forward_predict(self.net, x, prior) + 0 * self.large[0]
+
+    adapter = sample_adapter(Large(), backend=backend, steps=steps, optimizer="sgd")
+    found = adapted(adapter, images(3).float())
+    expected = adapted(
+        sample_adapter(toy().float(), backend="loop", steps=steps, optimizer="sgd"),
+        images(3).float(),
+    )
+    assert backend_of(adapter) == taken(backend)
+    assert found.reason is None
+    torch.testing.assert_close(found.outputs, expected.outputs)
 
 
 @pytest.mark.parametrize("measure", [True, False])

@@ -127,6 +127,14 @@ def test_backends_may_lie_apart_by_rounding_or_by_a_share_of_the_movement(
     assert per_sample._apart(first, nothing) is None
 
 
+def test_outputs_are_as_exact_as_the_arithmetic_that_made_them() -> None:
+    full, half = torch.ones(1), torch.ones(1, dtype=torch.float16)
+    units = [torch.finfo(each).eps for each in (torch.float32, torch.float16, torch.bfloat16)]
+    assert [per_sample._unit(full), per_sample._unit(full, half)] == units[:2]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert per_sample._unit(full, half) == units[2]
+
+
 class Limited:
     """Vectorises no more than two samples, and notes how many it was given."""
 
@@ -338,9 +346,13 @@ def test_a_layer_with_other_code_is_found_out_about_anew(monkeypatch: pytest.Mon
     for _ in range(2):
         adapted(adapter, images(6))
         assert len(selected) == 1
-    monkeypatch.setattr(type(net.bn), "forward", lambda _, x: 2 * x)
+    net.dense.register_forward_hook(lambda _, __, output: 3 * output)
+    net.dense.register_forward_pre_hook(lambda _, args: (args[0] / 2,))
     assert_is_looped(adapter, net, images(6))
     assert len(selected) == 2
+    monkeypatch.setattr(type(net.bn), "forward", lambda _, x: 2 * x)
+    assert_is_looped(adapter, net, images(6))
+    assert len(selected) == 3
 
 
 def test_outputs_keep_the_data_type_of_each_precision() -> None:

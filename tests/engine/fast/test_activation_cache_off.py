@@ -427,26 +427,35 @@ def test_what_is_found_of_inputs_of_one_shape_does_not_hold_for_another() -> Non
 
 
 @needs_fast_paths
-def test_a_forward_that_is_put_in_place_later_is_found_out_about_anew() -> None:
-    def counting(net: Outer) -> Tensor:
-        inner: Any = net.layer[1]  # type: ignore[index]
-        own, inner.calls = inner.forward, 0
+@pytest.mark.parametrize("way", ["forward", "forward of the class", "hook", "hook before"])
+def test_code_that_is_put_in_place_later_is_found_out_about_anew(way: str) -> None:
+    def make() -> nn.Module:
+        class Own(nn.Linear):
+            pass
 
-        def forward(x: Tensor) -> Tensor:
-            inner.calls += 1
-            outputs: Tensor = own(x) * inner.calls
-            return outputs
+        return Outer(nn.Sequential(nn.Flatten(), Own(16, 16)))
 
-        inner.forward = forward
+    def change(net: Any) -> Tensor:
+        """Let the inner layer scale by the number of its calls from now on, out of sight."""
+        inner, calls = net.layer[1], list[int]()
+
+        def scaled(values: Tensor) -> Tensor:
+            calls.append(1)
+            return values * len(calls)
+
+        if way == "forward":
+            own = inner.forward
+            inner.forward = lambda x: scaled(own(x))
+        elif way == "forward of the class":
+            type(inner).forward = lambda self, x: scaled(nn.Linear.forward(self, x))
+        elif way == "hook":
+            inner.register_forward_hook(lambda _, __, output: scaled(output))
+        else:
+            inner.register_forward_pre_hook(lambda _, args: (scaled(args[0]),))
+        inner.calls = calls  # where its state is noted
         return images()
 
-    layers = (nn.Flatten, lambda: nn.Linear(16, 16))
-    hits = as_without_a_cache(
-        lambda: Outer(nn.Sequential(*(make() for make in layers))),
-        {"net.trunk.1": "output"},
-        counting,
-    )
-    assert hits > 0
+    assert as_without_a_cache(make, {"net.trunk.1": "output"}, change) > 0
 
 
 @needs_fast_paths

@@ -626,6 +626,16 @@ def test_calls_that_are_answered_are_counted_by_the_batch() -> None:
 
 
 @needs_fast_paths
+@pytest.mark.usefixtures("everything_is_large")
+def test_memory_for_weights_follows_the_number_of_samples(spy: Spy) -> None:
+    net = toy()
+    by = adapter_of(net)
+    for size in (2, 2, 5, 5, 3):
+        assert_as_in_a_loop(by, net, images(size))
+    assert spy.batches >= 2
+
+
+@needs_fast_paths
 def test_memory_for_weights_follows_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stacked, "_LARGE", 1)
     net = toy()

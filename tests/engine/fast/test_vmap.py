@@ -200,29 +200,38 @@ def steep(y: Tensor, bad: Tensor) -> Tensor:
     return y + torch.where(bad, y - y.detach(), 1.0).sqrt() * bad
 
 
-BAD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "non-finite output": lambda y, bad: y * torch.where(bad, torch.inf, 1.0),
-    "non-finite loss": lambda y, bad: torch.where(bad, torch.full_like(y, 1e200) * y, y),
-    "non-finite gradient or weights": steep,
+BAD: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "output": (lambda y, bad: y * torch.where(bad, torch.inf, 1.0), "non-finite output"),
+    "loss": (lambda y, bad: torch.where(bad, 1e99 * 1e99 * y, y), "non-finite loss"),
+    "gradient": (steep, "non-finite gradient or weights"),
+    "output after the step": (lambda y, bad: torch.where(bad, 1e140 * y, y), "non-finite output"),
 }
 
 
 @needs_fast_paths
-@pytest.mark.parametrize("reason", BAD)
-def test_of_a_sample_that_is_skipped_it_is_said_why(reason: str) -> None:
+@pytest.mark.parametrize("kind", BAD)
+def test_of_a_sample_that_is_skipped_it_is_said_why(kind: str) -> None:
     net, x = nn.Linear(2, 2).double(), torch.tensor([[1.0, 2.0], [9.0, 1.0], [0.0, 1.0]]).double()
+    spoilt, reason = BAD[kind]
 
     def forward(x: Tensor, prior: Tensor | None) -> Tensor:
-        return BAD[reason](net(x), x[:, :1] == 9)
+        return spoilt(net(x), x[:, :1] == 9)
 
-    made = {"to_label": lambda y: y, "objective": Squares(), "parameters": "bias"}
+    made: dict[str, Any] = {"to_label": lambda y: y, "optimizer": "sgd", "lr": 0.1}
     for backend in ("loop", "vectorised"):
-        adapter = sample_adapter(net, forward, backend=backend, **made)
+        adapter = sample_adapter(net, forward, backend=backend, objective=Squares(), **made)
         adapted(adapter, x[[0, 2]])
         found = adapted(adapter, x)
         assert backend_of(adapter) == backend
         assert found.skipped.tolist() == [False, True, False]
         assert found.reason == reason
+        assert found.outputs is not None
+        assert torch.equal(found.outputs[1:2], forward(x[1:2], None)) or kind == "output"
+        for distance in (found.distance_source, found.distance_adapted):
+            assert distance is not None
+            assert distance.isnan().tolist() == [False, True, False]
+        assert found.reliable is not None
+        assert found.reliable.tolist() == [True, False, True]
 
 
 class Squares:
