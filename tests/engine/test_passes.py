@@ -43,7 +43,7 @@ def test_passes_once_more_are_those_of_the_weights_as_they_are() -> None:
     net, x = toy(), images()
     passes = NetworkPasses(network_of(net), x, SourceInPlace())
     with torch.no_grad():
-        net.head.bias += torch.tensor([1.0, 0.0, 0.0]).double()
+        net.head.bias.add_(torch.tensor([1.0, 0.0, 0.0]).double())
     again = passes.again()
     assert isinstance(again, NetworkPasses)
     expected = forward_predict(net, x, None)

@@ -384,8 +384,8 @@ class Biased(nn.Module):
         self.net, self.shared = toy(), shared
 
     def forward(self, inputs: Any, prior: Tensor | None = None) -> Tensor:
-        table = inputs["table"].sum(0) if self.shared else inputs["table"]
-        return forward_predict(self.net, inputs["x"], prior) + table
+        table: Tensor = inputs["table"].sum(0) if self.shared else inputs["table"]
+        return table + forward_predict(self.net, inputs["x"], prior)
 
 
 @both_backends

@@ -198,7 +198,7 @@ def test_memory_is_measured_of_attention_as_it_runs_in_vmap() -> None:
     net, fused = toy(), list[bool]()
 
     def forward(x: Tensor, prior: Tensor | None) -> Tensor:
-        fused.append(torch.backends.cuda.flash_sdp_enabled())
+        fused.append(torch._C._get_flash_sdp_enabled())
         outputs: Tensor = net(x, prior)
         return outputs
 
@@ -207,7 +207,7 @@ def test_memory_is_measured_of_attention_as_it_runs_in_vmap() -> None:
     # the passes that are measured, one sample by the loop, and those of all
     assert fused[:5] == [False, False, True, True, True]
     assert not any(fused[5:])
-    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch._C._get_flash_sdp_enabled()
 
 
 @pytest.mark.parametrize(

@@ -406,7 +406,7 @@ def as_without_a_cache(
 @needs_fast_paths
 def test_what_is_found_of_inputs_of_one_shape_does_not_hold_for_another() -> None:
     class Moves(nn.Module):
-        """Mixes images before the prior, and stripes after it."""
+        """Mixes features of grey images before the prior, and of coloured ones after it."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -414,7 +414,7 @@ def test_what_is_found_of_inputs_of_one_shape_does_not_hold_for_another() -> Non
             self.embed, self.middle = nn.Linear(3, 8), nn.Identity()
 
         def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
-            features = self.stem(x.flatten(1)).tanh()
+            features = self.stem(x.mean(1).flatten(1)).tanh()
             features = self.mix(features) if x.shape[1] == 1 else features
             features = self.middle(features)
             features = features if prior is None else features + self.embed(prior)
@@ -422,7 +422,7 @@ def test_what_is_found_of_inputs_of_one_shape_does_not_hold_for_another() -> Non
             logits: Tensor = self.head(features.tanh())
             return logits
 
-    hits = as_without_a_cache(Moves, {"middle": "output"}, lambda _: images().view(6, 4, 1, 4))
+    hits = as_without_a_cache(Moves, {"middle": "output"}, lambda _: images().repeat(1, 3, 1, 1))
     assert hits > 0
 
 
