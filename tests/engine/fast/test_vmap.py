@@ -209,17 +209,18 @@ BAD: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
 
 
 @needs_fast_paths
+@pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("kind", BAD)
-def test_of_a_sample_that_is_skipped_it_is_said_why(kind: str) -> None:
+def test_of_a_sample_that_is_skipped_it_is_said_why(kind: str, steps: int) -> None:
     net, x = nn.Linear(2, 2).double(), torch.tensor([[1.0, 2.0], [9.0, 1.0], [0.0, 1.0]]).double()
     spoilt, reason = BAD[kind]
 
     def forward(x: Tensor, prior: Tensor | None) -> Tensor:
         return spoilt(net(x), x[:, :1] == 9)
 
-    made: dict[str, Any] = {"to_label": lambda y: y, "optimizer": "sgd", "lr": 0.1}
+    made: dict[str, Any] = {"objective": Squares(), "optimizer": "sgd", "lr": 0.1, "steps": steps}
     for backend in ("loop", "vectorised"):
-        adapter = sample_adapter(net, forward, backend=backend, objective=Squares(), **made)
+        adapter = sample_adapter(net, forward, backend=backend, to_label=lambda y: y, **made)
         adapted(adapter, x[[0, 2]])
         found = adapted(adapter, x)
         assert backend_of(adapter) == backend
