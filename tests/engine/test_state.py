@@ -128,6 +128,61 @@ def test_a_method_that_goes_back_to_the_source_begins_anew(anchor: str) -> None:
     assert same([(found.distance_adapted, expected.distance_adapted)])
 
 
+class GivesUp(Falters):
+    """Goes back to the source after its first step."""
+
+    def step(self, passes: Passes, state: Any) -> Objective:
+        objective = super().step(passes, state)
+        if self.taken == 1:
+            state.reset()
+        return objective
+
+
+@pytest.mark.parametrize("anchor", ["frozen", "ema", "live"])
+def test_a_batch_after_which_the_source_is_back_leaves_nothing_to_the_next(anchor: str) -> None:
+    net, (first, second) = toy(), stream(2)
+    given: dict[str, Any] = {"anchor": anchor, "ema_decay": 0.5, "reset": "never", "lr": 0.1}
+    by = batch_adapter(net, objective=GivesUp([]), **given)
+    _, back = adapted(by, net, first)
+    assert same(zip(back, net.parameters(), strict=True))
+    found, weights = adapted(by, net, second)
+    method = Falters([])
+    method.taken = 1  # it weighs the loss by its steps
+    expected, theirs = adapted(batch_adapter(net, objective=method, **given), net, second)
+    assert same(zip(weights, theirs, strict=True))
+    assert found.forwards == expected.forwards  # the source is measured by the first pass
+    assert same([(found.distance_source, expected.distance_source)])
+
+
+class Shakes(Falters):
+    """Notes what comes of passes before, on, and after weights that are moved for a while."""
+
+    def step(self, passes: Passes, state: Any) -> Objective:
+        changes = {name: 0.25 * torch.ones_like(w) for name, w in state.weights.items()}
+        self.seen = [passes.outputs.detach().clone()]
+        with state.moved_by(changes):
+            self.seen.append(passes.again().outputs.detach().clone())
+        self.seen.append(passes.again().outputs.detach().clone())
+        return super().step(passes, state)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_weights_that_are_moved_for_a_while_are_cast_anew(steps: int) -> None:
+    net, x = toy().float(), images().float()
+    moved = {name: p.detach() + 0.25 for name, p in net.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = net(x), torch.func.functional_call(net, moved, (x,))
+    by = batch_adapter(net, objective=Shakes([]), steps=steps, lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted(by, net, x)
+    method: Any = by._method
+    before, within, after = method.seen
+    assert same([(before, after)])
+    assert not torch.equal(before, within)
+    if steps == 1:
+        assert same([(before, expected[0]), (within, expected[1])])
+
+
 @pytest.mark.parametrize("reset", ["batch", 2])
 def test_a_reset_takes_the_state_of_the_method_back(reset: Any) -> None:
     net, taken = toy(), []
