@@ -113,7 +113,7 @@ def test_each_process_adapts_to_its_own_batches_as_one_process_does(run: Any) ->
 def test_logs_are_reduced_over_processes_of_which_one_skipped_a_batch(run: Any) -> None:
     logged, means, count = run[0]["logged"], 0.0, 0
     assert logged["it3/skipped"] == 3
-    assert logged["it3/reliable"] == pytest.approx(9 / 12)
+    assert logged["it3/moved"] == pytest.approx(9 / 12)
     for batch in run[1]:
         numbers = batch["numbers"].tolist()
         if 2 not in numbers:
@@ -138,7 +138,7 @@ def test_with_scope_sample_no_sample_depends_on_its_process(folder: Path, run: A
     torch.testing.assert_close(logits, torch.cat(expected)[numbers], equal_nan=True)
     by_sample = run[0]["by_sample"]
     assert by_sample["it3/skipped"] == alone["it3/skipped"] == 1
-    assert by_sample["it3/reliable"] == pytest.approx(11 / 12)
+    assert by_sample["it3/moved"] == pytest.approx(11 / 12)
     for name in ("it3/distance_source", "it3/distance_adapted"):
         assert by_sample[name] == pytest.approx(alone[name])
 

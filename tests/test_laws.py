@@ -684,7 +684,7 @@ def test_skips_are_logged_and_distances_are_means_over_the_others() -> None:
     assert logged["it3/skipped"] == 4
     kept = torch.cat([records[0].distance_source, records[2].distance_source]).mean()
     assert logged["it3/distance_source"] == pytest.approx(kept.item(), abs=1e-9)
-    assert logged["it3/reliable"] == pytest.approx(8 / 12)
+    assert logged["it3/moved"] == pytest.approx(8 / 12)
 
 
 @both_backends
@@ -712,7 +712,7 @@ def test_bad_sample_alone_is_skipped_counted_and_logged(backend: str, steps: int
     assert distances.isnan().nonzero().tolist() == [[5]]
     known = distances[good].mean().item()
     assert logged["it3/distance_source"] == pytest.approx(known)
-    assert logged["it3/reliable"] == pytest.approx(11 / 12)
+    assert logged["it3/moved"] == pytest.approx(11 / 12)
 
 
 CARRIED: dict[str, dict[str, Any]] = {
@@ -806,7 +806,7 @@ def test_a_bad_sample_gets_the_source_and_does_not_touch_the_others(
 def test_source_distance_and_cost_are_logged_beside_the_adapted_distance(way: str) -> None:
     (logged,) = quiet(callbacks=[callback_of(way)]).test(net(), loader(), verbose=False)
     (plain,) = quiet().test(net(), loader(), verbose=False)
-    ours = {"distance_source", "distance_adapted", "reliable", "skipped", "ms_per_sample"}
+    ours = {"distance_source", "distance_adapted", "moved", "skipped", "ms_per_sample"}
     assert logged.keys() == plain.keys() | {f"it3/{name}" for name in ours}
     assert logged["it3/distance_adapted"] < logged["it3/distance_source"]
     assert logged["it3/ms_per_sample"] > 0

@@ -23,7 +23,7 @@ class Summary:
         samples: samples seen.
         skipped: of them, those that got the source prediction.
         reasons: how many samples were skipped for which reason.
-        reliable: samples that moved the weights.
+        moved: samples that moved the weights.
         milliseconds: time of the steps: adaptation, measuring, choice of the backend, and the
             module's own step.
         batches: seen.
@@ -52,7 +52,7 @@ class Summary:
     samples: int = 0
     skipped: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
-    reliable: int = 0
+    moved: int = 0
     gated: int = 0
     backend: str = ""
     milliseconds: float = 0.0
@@ -84,7 +84,7 @@ class Summary:
         if adaptation.gated is not None:
             self.gated += int(adaptation.gated.sum())
         if adaptation.reliable is not None:
-            self.reliable += int(adaptation.reliable.sum())
+            self.moved += int(adaptation.reliable.sum())
         self._source = _added(self._source, adaptation.distance_source)
         self._adapted = _added(self._adapted, adaptation.distance_adapted)
         self._distances += [[] for _ in range(loader + 1 - len(self._distances))]
@@ -113,7 +113,7 @@ class Summary:
     def __str__(self) -> str:
         reasons = "".join(f", {count} for {reason}" for reason, count in self.reasons.items())
         return (
-            f"{self.samples} samples, {self.reliable} moved the weights, "
+            f"{self.samples} samples, {self.moved} moved the weights, "
             f"{f'{self.gated} within the gate, ' * (self.gated > 0)}{self.skipped} skipped"
             f"{reasons}; distance {self.distance_source:.4g} -> {self.distance_adapted:.4g}; "
             f"{self.ms_per_sample:.3g} ms a sample"
@@ -206,9 +206,9 @@ class Recorder:
             count = 0 if known is None else known.numel()
             mean = 0.0 if known is None or count == 0 else known.sum() / count
             log(f"it3/distance_{name}", mean, batch_size=count * ranks)
-        reliable = adaptation.reliable
-        moved = 0.0 if reliable is None else reliable.float().sum() / least
-        log("it3/reliable", moved, batch_size=weight)
+        counted = adaptation.reliable
+        moved = 0.0 if counted is None else counted.float().sum() / least
+        log("it3/moved", moved, batch_size=weight)
         gated = adaptation.gated
         if self.settings.gate is not None or gated is not None:
             within = 0.0 if gated is None else gated.float().sum() / least

@@ -49,7 +49,7 @@ class TestTimeCallback(AnyCallback):
 
     The weights adapt to the inputs of the batch alone, the step runs as it is, every weight is put
     back; every dataloader starts from the source. Logged beside the step's own metrics:
-    ``it3/distance_source``, ``it3/distance_adapted``, ``it3/reliable`` (share of samples that moved
+    ``it3/distance_source``, ``it3/distance_adapted``, ``it3/moved`` (share of samples that moved
     the weights), ``it3/skipped`` (their number), ``it3/gated`` (share within the gate, where there
     is one) and ``it3/ms_per_sample`` (milliseconds a sample of the whole step: adaptation,
     measuring, choice of the backend, the module's own step); all of them also in :attr:`summary`,

@@ -266,7 +266,7 @@ def under_trainer(name: str, architecture: Architecture, batches: int, size: int
     with Log(batches, subject.plain, subject.images(size)) as log:
         trainer = _trainer(*callbacks, Marks(log))
         trainer.predict(module, loader(batches), return_predictions=False)
-    share = None if settings is None else adapting.summary.reliable / (batches * size)
+    share = None if settings is None else adapting.summary.moved / (batches * size)
     return Soak(f"Trainer, {name}", batches, tuple(log.marks), share, left_in(module, before))
 
 

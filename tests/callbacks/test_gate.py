@@ -347,7 +347,7 @@ def test_samples_within_the_gate_get_exactly_the_source_prediction(
     assert torch.equal(outputs[~moved], source[~moved])
     torch.testing.assert_close(outputs[moved], adapted[moved], rtol=0, atol=1e-9)
     assert callback.summary.gated == (~moved).sum()
-    assert callback.summary.reliable == moved.sum()
+    assert callback.summary.moved == moved.sum()
 
 
 @pytest.mark.parametrize("norm_stats", ["source", "batch"])
@@ -379,7 +379,7 @@ def test_where_all_samples_are_usual_nothing_is_adapted(scope: Any, reset: Any) 
     quiet(callbacks=[gated()]).validate(model, loader(), verbose=False)
     callback = gated(1.0, scope=scope, reset=reset)
     assert torch.equal(predicted(model, callback), predicted(model))
-    assert (callback.summary.gated, callback.summary.reliable) == (12, 0)
+    assert (callback.summary.gated, callback.summary.moved) == (12, 0)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -390,7 +390,7 @@ def test_share_within_the_gate_is_logged_and_counted(scope: Any) -> None:
     within = int((~beyond(model)).sum())
     assert callback.summary.gated == within
     assert logged["it3/gated"] == pytest.approx(within / 12)
-    assert logged["it3/reliable"] == pytest.approx(1 - within / 12)
+    assert logged["it3/moved"] == pytest.approx(1 - within / 12)
     assert f"{within} within the gate" in str(callback.summary)
     (plain,) = quiet(callbacks=[adapting(scope=scope)]).test(model, loader(), verbose=False)
     assert logged.keys() - plain.keys() == {"it3/gated"}

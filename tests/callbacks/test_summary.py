@@ -133,14 +133,14 @@ def test_no_sample_is_said_to_have_moved_weights_that_are_the_sources(
     callback = adapting(**settings)
     (logged,) = quiet(callbacks=[callback]).test(net(), loader(), verbose=False)
     assert str(callback.summary).startswith("12 samples, 0 moved the weights, 0 skipped")
-    assert logged["it3/reliable"] == 0
+    assert logged["it3/moved"] == 0
 
 
 def test_summary_holds_what_was_logged() -> None:
     callback = adapting()
     (logged,) = quiet(callbacks=[callback]).test(net(), loader(), verbose=False)
     summary = callback.summary
-    assert (summary.samples, summary.reliable, summary.skipped) == (12, 12, 0)
+    assert (summary.samples, summary.moved, summary.skipped) == (12, 12, 0)
     assert summary.distance_source == pytest.approx(logged["it3/distance_source"])
     assert summary.distance_adapted == pytest.approx(logged["it3/distance_adapted"])
     assert summary.ms_per_sample == pytest.approx(logged["it3/ms_per_sample"])

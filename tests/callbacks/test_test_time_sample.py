@@ -242,7 +242,7 @@ def test_step_logs_and_counts_each_sample_once() -> None:
     assert logged["accuracy"] == pytest.approx(right)
     loss = nn.functional.cross_entropy(torch.cat(outputs), labels).item()
     assert logged["test_loss"] == pytest.approx(loss)
-    ours = {"distance_source", "distance_adapted", "reliable", "skipped", "ms_per_sample"}
+    ours = {"distance_source", "distance_adapted", "moved", "skipped", "ms_per_sample"}
     assert logged.keys() == {"accuracy", "test_loss"} | {f"it3/{name}" for name in ours}
 
 

@@ -101,5 +101,5 @@ def test_scores_and_outputs_are_those_of_samples_that_come_alone(
     assert (torch.cat(outputs) - torch.cat(source)).abs().max() > 1e-4
     (logged,) = quiet(callbacks=[together]).test(model, data[1], verbose=False)
     (scores,) = quiet(callbacks=[alone]).test(model, data[0], verbose=False)
-    for name in ("it3/distance_source", "it3/distance_adapted", "it3/reliable"):
+    for name in ("it3/distance_source", "it3/distance_adapted", "it3/moved"):
         assert logged[name] == pytest.approx(scores[name], abs=1e-9)

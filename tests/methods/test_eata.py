@@ -141,7 +141,7 @@ def test_an_untouched_module_learns_of_source_data_in_a_validation() -> None:
     assert differing(before, everything(module)) == []
     expected, counts = by_hand(module.net, batches(), fisher=importance(module.net, seen), beta=5.0)
     assert_close(predicted(callback, module, batches()), expected)
-    assert callback.summary.reliable == sum(counts)
+    assert callback.summary.moved == sum(counts)
     fresh = TestTimeCallback(EATA(**GIVEN, fisher_weight=5.0), lr=LR)
     checkpoint: dict[str, Any] = {}
     callback.on_save_checkpoint(quiet(), module, checkpoint)
@@ -154,7 +154,7 @@ def test_an_untouched_module_needs_no_source_data_without_it() -> None:
     expected, counts = by_hand(module.net, batches())
     callback = TestTimeCallback(EATA(**ETA), lr=LR)
     assert_close(predicted(callback, module, batches()), expected)
-    assert 0 < callback.summary.reliable == sum(counts) < 40
+    assert 0 < callback.summary.moved == sum(counts) < 40
 
 
 def test_its_papers_settings_are_its_defaults() -> None:

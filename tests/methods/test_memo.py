@@ -74,7 +74,7 @@ def test_an_untouched_module_predicts_adapted_and_is_left_as_it_was() -> None:
     assert differing(before, everything(module)) == []
     expected = by_hand(module.net, data.dataset.tensors[0], lr=0.05)  # type: ignore[attr-defined]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-    assert callback.summary.samples == callback.summary.reliable == 8
+    assert callback.summary.samples == callback.summary.moved == 8
 
 
 def test_its_papers_settings_are_its_defaults_and_can_be_changed() -> None:

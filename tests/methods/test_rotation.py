@@ -107,7 +107,7 @@ def test_a_trained_module_adapts_to_each_sample_and_is_left_as_it_was() -> None:
         images = data.dataset.tensors[0]  # type: ignore[attr-defined]
         expected = torch.cat([by_hand(module.net.eval(), x[None], 2) for x in images])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-    assert callback.summary.samples == callback.summary.reliable == 6
+    assert callback.summary.samples == callback.summary.moved == 6
 
 
 class Brightness(Auxiliary):
