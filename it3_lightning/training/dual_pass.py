@@ -6,17 +6,19 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from it3_lightning.engine.restore import NormStatistics, Undo
+from it3_lightning.engine.restore import NormStatistics, Snapshot, Undo, without_side_effects
 from it3_lightning.engine.trees import batch_size, laid_out, taken
-from it3_lightning.integration.isolation import muted
+from it3_lightning.integration.batches import normal
+from it3_lightning.integration.isolation import muted, without_logs
 from it3_lightning.integration.module import Conditioned
+from it3_lightning.methods.views import drawn_by
 from it3_lightning.priors import Prior
 from it3_lightning.utils.graphs import chosen_graphs, graph_count, is_graph, map_nodes
 from it3_lightning.utils.specs import Described, built, spec
@@ -237,7 +239,7 @@ Step = Callable[[Any], Any]
 
 def run_passes(
     module: Conditioned, settings: DualPass, batch: Any, step: Step, *, frozen: bool
-) -> tuple[Any, Tensor | None]:
+) -> tuple[Any, Tensor | None, Tensor | None]:
     """Run a step on all its passes; a frozen network learns nothing from the neutral one.
 
     Args:
@@ -248,30 +250,68 @@ def run_passes(
         frozen: whether only the conditioning learns.
 
     Returns:
-        What the step returned on the neutral priors, and the loss of all passes; ``None`` where a
-        pass was skipped by returning ``None``.
+        What the step returned on the neutral priors, the loss of all passes, and of it the share of
+        the passes that see a prior, as :func:`label_loss` returns it; ``None`` where a pass was
+        skipped by returning ``None``. A single pass has no such share.
     """
     if settings.passes == "single":
-        return _single_pass(module, settings, batch, step)
+        return *_single_pass(module, settings, batch, step), None
+    with_priors = label_loss(module, settings, batch, step)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        output = _given(module, _Priors(None), step, batch)
+    neutral = loss_of(output)
+    if neutral is None or with_priors is None:
+        return output, None, None
+    loss = with_priors if frozen else neutral + settings.label_weight * with_priors
+    return output, loss, with_priors
+
+
+def label_loss(module: Conditioned, settings: DualPass, batch: Any, step: Step) -> Tensor | None:
+    """Return the loss of the passes that see a prior, without their weight; they leave no trace.
+
+    Args:
+        module: whose loss.
+        settings: of the label pass.
+        batch: with inputs and target.
+        step: takes a batch and returns a loss, a mapping with ``"loss"``, or ``None``.
+
+    Returns:
+        A scalar; ``None`` where a pass was skipped by returning ``None``.
+    """
     given = _redrawn(module, settings.unequal_share, batch) if settings.unequal_share else batch
     with Undo() as undo:
-        if settings.norm_stats == "batch" and _size(module, given) > 1:
+        if settings.norm_stats == "batch" and size_of(module, given) > 1:
             NormStatistics(module, "batch", undo)
         losses = [_label_pass(module, settings, given, step)]
         if settings.third_pass:
             losses.append(_own_pass(module, given, step))
         undo.run()
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        output = _given(module, _Priors(None), step, batch)
-    neutral = loss_of(output)
     found = [loss for loss in losses if loss is not None]
-    if neutral is None or len(found) < len(losses):
-        return output, None
-    with_priors = torch.stack(found).sum()
-    return output, with_priors if frozen else neutral + settings.label_weight * with_priors
+    return torch.stack(found).sum() if len(found) == len(losses) else None
 
 
-def _size(module: Conditioned, batch: Any) -> int:
+def validation_loss(
+    module: Conditioned, settings: DualPass, batch: Any, step: Step, number: int
+) -> Tensor | None:
+    """Return the :func:`label_loss` of a validation batch, of which nothing is kept.
+
+    Its random numbers are the same in every epoch, and no others are drawn.
+
+    Args:
+        module: whose loss; its modes stay as they are.
+        settings: of the label pass.
+        batch: with inputs and target; it is not changed.
+        step: takes a batch and returns a loss, a mapping with ``"loss"``, or ``None``.
+        number: of the batch.
+    """
+    unseen = without_side_effects(Snapshot(module), partial(without_logs, module))
+    with torch.inference_mode(False), unseen, torch.no_grad():
+        given = normal(batch)
+        with drawn_by(0, number, given):
+            return label_loss(module, settings, given, step)
+
+
+def size_of(module: Conditioned, batch: Any) -> int:
     """Return the number of samples in a batch."""
     inputs = module.it3_inputs(batch)
     return batch_size(laid_out(inputs, module.it3_sample_dims(inputs)))

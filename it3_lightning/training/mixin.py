@@ -11,10 +11,10 @@ import lightning
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from it3_lightning.conditioning import Conditioning
-from it3_lightning.engine import batch_size
 from it3_lightning.engine.selection import OWN
 from it3_lightning.integration.checkpoints import (
     KEPT,
@@ -25,7 +25,14 @@ from it3_lightning.integration.checkpoints import (
 )
 from it3_lightning.integration.module import Conditioned
 from it3_lightning.priors import Prior
-from it3_lightning.training.dual_pass import DualPass, called, run_passes, with_loss
+from it3_lightning.training.dual_pass import (
+    DualPass,
+    called,
+    run_passes,
+    size_of,
+    validation_loss,
+    with_loss,
+)
 from it3_lightning.training.first_batch import check_passes, check_target
 from it3_lightning.training.post_hoc import (
     Fitting,
@@ -63,8 +70,7 @@ class IT3Mixin(Conditioned):
         prior: how labels and outputs become priors.
         conditioning: how a prior enters the network.
         train: ``"joint"``: all weights learn both passes, as published; ``"conditioning"``: the
-            network is frozen, in evaluation mode, and only the conditioning learns (post-hoc),
-            its loss logged as ``it3/label_loss``;
+            network is frozen, in evaluation mode, and only the conditioning learns (post-hoc);
             ``"off"``: the plain module. Default: ``"conditioning"`` where a ``source_checkpoint``
             is given, else ``"joint"``.
         source_checkpoint: an ordinary checkpoint of the network, loaded when a Trainer first fits,
@@ -120,6 +126,7 @@ class IT3Mixin(Conditioned):
         self.it3_optimizer: OptimizerCallable = optimizer or _adam
         self.it3_frozen = None
         self._it3_checked = False  # whether a batch has been through all passes of this fit
+        self._it3_validates = True  # whether its training_step is run on validation batches
 
     def it3_loss(self, batch: Any, loss_fn: LossFn) -> Tensor:
         """Return the dual-pass loss of a batch, for a ``training_step`` of one's own.
@@ -169,10 +176,17 @@ class IT3Mixin(Conditioned):
         if self.it3_train == "off":
             return called(step, batch, *args, **kwargs)
         output, loss = self._it3_passes(batch, lambda b: called(step, b, *args, **kwargs))
-        if self.it3_train == "conditioning" and loss is not None:
-            size = batch_size(self.it3_inputs(batch))
-            self.log("it3/label_loss", loss.detach(), on_epoch=True, batch_size=size)
         return with_loss(output, loss)
+
+    def on_validation_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log the loss of the label pass on a validation batch, while the module is fitted."""
+        called(super().on_validation_batch_end, outputs, batch, batch_idx, dataloader_idx)
+        own = type(self).training_step is IT3Mixin.training_step  # else nothing tells the loss
+        if own and self._it3_validates and self._it3_fitting and not self.trainer.sanity_checking:
+            step = super().training_step
+            self._it3_validate(batch, batch_idx, lambda b: called(step, b, batch_idx))
 
     def configure_model(self) -> None:
         """Attach the conditioning; load the source, check the training, freeze post-hoc."""
@@ -290,6 +304,7 @@ class IT3Mixin(Conditioned):
     def it3_thaw(self) -> None:
         """Undo the freezing of post-hoc training; the next fit checks its first batch anew."""
         self._it3_checked = False
+        self._it3_validates = True
         if self.it3_frozen is not None:
             self.it3_frozen.thaw()
             self.it3_frozen = None
@@ -328,7 +343,33 @@ class IT3Mixin(Conditioned):
             check_passes(self, batch, target, self.it3_dual_pass.perturb_inputs)
             self._it3_checked = True
         frozen = self.it3_train == "conditioning"
-        return run_passes(self, self.it3_dual_pass, batch, step, frozen=frozen)
+        output, loss, label = run_passes(self, self.it3_dual_pass, batch, step, frozen=frozen)
+        if label is not None and self._trainer is not None and self._trainer.training:
+            size = size_of(self, batch)
+            self.log("it3/label_loss", label.detach(), on_epoch=True, batch_size=size)
+        return output, loss
+
+    def _it3_validate(self, batch: Any, batch_idx: int, step: Callable[[Any], Any]) -> None:
+        """Log the loss of the label pass; where the first batch has none, say so and give up."""
+        if not self.it3_parts()[0].fitted:
+            return
+        try:
+            with self.trainer.precision_plugin.val_step_context():
+                loss = validation_loss(self, self.it3_dual_pass, batch, step, batch_idx)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of anyone's training_step
+            if batch_idx > 0:
+                raise
+            self._it3_validates = False
+            rank_zero_warn(
+                "it3/val_label_loss is not logged: training_step could not be run on a validation "
+                f"batch ({type(error).__name__}: {error})."
+            )
+            return
+        if loss is not None:
+            size, several = size_of(self, batch), self.trainer.world_size > 1
+            self.log("it3/val_label_loss", loss, batch_size=size, sync_dist=several)
 
     def _it3_gather(self, values: Tensor) -> Tensor:
         """Return a tensor of all processes, along a new first dimension."""

@@ -367,7 +367,8 @@ def _warn_of_still_monitors(trainer: Trainer) -> None:
         if isinstance(monitor, str) and not monitor.startswith("it3/"):
             rank_zero_warn(
                 f"{type(callback).__name__} monitors {monitor!r}, which stays the same while the "
-                "network is frozen. Monitor 'it3/label_loss', the loss of the conditioning."
+                "network is frozen. Monitor 'it3/label_loss' or 'it3/val_label_loss', the "
+                "loss of the conditioning."
             )
 
 
