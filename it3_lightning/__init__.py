@@ -31,7 +31,7 @@ import pytorch_lightning  # noqa: F401
 rank_zero.log = _log
 
 # isort: split
-from it3_lightning.callbacks import IT3TestTimeCallback, TestTimeCallback
+from it3_lightning.callbacks import IT3PredictionWriter, IT3TestTimeCallback, TestTimeCallback
 from it3_lightning.conditioning import (
     Conditioning,
     FeatureInjection,
@@ -99,6 +99,7 @@ __all__ = [
     "FeatureInjection",
     "ForwardArgument",
     "IT3Mixin",
+    "IT3PredictionWriter",
     "IT3Predictor",
     "IT3TestTimeCallback",
     "Idempotence",

@@ -3,6 +3,7 @@
 ``IT3_ALL_PROCESSES=1 python -m pytest tests/test_distributed.py`` also kills spawned processes.
 """
 
+import csv
 import os
 import subprocess
 import sys
@@ -222,6 +223,17 @@ def test_samples_that_the_sampler_repeats_are_predicted_alike(script: Any) -> No
     assert sorted(numbers.tolist()) == sorted([*range(ODD), 0])  # each process has seven
     logits = torch.cat([part["logits"] for part in parts])
     torch.testing.assert_close(logits, alone(scope="sample", backend="loop")[numbers])
+
+
+@pytest.mark.parametrize("name", ["sample", "resumed"])
+def test_the_table_of_two_processes_has_each_sample_once_in_order(name: str, script: Any) -> None:
+    with (script[0] / f"table-{name}" / "predictions.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [int(row["index"]) for row in rows] == list(range(ODD))
+    largest, named = alone(scope="sample", backend="loop").softmax(1).max(1)
+    assert [int(row["predicted_class"]) for row in rows] == named.tolist()
+    shares = torch.tensor([float(row["predicted_probability"]) for row in rows])
+    torch.testing.assert_close(shares, largest)
 
 
 # Every method, by one run of two processes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -38,6 +38,7 @@ class Summary:
             source weights, on the CPU; NaN where they were not measured. With
             :class:`~it3_lightning.Idempotence` a score of how unlike the training data a sample is:
             the larger, the more (Durasov et al., ZigZag, TMLR 2024). Of this process's samples.
+        latest: the adaptation to the last batch, without its weights and answers.
 
     >>> from it3_lightning.engine import Settings, adapt
     >>> def forward(x, prior):  # the second prediction is always 0
@@ -59,6 +60,7 @@ class Summary:
     batches: int = 0
     forwards: int = 0
     backwards: int = 0
+    latest: Adaptation | None = field(default=None, repr=False)
     _source: tuple[float, int] = (0.0, 0)
     _adapted: tuple[float, int] = (0.0, 0)
     _distances: list[list[Tensor]] = field(default_factory=list)
@@ -71,6 +73,7 @@ class Summary:
             loader: which dataloader it comes from.
             seconds: that all of it took; default: the adaptation alone.
         """
+        self.latest = replace(adaptation, weights={}, answers=None)
         size = adaptation.skipped.numel()
         self.samples += size
         self.milliseconds += 1000 * (adaptation.seconds if seconds is None else seconds)

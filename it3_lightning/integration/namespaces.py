@@ -41,12 +41,16 @@ HOOKS = (
 
 if TYPE_CHECKING:
     AnyCallback = lightning.pytorch.Callback
+    AnyPredictionWriter = lightning.pytorch.callbacks.BasePredictionWriter
     _Mixed = lightning.pytorch.LightningModule
 else:
     _Mixed = object
 
     class AnyCallback(*both("Callback")):
         """A callback for the Trainer of either namespace."""
+
+    class AnyPredictionWriter(*both("callbacks.BasePredictionWriter")):
+        """A prediction writer for the Trainer of either namespace."""
 
 
 class ModuleMixin(_Mixed):

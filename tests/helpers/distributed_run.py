@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.method_runs import METHODS, TASKS, Make
 from helpers.toy import IT3Net, LitNet, adapting, loader, net, parts, quiet, samples, seeded
-from it3_lightning import DualPass, IT3Mixin, TestTimeCallback, ValuePrior
+from it3_lightning import DualPass, IT3Mixin, IT3PredictionWriter, TestTimeCallback, ValuePrior
 from it3_lightning.engine import Settings
 from it3_lightning.methods import Idempotence, Iterates
 
@@ -126,6 +126,27 @@ def predict(folder: Path, strategy: str, scope: str) -> None:
     callbacks = [adapting(scope=scope, backend="loop"), Writer(folder, f"{strategy}-{scope}")]
     trainer = quiet(callbacks=callbacks, devices=2, strategy=strategy)
     trainer.predict(model_of(folder), stream(count=ODD), return_predictions=False)
+
+
+class LeavesParts(IT3PredictionWriter):
+    """Ends as a run that was cut short: no table is made."""
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        self.teardown(trainer, pl_module, "predict")
+
+
+def write_tables(folder: Path) -> None:
+    """Write tables of an odd number of samples; one from what a run before has left."""
+    two: dict[str, Any] = {"devices": 2, "strategy": "ddp"}
+    for name in ("sample", "resumed"):
+        model, data = model_of(folder), stream(count=ODD)
+        each = adapting(scope="sample", backend="loop")
+        if name == "resumed":
+            before = LeavesParts(folder / "table-resumed")
+            quiet(callbacks=[before, each], **two).predict(model, data)
+            model.dies = True  # predicting one batch of the second process again would end all
+        writer = IT3PredictionWriter(folder / f"table-{name}")
+        quiet(callbacks=[writer, each], **two).predict(model, data, return_predictions=False)
 
 
 class Keeps(IT3Net):
@@ -240,6 +261,7 @@ def script(folder: Path) -> None:
     except Exception as error:
         name = f"refused-{online.global_rank}.pt"
         torch.save(f"{type(error).__name__}: {error}", folder / name)
+    write_tables(folder)
     killed(folder, "ddp")
 
 

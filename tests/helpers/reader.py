@@ -41,6 +41,10 @@ class LitNet(LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits: Tensor = self(batch[0])
+        return logits
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
@@ -57,7 +61,7 @@ class Images(LightningDataModule):
         images = torch.randn(16, 3, 8, 8, generator=draws)
         return DataLoader(TensorDataset(images, torch.arange(16) % 10), batch_size=8)
 
-    train_dataloader = val_dataloader = test_dataloader = _loader
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = _loader
 
 
 def reader(folder: Path) -> dict[str, Any]:
