@@ -29,7 +29,7 @@ from it3_lightning.callbacks.test_time import TestTimeCallback
 from it3_lightning.engine import Adaptation
 from it3_lightning.integration.module import outputs_in
 from it3_lightning.integration.namespaces import AnyPredictionWriter
-from it3_lightning.priors import ClassPrior, MaskPrior
+from it3_lightning.priors import ClassPrior, LabelsPrior, MaskPrior
 from it3_lightning.priors.classes import is_single, probabilities
 from it3_lightning.utils.files import read_json, write, write_json
 from it3_lightning.utils.messages import unknown
@@ -41,13 +41,13 @@ class IT3PredictionWriter(AnyPredictionWriter):
     """Writes a table with a row for each sample that ``Trainer.predict`` saw, in their order.
 
     Columns: ``dataloader`` and ``index`` in its data set; of classes ``predicted_class`` and
-    ``predicted_probability``; of values ``predicted_value_0`` and so on, one a channel; of maps
-    ``predicted_map``, the path of a file in the folder: PNG of 8 bits, which are class indices, or
-    of a single channel 255 times its probability; ``.npy`` of values. Beside a
-    :class:`~it3_lightning.TestTimeCallback` the same of the source, ``source_class`` and so on,
-    where that is measured, ``distance_source``, ``distance_adapted``, ``moved`` (the weights),
-    ``skipped`` (keeps the source prediction) and ``gated`` (within the gate). What is not known is
-    empty.
+    ``predicted_probability``; of independent labels ``predicted_probability_0`` and so on; of
+    values ``predicted_value_0`` and so on, one a channel; of maps ``predicted_map``, the path of a
+    file in the folder: PNG of 8 bits, which are class indices, or of a single channel 255 times its
+    probability; ``.npy`` of values. Beside a :class:`~it3_lightning.TestTimeCallback` the same of
+    the source, ``source_class`` and so on, where that is measured, ``distance_source``,
+    ``distance_adapted``, ``moved`` (the weights), ``skipped`` (keeps the source prediction) and
+    ``gated`` (within the gate). What is not known is empty.
 
     Each batch is a part file, written whole; at the end the first process merges them, a sample
     that a sampler repeats once. A run that was cut short is gone on with by the next one into the
@@ -289,7 +289,7 @@ class IT3PredictionWriter(AnyPredictionWriter):
         prior = getattr(module, "it3_prior", None)
         if self.outputs is not None:
             return self.outputs
-        if isinstance(prior, ClassPrior | MaskPrior):
+        if isinstance(prior, ClassPrior | LabelsPrior | MaskPrior):
             return prior.outputs
         return "values" if prior is not None or not self._adapting else self._adapting.outputs
 
@@ -307,7 +307,11 @@ class IT3PredictionWriter(AnyPredictionWriter):
             if own.ndim > 1:
                 return self._maps(_bytes(own), whose, loader, indices)
             return {f"{whose}_class": own.tolist(), f"{whose}_probability": [None] * len(own)}
-        shares = _probabilities(getattr(module, "it3_prior", None), own, outputs)
+        prior = getattr(module, "it3_prior", None)
+        if isinstance(prior, LabelsPrior):
+            labels = enumerate(prior.from_output(own)[:, 1].T)
+            return {f"{whose}_probability_{i}": _numbers(share) for i, share in labels}
+        shares = _probabilities(prior, own, outputs)
         if shares.ndim > 2:
             single = shares.shape[1] == 1
             maps = (255 * shares[:, 0]).round() if single else shares.argmax(1)

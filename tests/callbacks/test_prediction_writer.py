@@ -31,7 +31,7 @@ from pyarrow import parquet
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from it3_lightning import IT3PredictionWriter, Tent, TestTimeCallback
+from it3_lightning import IT3PredictionWriter, LabelsPrior, Tent, TestTimeCallback
 from it3_lightning.callbacks.prediction_writer import Outputs
 from it3_lightning.cli import main
 
@@ -172,6 +172,15 @@ def test_values_have_a_column_for_each_channel(tmp_path: Path) -> None:
     torch.testing.assert_close(
         column(found, "source_value_0"), plain(model, images.flatten(1)[:, :3])[:, 0]
     )
+
+
+def test_independent_labels_have_a_probability_each(tmp_path: Path) -> None:
+    model = net(prior=LabelsPrior(3))
+    found, returned = written(tmp_path, model, loader(), adapting())
+    for label, shares in enumerate(torch.cat(returned).sigmoid().T):
+        torch.testing.assert_close(column(found, f"predicted_probability_{label}"), shares)
+    source = plain(model, samples()[0]).sigmoid()[:, 2]
+    torch.testing.assert_close(column(found, "source_probability_2"), source)
 
 
 class Maps(LightningModule):
