@@ -251,7 +251,9 @@ class IT3PredictionWriter(AnyPredictionWriter):
         """Whether what a batch is predicted with depends on those before it."""
         context = getattr(getattr(module, "it3_prior", None), "context", None)
         adapting = self._adapting
-        return adapting is not None and (not adapting.settings.episodic or context == "stream")
+        if adapting is None:
+            return False
+        return not adapting.settings.episodic or context == "stream" or adapting.gate == "bet"
 
     def _let_steps_be_left_out(self, trainer: Trainer) -> None:
         """Let the Trainer run no step for batches that are written: neither adapt nor predict."""
@@ -364,7 +366,9 @@ output_dir, or remove the folder; run.json beside it says what they come from.""
 
 def _described(callback: TestTimeCallback, module: LightningModule) -> dict[str, Any]:
     """Return how a callback adapts, as plain data."""
-    gate = None if callback.gate is None else gate_of(module, callback.settings, callback.gate)
+    gate: Any = callback.gate
+    if isinstance(gate, float):
+        gate = gate_of(module, callback.settings, gate)
     return {
         "settings": re.sub(r" at 0x[0-9a-f]+", "", repr(callback.settings)),
         "prediction": callback.prediction,

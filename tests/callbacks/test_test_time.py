@@ -355,7 +355,7 @@ def test_an_untrained_conditioning_is_told_and_distances_move_nothing(
     with pytest.warns(UserWarning, match="the conditioning has not been trained"):
         predicted(IT3Net(**parts()), callback)
     if distance != "cross_entropy":  # whose gradient at equals is that of rounding
-        assert callback.summary.reliable == 0
+        assert callback.summary.moved == 0
 
 
 @pytest.mark.filterwarnings("ignore:Every second prediction:UserWarning")

@@ -142,7 +142,7 @@ def test_a_shut_gate_is_no_callback_to_the_last_bit(settings: Any) -> None:
     model = calibrated(callback=betting(**settings))
     callback = betting(1e-12, **settings)
     assert torch.equal(predicted(model, callback), predicted(model))
-    assert (callback.summary.gated, callback.summary.reliable) == (20, 0)
+    assert (callback.summary.gated, callback.summary.moved) == (20, 0)
     (measured,) = callback.summary.distances
     torch.testing.assert_close(measured, distances(model.eval(), stream()[0]), rtol=0, atol=1e-9)
 
