@@ -124,6 +124,9 @@ class TestTimeCallback(AnyCallback):
         reset: Reset | None = None,
         anchor: Anchor | None = None,
         norm_stats: NormStats | None = None,
+        norm_prior: int | None = None,
+        ema_decay: float | None = None,
+        weight_ensembling: float | None = None,
         gate: float | Literal["bet"] | None = None,
         delta: float = 0.01,
         prediction: WhichPrediction = "first",
@@ -145,7 +148,10 @@ class TestTimeCallback(AnyCallback):
             "reset": reset,
             "anchor": anchor,
             "norm_stats": norm_stats,
-        }
+            "norm_prior": norm_prior,
+            "ema_decay": ema_decay,
+            "weight_ensembling": weight_ensembling,
+        }  # a method has its own, and a command line gives every argument
         settings.update({name: value for name, value in given.items() if value is not None})
         if policy is not None:
             _check_policy(policy, prediction, {"method": method, "gate": gate, **settings})

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.method_runs import METHODS
 from helpers.toy import (
     Batch,
     IT3Net,
@@ -21,6 +22,7 @@ from helpers.toy import (
     samples,
     seeded,
 )
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -477,3 +479,17 @@ def test_a_copy_of_the_module_has_its_own_step(way: Any) -> None:
     with torch.inference_mode():  # where it was made
         copies.made.net.head.weight.zero_()
     assert not torch.equal(predicted(copies.made), plain)  # its own weights
+
+
+@pytest.mark.parametrize("name", [*METHODS])
+def test_a_configuration_takes_the_settings_of_the_methods_paper(name: str) -> None:
+    method, layer = METHODS[name](), getattr(METHODS[name](), "layer", None)
+    own: dict[str, Any] = {"class_path": f"it3_lightning.{type(method).__name__}"}
+    if isinstance(layer, str):  # which it cannot do without
+        own["init_args"] = {"layer": layer}
+    given = {"class_path": "it3_lightning.TestTimeCallback", "init_args": {"method": own}}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    made = parser.instantiate(parser.parse_object({"callback": given})).callback
+    expected = dict(type(method)(**own.get("init_args", {})).defaults)
+    assert {key: getattr(made.settings, key) for key in expected} == expected
