@@ -524,6 +524,7 @@ class Sees(TestTimeMethod):
         return PUBLISHED(passes.y0, passes.second)
 
     def fit_source(self, passes: Passes) -> None:
+        assert passes.y0.requires_grad  # as a Fisher matrix needs it
         named = dict(self.net.named_parameters())
         needing = {name for name, p in named.items() if p.requires_grad}
         self.seen.append((len(passes.y0), needing, any(p.grad is not None for p in named.values())))
