@@ -416,5 +416,6 @@ def show_choice(found: Calibrated, folder: Path) -> None:
     write(folder / "policy.yaml", lines)
     terminal.print(
         f"Put into {found.path}: IT3TestTimeCallback(policy='calibrated') predicts so. Written to "
-        f"{folder}: calibration.md, policy.yaml"
+        f"{folder}: calibration.md, policy.yaml",
+        soft_wrap=True,
     )

@@ -336,6 +336,7 @@ class TestTimeCallback(AnyCallback):
         settings, moments = self.settings, None
         measured = bool(settings.steps or settings.measure or settings.predicts)
         second = self.prediction != "first" or (settings.method.needs_prior and measured)
+        self._untrained &= second
         bets = self._gate is not None and self._gate.level == "bet"
         alone = self.independent_ranks
         check_trainer(trainer, module, settings, alone, second=second, bets=bets)
@@ -380,9 +381,8 @@ class TestTimeCallback(AnyCallback):
         if not any(step.trainer is trainer for step in self._steps):
             return
         rank_zero_info(f"IT3: {self.summary}")
-        measured = self.settings.method.needs_prior and self.summary.forwards
         equal = self.summary.distance_source == 0  # which "cross_entropy" of equals is not
-        if measured and (equal or self._untrained):
+        if self._untrained or (equal and self.settings.method.needs_prior):
             rank_zero_warn(UNTRAINED)
         self._return_steps(trainer)
 

@@ -116,7 +116,7 @@ class PerSampleStep:
             moments=moments,
             prediction=prediction,
         )
-        self.undo = Undo()
+        self.undo, self.restart = Undo(), self.adapter.restart
         self._module = module
         self._host = host
         self._prediction = prediction
@@ -127,9 +127,6 @@ class PerSampleStep:
             if not isinstance(owner, torch.jit.ScriptModule)  # which takes no hooks
             and any(id(parameter) in ids for parameter in owner.parameters(recurse=False))
         }
-
-    def restart(self) -> None:
-        """Do nothing: no sample leaves anything to the next."""
 
     def run(self, inputs: Any, step: Callable[[], Any]) -> tuple[Any, Adaptation]:
         """Run the step and return what it returned, and the adaptation to the inputs.

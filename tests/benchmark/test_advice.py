@@ -187,7 +187,7 @@ def test_verdict_choice_of_tuning_and_lines_to_paste_stand_on_top_everywhere(
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "chosen": "another"}))
     show(results, tmp_path)
-    assert "tuning.json is damaged" in " ".join(capsys.readouterr().out.split())
+    assert "tuning.jsonisdamaged" in "".join(capsys.readouterr().out.split())  # wrapped
 
 
 def pasted(text: str) -> Any:
