@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import chain, count
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +17,7 @@ from typing import Any, NoReturn
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
@@ -28,6 +32,7 @@ from it3_lightning.integration.checkpoints import exported, save_plain
 from it3_lightning.integration.namespaces import ONE_LINE
 from it3_lightning.predictor import check_checkpoint
 from it3_lightning.utils.files import load_plain
+from it3_lightning.utils.messages import unknown
 
 _EXTRAS: Mapping[str, str] = MappingProxyType(
     {"segmentation_models_pytorch": "vision", "timm": "vision"}
@@ -154,7 +159,53 @@ def main(args: Sequence[str] | None = None) -> None:
     network alone.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    own = {
+    first, own = "".join(arguments[:1]), _commands()
+    if first in ("", "-h", "--help", "--version"):
+        print(_version() if first == "--version" else _overview())  # noqa: T201
+    elif first in own:
+        own[first](arguments[1:])
+    elif first in _OF_THE_TRAINER or first.startswith("-"):
+        _cli(arguments)
+    else:
+        raise ValueError(unknown("command", first, [*_OF_THE_TRAINER, *own]))
+
+
+def command() -> None:
+    """Run what the shell asks for; a user's mistake ends in one paragraph, with exit code 1.
+
+    ``IT3_TRACEBACK=1`` in the environment shows where it was found. Modules in the current folder
+    can be named in a configuration.
+    """
+    sys.path.append(str(Path.cwd()))
+    try:
+        main()
+    except (ImportError, MisconfigurationException, OSError, TypeError, ValueError) as error:
+        if os.environ.get("IT3_TRACEBACK") or not _on_purpose(error):
+            raise
+        print(f"it3: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(1) from None
+
+
+_OURS = ("__main__", "it3_lightning", "lightning", "lightning_fabric", "pytorch_lightning")
+
+
+def _on_purpose(error: BaseException) -> bool:
+    """Whether this library, or Lightning, has raised an error itself."""
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    return str(last.f_globals.get("__name__")).partition(".")[0] in _OURS
+
+
+_OF_THE_TRAINER = {
+    "fit": "Train a module.",
+    "validate": "Evaluate a module on validation data.",
+    "test": "Evaluate a module on test data, adapting to it where a callback does.",
+    "predict": "Predict, adapting where a callback does.",
+}
+
+
+def _commands() -> dict[str, Callable[[list[str]], None]]:
+    """Return the commands that are not the Trainer's; the first line of each says what it does."""
+    return {
         "benchmark": benchmark,
         "tune": tune,
         "calibrate": calibrate,
@@ -162,10 +213,21 @@ def main(args: Sequence[str] | None = None) -> None:
         "compare": compare,
         "export": export,
     }
-    if arguments[:1] and arguments[0] in own:
-        own[arguments[0]](arguments[1:])
-    else:
-        _cli(arguments)
+
+
+def _overview() -> str:
+    """Return what ``it3 --help`` prints: every command."""
+    own = {name: (run.__doc__ or "").splitlines()[0] for name, run in _commands().items()}
+    listed = "\n".join(f"  {name:<10} {text}" for name, text in {**_OF_THE_TRAINER, **own}.items())
+    return (
+        f"usage: it3 COMMAND [--config FILE] [--ckpt_path FILE] ...\n\n{listed}\n\n"
+        "it3 COMMAND --help says what one takes, it3 --version which version this is.\n"
+        "IT3_TRACEBACK=1 in the environment shows where an error was found."
+    )
+
+
+def _version() -> str:
+    return f"it3_lightning {metadata.version('it3_lightning')}"
 
 
 def benchmark(arguments: list[str]) -> None:
@@ -176,7 +238,7 @@ def benchmark(arguments: list[str]) -> None:
 
 
 def tune(arguments: list[str]) -> None:
-    """Choose how to adapt with the benchmark's models of a configuration, and show what was found.
+    """Choose how to adapt with the models of a configuration, and show what was found.
 
     Shifts and samples are those of the data to tune on, whatever the configuration says.
     """
@@ -205,7 +267,7 @@ def compare(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """Write the plain checkpoint of a network: without prior, conditioning and what trained them.
+    """Write the checkpoint of a network alone, without prior, conditioning and their training.
 
     The class that was mixed with IT3Mixin reads it: LitNet.load_from_checkpoint(PLAIN).
     """
@@ -297,4 +359,4 @@ def _cli(arguments: list[str], command: str | None = None) -> IT3CLI:
 
 
 if __name__ == "__main__":
-    main()
+    command()
