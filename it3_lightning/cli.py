@@ -267,7 +267,7 @@ def compare(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """Write the checkpoint of a network alone, without prior, conditioning and their training.
+    """Write the checkpoint of a network alone, without prior and conditioning.
 
     The class that was mixed with IT3Mixin reads it: LitNet.load_from_checkpoint(PLAIN).
     """

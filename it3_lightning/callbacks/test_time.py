@@ -76,6 +76,12 @@ class TestTimeCallback(AnyCallback):
         norm_stats: statistics of BatchNorm layers. Default: the method's own, else the source's.
             With ``"evidence"`` this callback measures validation samples in ``fit`` and
             ``validate``, in one forward pass a batch, without their labels.
+        norm_prior: samples that the source's statistics count as, with ``norm_stats="mixed"``.
+            Default: the method's own, else 16.
+        ema_decay: share of the old average kept at each step, with ``anchor="ema"``. Default: the
+            method's own, else 0.99.
+        weight_ensembling: share of the way back to the source that weights go after each step.
+            Default: the method's own, else 0.
         gate: share of validation samples, such as 0.95, whose distance a sample must exceed to be
             adapted to. This callback measures validation samples in ``fit`` and ``validate``, in
             two forward passes a batch, and keeps the quantiles in the module's checkpoint; with
