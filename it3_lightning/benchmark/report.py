@@ -64,7 +64,7 @@ def show(results: Results, folder: Path) -> None:
         write(folder / "distances.svg", drawn)
     write_scalars(results, folder)
     files = sorted(name for name in _FILES if (folder / name).exists())
-    shown.print(f"Written to {folder}: {', '.join(files)}", soft_wrap=True)
+    shown.print(f"Written to {folder}: {', '.join(files)}")
 
 
 def _verdict(results: Results, folder: Path) -> tuple[list[tuple[str, str]], str]:
@@ -232,7 +232,7 @@ def show_tuning(tuned: Tuned, folder: Path) -> None:
     write(folder / "tuning.md", tuning_markdown(tuned) + "\n")
     chosen = {"chosen": _chosen(tuned), "seeds": len(tuned.seeds), "against": _against(tuned)}
     write_json(folder / _TUNED, {**chosen, "yaml": tuned.yaml()})
-    shown.print(f"Written to {folder}: tuning.md", soft_wrap=True)
+    shown.print(f"Written to {folder}: tuning.md")
 
 
 def _against(tuned: Tuned) -> str:
