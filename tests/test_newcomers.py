@@ -27,8 +27,11 @@ from it3_lightning import (
     IT3Mixin,
     IT3Predictor,
     IT3TestTimeCallback,
+    LabelsPrior,
+    MaskPrior,
     Prior,
     Settings,
+    ValuePrior,
     suggest_layers,
 )
 
@@ -86,6 +89,14 @@ CASES = {
     "classification": Case("ClassificationTask", "scenes", lambda: ClassPrior(4), "model.4"),
     "pytorch_lightning": Case("NamespaceTask", "pairs", lambda: ClassPrior(4), "body"),
     "transformers": Case("TextModule", "texts", lambda: ClassPrior(3), "model.pooler"),
+    "multilabel": Case("MultiLabelTask", "tagged", lambda: LabelsPrior(5), "model.4"),
+    "ignored pixels": Case(
+        "SegmentationTask", "masks", lambda: MaskPrior(3, ignore_index=255), "model.0"
+    ),
+    "pixelwise regression": Case(
+        "PixelwiseRegressionTask", "heights", lambda: ValuePrior(1, layout="BCHW"), "model.0"
+    ),
+    "forecaster": Case("Forecaster", "series", lambda: ValuePrior(6), "hidden"),
     "two heads": Case(
         *("TwoHeads", "two_targets", lambda: ClassPrior(4), "trunk"),
         {"it3_outputs": first, "it3_target": first_target},

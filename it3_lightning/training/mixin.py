@@ -171,9 +171,13 @@ class IT3Mixin(Conditioned):
     # What Lightning calls
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own step on both priors and return it with the loss of both."""
+        """Run the module's own step on both priors and return it with the loss of both.
+
+        Called by another step, in validation, test or prediction, it is the module's own: a label
+        that the network is shown has no place in a score.
+        """
         step = super().training_step
-        if self.it3_train == "off":
+        if self.it3_train == "off" or self._it3_evaluating:
             return called(step, batch, *args, **kwargs)
         output, loss = self._it3_passes(batch, lambda b: called(step, b, *args, **kwargs))
         return with_loss(output, loss)
@@ -320,6 +324,12 @@ class IT3Mixin(Conditioned):
             yield
         finally:
             self.it3_frozen.require_grad(False)
+
+    @property
+    def _it3_evaluating(self) -> bool:
+        """Whether a Trainer validates, tests or predicts with the module just now."""
+        stage = None if self._trainer is None else self._trainer.state.stage
+        return stage is not None and stage.value != "train"
 
     @property
     def _it3_fitting(self) -> bool:

@@ -58,7 +58,7 @@ class ClassificationTask(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.model = network(num_classes)
-        self.criterion = nn.CrossEntropyLoss()
+        self.criterion: nn.Module = nn.CrossEntropyLoss()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -225,3 +225,117 @@ class TwoHeads(pl.LightningModule):
 def two_targets() -> DataLoader[Any]:
     """Serve images, each with a class and a value."""
     return loader([(x, (i % 4, float(i))) for i, x in enumerate(images())])
+
+
+class MultiLabelTask(ClassificationTask):
+    """torchgeo, `task='multilabel'`: several labels may be there at once."""
+
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__(num_classes)
+        self.criterion = nn.BCEWithLogitsLoss()
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        y_hat: Tensor = self(batch["image"]).sigmoid()
+        return y_hat
+
+
+def tagged() -> DataLoader[Any]:
+    """Serve images with five labels, each there or not."""
+    tags = [torch.tensor([float((i + n) % 3 == 0) for n in range(5)]) for i in range(12)]
+    return loader([{"image": x, "label": y} for x, y in zip(images(), tags, strict=True)])
+
+
+class SegmentationTask(ClassificationTask):
+    """torchgeo: batches of `image` and `mask`, a class of which the loss ignores."""
+
+    def __init__(self, num_classes: int = 3, ignore_index: int = 255) -> None:
+        super().__init__(num_classes)
+        self.model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, num_classes, 1),
+        )
+        self.criterion = nn.CrossEntropyLoss(ignore_index=ignore_index)
+
+    def training_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return super().training_step({**batch, "label": batch["mask"]}, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().test_step({**batch, "label": batch["mask"]}, batch_idx)
+
+
+def masks() -> DataLoader[Any]:
+    """Serve images with maps of three classes, of which a part is not known."""
+    rows = []
+    for index, image in enumerate(images()):
+        mask = (image[0] > 0).long() + (image[1] > 0).long()
+        mask[: 1 + index % 3] = 255
+        rows.append({"image": image, "mask": mask})
+    return loader(rows)
+
+
+class PixelwiseRegressionTask(SegmentationTask):
+    """torchgeo: a value for each pixel, predicted as maps of one channel."""
+
+    def __init__(self, num_classes: int = 1, ignore_index: int = 255) -> None:
+        super().__init__(num_classes, ignore_index)
+        self.criterion = nn.MSELoss()
+
+    def training_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        x, y = batch["image"], batch["mask"]
+        y_hat = self(x)
+        if y_hat.ndim != y.ndim:
+            y = y.unsqueeze(dim=1)
+        loss: Tensor = self.criterion(y_hat, y)
+        return loss
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("test_loss", self.training_step(batch, batch_idx), batch_size=len(batch["mask"]))
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        y_hat: Tensor = self(batch["image"])
+        return y_hat
+
+
+def heights() -> DataLoader[Any]:
+    """Serve images with a map of values each."""
+    return loader([{"image": x, "mask": x.mean(0)} for x in images()])
+
+
+class Forecaster(pl.LightningModule):
+    """An LSTM that forecasts the next steps of several quantities, `(B, T, C)`."""
+
+    def __init__(self, steps: int = 3, quantities: int = 2) -> None:
+        super().__init__()
+        self.shape = steps, quantities
+        self.lstm = nn.LSTM(quantities, 16, batch_first=True)
+        self.hidden = nn.Linear(16, 16)
+        self.head = nn.Linear(16, steps * quantities)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, (state, _) = self.lstm(x)
+        found: Tensor = self.head(self.hidden(state[-1]).relu())
+        return found.view(-1, *self.shape)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.mse_loss(self(x), y)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("test_loss", F.mse_loss(self(x), y))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        found: Tensor = self(batch[0])
+        return found
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def series() -> DataLoader[Any]:
+    """Serve eleven steps of two quantities, of which the last three are to be forecast."""
+    draw = torch.Generator().manual_seed(0)
+    walks = torch.randn(12, 11, 2, generator=draw).cumsum(1)
+    return loader([(walk[:8], walk[8:]) for walk in walks])

@@ -294,3 +294,24 @@ def test_deep_copy_has_a_conditioning_of_its_own() -> None:
         twin.it3_conditioning.embedders["net-dense"].last.bias.add_(1)
     assert not torch.equal(twin.predict_with(images, prior), expected)
     assert torch.equal(model.predict_with(images, prior), expected)
+
+
+@pytest.mark.parametrize("train", ["joint", "conditioning"])
+def test_a_score_that_another_step_takes_from_training_step_knows_no_label(train: Any) -> None:
+    class Shared(LitNet):
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            self.log("val_loss", self.training_step(batch, batch_idx))
+
+        def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("test_loss", self.training_step(batch, batch_idx))
+
+    class IT3Shared(IT3Mixin, Shared):
+        pass
+
+    model = seeded(IT3Shared(**parts(), train=train))
+    (tested,) = quiet().test(model, loader(), verbose=False)
+    (validated,) = quiet().validate(model, loader(), verbose=False)
+    plain = seeded(Shared())
+    plain.load_state_dict({n: w for n, w in model.state_dict().items() if "it3_" not in n})
+    (expected,) = quiet().test(plain, loader(), verbose=False)
+    assert tested["test_loss"] == validated["val_loss"] == expected["test_loss"]
