@@ -416,6 +416,5 @@ def show_choice(found: Calibrated, folder: Path) -> None:
     write(folder / "policy.yaml", lines)
     terminal.print(
         f"Put into {found.path}: IT3TestTimeCallback(policy='calibrated') predicts so. Written to "
-        f"{folder}: calibration.md, policy.yaml",
-        soft_wrap=True,
+        f"{folder}: calibration.md, policy.yaml"
     )
