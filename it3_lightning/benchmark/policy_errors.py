@@ -18,7 +18,7 @@ from it3_lightning.benchmark.config import BenchmarkSettings
 from it3_lightning.benchmark.kept import kept
 from it3_lightning.benchmark.policy_rule import Condition, Errors
 from it3_lightning.benchmark.rows import Row
-from it3_lightning.benchmark.scoring import Progress, streaming
+from it3_lightning.benchmark.scoring import Progress, see_source, streaming
 from it3_lightning.calibration import fingerprint
 from it3_lightning.data import ShiftedData
 from it3_lightning.data.shifts import parted
@@ -99,9 +99,7 @@ class SampleErrors:
 
     def see_source(self, row: Row) -> None:
         """Let the model keep what a row needs of source data."""
-        if row.settings is not None and row.settings.needs_source:
-            trainer = self.settings.trainer(callbacks=[row.callback()], limit_val_batches=None)
-            trainer.validate(self.model, datamodule=self.data, verbose=False)
+        see_source(self.settings, row, row.callback(), self.model, self.data)
 
     def _scores(self, row: Row, stream: str, size: int) -> _Scores:
         """Return the errors of a row in one stream, from the file where it has them."""

@@ -14,7 +14,6 @@ from it3_lightning.benchmark.config import BenchmarkSettings, Recipe, stream_and
 from it3_lightning.callbacks.test_time import IT3TestTimeCallback
 from it3_lightning.engine import Settings
 from it3_lightning.engine.restore import batch_norms
-from it3_lightning.engine.types import NormStats
 from it3_lightning.integration.module_adapter import WhichPrediction as Prediction
 from it3_lightning.methods import Entropy, Idempotence, Iterates, Passes
 from it3_lightning.methods.iterates import Which
@@ -161,13 +160,18 @@ validation samples in a callback, which a benchmark does not calibrate. Leave it
 
 def rows_for(recipe: Recipe, kind: Kind) -> list[Row]:
     """Return the rows that make sense for a kind of model, each different from all others."""
-    still = Settings(steps=0, norm_stats="batch" if kind.batch_norm else "source", measure=False)
+    still = _still(kind)
     rows = list(_ordinary(recipe, still, kind))
     for training in ("joint", "post-hoc"):
         rows += _with_priors(recipe, still, training, kind)
     if kind.context == "batch":  # which a sample by itself has not
         rows = [replace(r, company=r.training != "ordinary") for r in rows if not r.alone]
     return _different([row for row in rows if kind.balanced or "balance" not in row.name], kind)
+
+
+def _still(kind: Kind) -> Settings:
+    """Return settings that move no weight, with batch statistics where there are some."""
+    return Settings(steps=0, norm_stats="batch" if kind.batch_norm else "source", measure=False)
 
 
 def _ordinary(recipe: Recipe, still: Settings, kind: Kind) -> Iterator[Row]:
@@ -258,10 +262,11 @@ def control_rows(recipe: Recipe, kind: Kind, trainings: Sequence[Training]) -> I
         kind: of the model.
         trainings: of :func:`control_trainings`.
     """
-    stats: NormStats = "batch" if kind.batch_norm else "source"
-    still = Settings(steps=0, norm_stats=stats, measure=False)
+    still = _still(kind)
     evidence = replace(still, norm_stats="evidence")
-    shuffled = Settings(objective=ShuffledPrior(), steps=0, norm_stats=stats, measure=False)
+    shuffled = Settings(
+        objective=ShuffledPrior(), steps=0, norm_stats=still.norm_stats, measure=False
+    )
     published = Idempotence(recipe.distance, reliability=None)
     kept = replace(recipe.by_adam.episodic(still, published), reset="weights")
     for training in ("ordinary", "joint", "post-hoc", *trainings):

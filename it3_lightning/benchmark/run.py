@@ -69,7 +69,7 @@ class Benchmark(BenchmarkSettings):
             if self.controls:
                 rows += control_rows(self.recipe, kind, controls)
             rows = asked_for(rows, self.rows)
-            rows = _with(rows, self._peers(probe, kind, data))
+            rows = _with(rows, self._peers(probe, kind, data, again=PERTURBED in controls))
             moving = [r for r in rows if r.published and r.settings and r.settings.steps]
             moving = [row for row in moving if row.training != PERTURBED]
             results = Results(
@@ -100,17 +100,15 @@ class Benchmark(BenchmarkSettings):
         results.save(Path(self.output))
         return results
 
-    def _peers(self, model: IT3Mixin, kind: Kind, data: ShiftedData) -> list[Row]:
-        """Return the rows of methods from the literature."""
+    def _peers(self, model: IT3Mixin, kind: Kind, data: ShiftedData, *, again: bool) -> list[Row]:
+        """Return the rows of methods from the literature; ``again``: on perturbed inputs too."""
         if not self.methods:
             return []
         batch = next(iter(data.val_dataloader()))
         facts = Facts.of(model, kind, model.it3_inputs(batch))
         rows = peers(self.methods, facts, self.heads, self.alone)
-        again = [r for r in rows if r.training == "ordinary" and r.samples is None]
-        if PERTURBED not in control_trainings(self, kind):
-            return rows
-        return rows + [replace(row, training=PERTURBED) for row in again]
+        ordinary = [r for r in rows if r.training == "ordinary" and r.samples is None]
+        return rows + [replace(row, training=PERTURBED) for row in ordinary if again]
 
     def _pairs(self, rows: Sequence[Row]) -> list[tuple[Row, str]]:
         """Return what is scored."""

@@ -177,6 +177,19 @@ def streaming(data: ShiftedData, seed: int, stream: str) -> Iterator[None]:
         data.seed, data.stream, data.eval_batch_size = before
 
 
+def see_source(
+    settings: BenchmarkSettings,
+    row: Row,
+    callback: TestTimeCallback | None,
+    model: IT3Mixin,
+    data: ShiftedData,
+) -> None:
+    """Let a row's callback see source data, where it needs some."""
+    if row.settings is not None and row.settings.needs_source:
+        trainer = settings.trainer(callbacks=[callback], limit_val_batches=None)
+        trainer.validate(model, datamodule=data, verbose=False)
+
+
 def scored(
     settings: BenchmarkSettings,
     row: Row,
@@ -199,9 +212,7 @@ def scored(
     """
     callback = row.callback()
     callbacks = [] if callback is None else [callback]
-    if row.settings is not None and row.settings.needs_source:
-        seeing = settings.trainer(callbacks=callbacks, limit_val_batches=None)
-        seeing.validate(model, datamodule=data, verbose=False)
+    see_source(settings, row, callback, model, data)
     most = batches
     if row.samples is not None:
         most = min(batches or row.samples, -(-row.samples // data.eval_batch_size))

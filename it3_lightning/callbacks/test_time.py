@@ -338,11 +338,10 @@ class TestTimeCallback(AnyCallback):
         if self.policy is not None:
             source = self._follow(policy_of(module, self._calibration))
         host = host_of(module, self.settings.method, outputs=self.outputs)
-        self._untrained = untrained(module)
         settings, moments = self.settings, None
         measured = bool(settings.steps or settings.measure or settings.predicts)
         second = self.prediction != "first" or (settings.method.needs_prior and measured)
-        self._untrained &= second
+        self._untrained = second and untrained(module)
         bets = self._gate is not None and self._gate.level == "bet"
         alone = self.independent_ranks
         check_trainer(trainer, module, settings, alone, second=second, bets=bets)

@@ -116,7 +116,7 @@ class BatchAdapter:
 
     def restart(self) -> None:
         """Forget what was carried along: the next batch starts from the source."""
-        if self._carried.any:
+        if self._carried.stateful or self._carried.state is not None:
             self._carried.restart()
 
     @contextmanager

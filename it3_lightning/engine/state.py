@@ -305,7 +305,7 @@ class Carried:
     Attributes:
         method: of these settings; a copy, where it has a state.
         stateful: whether it has one.
-        any: whether there may be something to forget.
+        state: what the next batch goes on from; ``None``: the source.
     """
 
     def __init__(self, selected: Mapping[str, nn.Parameter], settings: Settings) -> None:
@@ -316,18 +316,18 @@ class Carried:
         self._at_first = copy.deepcopy(self.method.state_dict()) if self.stateful else {}
         rule = settings.rule if settings.single_step else None  # in closed form
         self._only_step = None if rule is None else OnlyStep(rule, settings.moves[1])
-        self._state: State | None = None
-        self._batches, self.any = 0, self.stateful
+        self.state: State | None = None
+        self._batches = 0
 
     def restart(self) -> None:
         """Forget it: the next batch starts from the source."""
-        self._state, self._batches, self.any = None, 0, self.stateful
+        self.state, self._batches = None, 0
         if self.stateful:
             self.method.load_state_dict(copy.deepcopy(self._at_first))
 
     def start(self) -> tuple[State, bool]:
         """Return the state a batch starts from, and whether earlier batches have moved it."""
-        reset, state = self._settings.reset, self._state
+        reset, state = self._settings.reset, self.state
         due = isinstance(reset, int) and self._batches % reset == 0
         if state is not None and not due:
             state.backwards = 0
@@ -342,7 +342,7 @@ class Carried:
 
     def keep(self, state: State) -> None:
         """Let the next batch go on from here."""
-        self._state, self.any = state, True
+        self.state = state
         self._batches += 1
 
 
