@@ -15,10 +15,11 @@ from it3_lightning.benchmark.config import BenchmarkSettings, Recipe
 from it3_lightning.benchmark.kept import check_folder, mark_folder
 from it3_lightning.benchmark.models import MakeModel, about, models_of, with_priors
 from it3_lightning.benchmark.peers import Facts, peers
-from it3_lightning.benchmark.policy_errors import SampleErrors, unit_of
+from it3_lightning.benchmark.policy_errors import SampleErrors
 from it3_lightning.benchmark.policy_rule import Choice, Errors, HarmlessRule, Judgement
 from it3_lightning.benchmark.rendering import as_markdown, console
 from it3_lightning.benchmark.rows import Kind, Row
+from it3_lightning.benchmark.sample_scores import unit_of
 from it3_lightning.benchmark.scoring import Progress, quiet, threads
 from it3_lightning.benchmark.tune import to_tune_on
 from it3_lightning.calibration import fingerprint
@@ -44,7 +45,7 @@ class PolicyChoice:
 
     Samples are those to validate on, shifts the data's tuning shifts: no test sample is looked at.
     What is compared are errors of single samples, see
-    :func:`~it3_lightning.benchmark.policy_errors.errors_of`.
+    :func:`~it3_lightning.benchmark.sample_scores.errors_of`.
 
     Args:
         ckpt_path: checkpoint of the model, as ``it3 fit`` wrote it; the policy is put into it.

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from it3_lightning.benchmark.config import BenchmarkSettings
 from it3_lightning.benchmark.kept import kept
-from it3_lightning.benchmark.policy_rule import Condition, Errors
+from it3_lightning.benchmark.policy_rule import Condition, Errors, by_family
 from it3_lightning.benchmark.rows import Row
+from it3_lightning.benchmark.sample_scores import errors_of
 from it3_lightning.benchmark.scoring import Progress, see_source, streaming
 from it3_lightning.calibration import fingerprint
 from it3_lightning.data import ShiftedData
-from it3_lightning.data.shifts import parted
 from it3_lightning.integration.isolation import patched
-from it3_lightning.priors import ClassPrior, LabelsPrior, MaskPrior, Prior, ValuePrior
-from it3_lightning.priors.classes import both
 from it3_lightning.training.mixin import IT3Mixin
 from it3_lightning.utils.files import load_plain, write
 
@@ -131,87 +127,3 @@ class SampleErrors:
         with patched(model, predict_step=step):
             parts: Any = trainer.predict(model, datamodule=self.data)
         return {n: torch.cat(own) for n, own in zip(self.data.test_names, parts, strict=True)}
-
-
-def errors_of(prior: Prior, outputs: Tensor, target: Any) -> Tensor:
-    """Return the error of each sample, ``(B,)``; the smaller, the better.
-
-    Of a class 0 or 100 percent, of several (tokens, independent labels) the share that is wrong; of
-    masks 100 minus the intersection over union of the image, in percent, see :func:`overlaps`; of
-    values the absolute error, mean over them. What the loss ignores is left out.
-
-    Args:
-        prior: knows what outputs and targets mean.
-        outputs: of the network, ``(B, ...)``.
-        target: of the batch.
-
-    >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
-    >>> errors_of(ClassPrior(2), logits, torch.tensor([0, 1])).tolist()
-    [0.0, 100.0]
-    """
-    found, true = prior.from_output(outputs).detach(), prior.from_target(target)
-    if isinstance(prior, MaskPrior):
-        return 100.0 * (1 - overlaps(found, true))
-    if isinstance(prior, ClassPrior | LabelsPrior):
-        most = true.amax(1, keepdim=True)
-        wrong = true.gather(1, found.argmax(1, keepdim=True)) < most
-        return _mean_where(100.0 * wrong.float(), most > true.amin(1, keepdim=True))
-    errors, known = (found - true).abs(), prior.known(target)
-    if isinstance(prior, ValuePrior):
-        errors = errors * prior.std.to(errors).reshape(-1, *[1] * (errors.ndim - 2))
-    counted = torch.ones_like(errors, dtype=torch.bool)
-    return _mean_where(errors, counted if known is None else counted & known.unsqueeze(1))
-
-
-def _mean_where(values: Tensor, counted: Tensor) -> Tensor:
-    """Return the mean of each sample's values that count, ``(B, ...) -> (B,)``; of none 0."""
-    total = torch.where(counted, values, 0.0).flatten(1).sum(1)
-    return total / counted.flatten(1).sum(1).clamp_min(1)
-
-
-def overlaps(found: Tensor, true: Tensor) -> Tensor:
-    """Return the intersection over union of each image, mean over the classes in it, ``(B,)``.
-
-    Of two classes, or of one map, that of the foreground alone; 1 where there is none, and none is
-    found. Pixels of no class, which the loss ignores, are left out.
-
-    Args:
-        found: probabilities ``(B, C, H, W)``.
-        true: of the same shape.
-
-    >>> overlaps(torch.tensor([[[[0.9, 0.9, 0.1]]]]), torch.tensor([[[[1.0, 0.0, 0.0]]]])).tolist()
-    [0.5]
-    """
-    if found.shape[1] == 1:
-        found, true = both(found), both(true)
-    classes, told = found.shape[1], true.amax(1, keepdim=True) > true.amin(1, keepdim=True)
-    one, other = (
-        F.one_hot(maps.argmax(1), classes).movedim(-1, 1).bool() & told for maps in (found, true)
-    )
-    first = 1 if classes == 2 else 0
-    met = (one & other)[:, first:].flatten(2).sum(2)
-    joint = (one | other)[:, first:].flatten(2).sum(2)
-    shares = torch.where(joint > 0, met / joint.clamp_min(1), 0.0)
-    there = (joint > 0).sum(1)
-    return torch.where(there > 0, shares.sum(1) / there.clamp_min(1), 1.0)
-
-
-def unit_of(prior: Prior) -> str:
-    """Return what the errors of samples are, in words."""
-    if isinstance(prior, ClassPrior | LabelsPrior):
-        return "error, percent"
-    return "100 - IoU, percent" if isinstance(prior, MaskPrior) else "absolute error"
-
-
-def by_family(errors: Errors) -> Errors:
-    """Return errors whose conditions name families of shifts: all severities of one together."""
-
-    def joined(own: Mapping[Condition, Any]) -> dict[Condition, Any]:
-        groups: dict[Condition, list[Any]] = {}
-        for condition, values in own.items():
-            family = replace(condition, shift=parted(condition.shift)[0])
-            groups.setdefault(family, []).append(values)
-        return {family: np.concatenate(parts) for family, parts in groups.items()}
-
-    policies = {name: joined(own) for name, own in errors.policies.items()}
-    return Errors(joined(errors.samples), joined(errors.source), policies)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from it3_lightning.data.shifts import parted
 
 Array = NDArray[np.float64]
 
@@ -53,6 +56,20 @@ class Errors:
     samples: Mapping[Condition, NDArray[np.int64]]
     source: Mapping[Condition, Array]
     policies: Mapping[str, Mapping[Condition, Array]]
+
+
+def by_family(errors: Errors) -> Errors:
+    """Return errors whose conditions name families of shifts: all severities of one together."""
+
+    def joined(own: Mapping[Condition, Any]) -> dict[Condition, Any]:
+        groups: dict[Condition, list[Any]] = {}
+        for condition, values in own.items():
+            family = replace(condition, shift=parted(condition.shift)[0])
+            groups.setdefault(family, []).append(values)
+        return {family: np.concatenate(parts) for family, parts in groups.items()}
+
+    policies = {name: joined(own) for name, own in errors.policies.items()}
+    return Errors(joined(errors.samples), joined(errors.source), policies)
 
 
 @dataclass(frozen=True)

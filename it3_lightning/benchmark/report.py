@@ -17,7 +17,6 @@ from it3_lightning.benchmark.intervals import Cell
 from it3_lightning.benchmark.page import page
 from it3_lightning.benchmark.rendering import as_markdown, console
 from it3_lightning.benchmark.results import Results
-from it3_lightning.benchmark.scalars import write_scalars
 from it3_lightning.benchmark.tables import (
     BY_STREAM,
     TOLD,
@@ -33,6 +32,7 @@ from it3_lightning.utils.files import read_json, write, write_json
 
 _FILES = ("distances.svg", "page.html", "results.csv", "results.json", "table.md", "tensorboard")
 _STREAMS = ("equal", "unequal")
+_OURS = ".it3"  # at the end of the scalars that are written here, and replaced
 
 
 def show(results: Results, folder: Path) -> None:
@@ -65,6 +65,38 @@ def show(results: Results, folder: Path) -> None:
     write_scalars(results, folder)
     files = sorted(name for name in _FILES if (folder / name).exists())
     shown.print(f"Written to {folder}: {', '.join(files)}")
+
+
+def write_scalars(results: Results, folder: Path) -> bool:
+    """Write scores by seed and gains into ``tensorboard``; return whether it is installed.
+
+    ``tensorboard --logdir FOLDER/tensorboard`` shows the rows beside each other: ``STREAM/SHIFT``
+    has the score of each seed as a step, ``gain/STREAM`` the mean gain over the shifts.
+
+    Args:
+        results: of a benchmark.
+        folder: of its output.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return False
+    place = folder / "tensorboard"
+    for former in place.glob(f"*/events.out.tfevents.*{_OURS}"):
+        former.unlink()
+    for row in results.rows:
+        name = f"{row.training}, {row.name}".replace("/", "_")
+        with SummaryWriter(str(place / name), filename_suffix=_OURS) as writer:
+            for record in results.records:
+                if (record.training, record.row) == (row.training, row.name):
+                    tag = f"{record.stream.replace('/', ' ')}/{record.shift.replace('/', ' ')}"
+                    writer.add_scalar(tag, record.score, record.seed)
+            for stream in results.streams:
+                gain = results.gain(row, stream) if results.has(row, stream) else None
+                if gain is not None:
+                    tag = f"gain/{stream.replace('/', ' ')}"
+                    writer.add_scalar(tag, gain.mean, 0)
+    return True
 
 
 def _verdict(results: Results, folder: Path) -> tuple[list[tuple[str, str]], str]:

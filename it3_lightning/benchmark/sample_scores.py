@@ -1,4 +1,4 @@
-"""Scores of single samples, noted while a module is tested, and kept beside the means."""
+"""Errors and scores of single samples: noted while a module is tested, kept beside the means."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_calibration_error
 
 from it3_lightning.benchmark.kept import kept
 from it3_lightning.integration.isolation import patched
 from it3_lightning.integration.module import outputs_in
-from it3_lightning.priors import ClassPrior, ValuePrior
+from it3_lightning.priors import ClassPrior, LabelsPrior, MaskPrior, Prior, ValuePrior
+from it3_lightning.priors.classes import both
 from it3_lightning.training.mixin import IT3Mixin
 from it3_lightning.utils.files import load_plain, write
 
 Scores = NDArray[Any]
 """One for each sample, ``(N,)``: bool where they are right or wrong."""
 _BINS = 15
+_SCORES = ("right", "overlap", "absolute error", "squared error")
 _CLOSE = 1e-4  # of a logged metric and the mean of the scores, relative
 
 
 class Seen:
     """What a module has predicted in its test steps, by dataloader.
 
-    Samples are scored where each has one class, right or wrong, or values, by their absolute and
-    their squared errors.
+    A sample is right or wrong; the share that is right, of tokens and of independent labels; has an
+    overlap, of masks; an absolute and a squared error, of values.
     """
 
     def __init__(self) -> None:
@@ -41,7 +44,7 @@ class Seen:
         """Score the samples of a batch by what ``forward`` returned."""
         outputs, target = outputs_in(model, returned).detach(), model.it3_target(batch)
         parts = self._parts.setdefault(loader, {})
-        for name, scores in _scored(model.it3_prior, outputs, target).items():
+        for name, scores in _scored(model.it3_parts()[0], outputs, target).items():
             parts.setdefault(name, []).append(scores.cpu())
 
     def matching(self, loader: int, logged: float) -> Scores | None:
@@ -51,7 +54,7 @@ class Seen:
             loader: which dataloader.
             logged: of the metric.
         """
-        for name in ("right", "absolute error", "squared error"):
+        for name in _SCORES:
             found = self._of(loader, name)
             if found is not None and np.isclose(found.mean(), logged, rtol=_CLOSE, atol=_CLOSE):
                 return found
@@ -149,16 +152,98 @@ def _calls(model: IT3Mixin, *, in_place: bool) -> Iterator[list[Any]]:
         yield returned
 
 
-def _scored(prior: Any, outputs: Tensor, target: Any) -> dict[str, Tensor]:
-    """Return scores ``(B,)`` by name; none of other kinds of predictions."""
-    if isinstance(prior, ClassPrior) and getattr(prior, "ignore_index", None) is None:
-        most, predicted = prior.from_output(outputs).float().max(1)
-        right = predicted == prior.from_target(target).argmax(1)
-        return {"right": right, "confidence": most} if right.ndim == 1 else {}
-    if isinstance(prior, ValuePrior) and target.numel() == outputs.numel():
-        error = (outputs.float() - target.reshape(outputs.shape)).reshape(len(outputs), -1)
-        return {"absolute error": error.abs().mean(1), "squared error": error.square().mean(1)}
-    return {}
+def errors_of(prior: Prior, outputs: Tensor, target: Any) -> Tensor:
+    """Return the error of each sample, ``(B,)``; the smaller, the better.
+
+    Of a class 0 or 100 percent, of several (tokens, independent labels) the share that is wrong; of
+    masks 100 minus the intersection over union of the image, in percent, see :func:`overlaps`; of
+    values the absolute error, mean over them. What the loss ignores is left out.
+
+    Args:
+        prior: knows what outputs and targets mean.
+        outputs: of the network, ``(B, ...)``.
+        target: of the batch.
+
+    >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+    >>> errors_of(ClassPrior(2), logits, torch.tensor([0, 1])).tolist()
+    [0.0, 100.0]
+    """
+    found, true = prior.from_output(outputs).detach(), prior.from_target(target)
+    if isinstance(prior, MaskPrior):
+        return 100.0 * (1 - overlaps(found, true))
+    if isinstance(prior, ClassPrior | LabelsPrior):
+        most = true.amax(1, keepdim=True)
+        wrong = true.gather(1, found.argmax(1, keepdim=True)) < most
+        return _mean_where(100.0 * wrong.float(), most > true.amin(1, keepdim=True))
+    return _mean_where(*_of_values(prior, outputs, target))
+
+
+def _of_values(prior: Prior, outputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+    """Return absolute errors in units of the targets, ``(B, C, ...)``, and which of them count."""
+    errors = (prior.from_output(outputs).detach() - prior.from_target(target)).abs()
+    if isinstance(prior, ValuePrior):
+        errors = errors * prior.std.to(errors).reshape(-1, *[1] * (errors.ndim - 2))
+    counted, known = torch.ones_like(errors, dtype=torch.bool), prior.known(target)
+    return errors, counted if known is None else counted & known.unsqueeze(1)
+
+
+def _mean_where(values: Tensor, counted: Tensor) -> Tensor:
+    """Return the mean of each sample's values that count, ``(B, ...) -> (B,)``; of none 0."""
+    total = torch.where(counted, values, 0.0).flatten(1).sum(1)
+    return total / counted.flatten(1).sum(1).clamp_min(1)
+
+
+def overlaps(found: Tensor, true: Tensor) -> Tensor:
+    """Return the intersection over union of each image, mean over the classes in it, ``(B,)``.
+
+    Of two classes, or of one map, that of the foreground alone; 1 where there is none, and none is
+    found. Pixels of no class, which the loss ignores, are left out.
+
+    Args:
+        found: probabilities ``(B, C, H, W)``.
+        true: of the same shape.
+
+    >>> overlaps(torch.tensor([[[[0.9, 0.9, 0.1]]]]), torch.tensor([[[[1.0, 0.0, 0.0]]]])).tolist()
+    [0.5]
+    """
+    if found.shape[1] == 1:
+        found, true = both(found), both(true)
+    classes, told = found.shape[1], true.amax(1, keepdim=True) > true.amin(1, keepdim=True)
+    one, other = (
+        F.one_hot(maps.argmax(1), classes).movedim(-1, 1).bool() & told for maps in (found, true)
+    )
+    first = 1 if classes == 2 else 0
+    met = (one & other)[:, first:].flatten(2).sum(2)
+    joint = (one | other)[:, first:].flatten(2).sum(2)
+    shares = torch.where(joint > 0, met / joint.clamp_min(1), 0.0)
+    there = (joint > 0).sum(1)
+    return torch.where(there > 0, shares.sum(1) / there.clamp_min(1), 1.0)
+
+
+def unit_of(prior: Prior) -> str:
+    """Return what the errors of samples are, in words."""
+    if isinstance(prior, ClassPrior | LabelsPrior):
+        return "error, percent"
+    return "100 - IoU, percent" if isinstance(prior, MaskPrior) else "absolute error"
+
+
+def _scored(prior: Prior, outputs: Tensor, target: Any) -> dict[str, Tensor]:
+    """Return scores ``(B,)`` by name, but for samples of which the target says nothing."""
+    errors, known = errors_of(prior, outputs.float(), target), prior.known(target)
+    if isinstance(prior, MaskPrior):
+        found = {"overlap": 1 - errors / 100}
+    elif isinstance(prior, ClassPrior | LabelsPrior):
+        found = {"right": 1 - errors / 100}
+        single = prior.from_output(outputs)
+        if single.ndim == 2:
+            found = {"right": errors == 0, "confidence": single.float().amax(1)}
+    else:
+        values, counted = _of_values(prior, outputs.float(), target)
+        found = {"absolute error": errors, "squared error": _mean_where(values.square(), counted)}
+    if known is None:
+        return found
+    some = known.flatten(1).any(1) if known.ndim > 1 else known
+    return {name: scores[some] for name, scores in found.items()}
 
 
 def _packed(scores: Scores) -> tuple[Tensor, int]:

@@ -14,6 +14,7 @@ from it3_lightning.benchmark.policy_rule import (
     Condition,
     Errors,
     HarmlessRule,
+    by_family,
     upper_limit,
 )
 
@@ -243,3 +244,15 @@ def test_a_policy_without_all_errors_is_refused() -> None:
 def test_a_wrong_rule_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"tolerance >= 0 and confidence in \[0\.5, 1\)"):
         HarmlessRule(**wrong)
+
+
+def test_severities_of_a_shift_are_one_family() -> None:
+    weak, strong = Condition("fog/1", "equal", 4), Condition("fog/5", "equal", 4)
+    clean = Condition("clean", "equal", 4)
+    ids = {c: np.arange(2) for c in (clean, weak, strong)}
+    values = {clean: np.zeros(2), weak: np.ones(2), strong: np.full(2, 5.0)}
+    found = by_family(Errors(ids, values, {"policy": values}))
+    fog = Condition("fog", "equal", 4)
+    assert found.samples[fog].tolist() == [0, 1, 0, 1]
+    assert found.source[fog].tolist() == found.policies["policy"][fog].tolist() == [1, 1, 5, 5]
+    assert [*found.source] == [clean, fog]

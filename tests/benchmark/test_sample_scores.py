@@ -1,4 +1,4 @@
-"""Scores of single samples: their means are what was logged, in every row; kept and read back."""
+"""Errors and scores of single samples: their means are what was logged; kept and read back."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,111 @@ import numpy as np
 import pytest
 import torch
 from helpers.benchmark_runs import benchmark, digits, make_model, scored_rows
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics.functional.classification import binary_jaccard_index, multiclass_jaccard_index
 
-from it3_lightning import Idempotence, IT3TestTimeCallback, ValuePrior
+from it3_lightning import (
+    ClassPrior,
+    Idempotence,
+    IT3TestTimeCallback,
+    LabelsPrior,
+    MaskPrior,
+    ValuePrior,
+)
 from it3_lightning.benchmark import Results
-from it3_lightning.benchmark.sample_scores import Seen, keep_samples, kept_samples, noting
+from it3_lightning.benchmark.sample_scores import (
+    Seen,
+    errors_of,
+    keep_samples,
+    kept_samples,
+    noting,
+    unit_of,
+)
+
+
+def test_classes_are_right_or_wrong() -> None:
+    logits = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(20) % 5
+    wrong = [
+        100.0 * (row.argmax().item() != y.item()) for row, y in zip(logits, labels, strict=True)
+    ]
+    assert errors_of(ClassPrior(5), logits, labels).tolist() == wrong
+    assert {0.0, 100.0} == set(wrong)
+
+
+def test_a_single_logit_is_that_of_class_one() -> None:
+    errors = errors_of(ClassPrior(2), torch.tensor([-1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
+    assert errors.tolist() == [0.0, 0.0, 100.0]
+
+
+def test_labels_that_the_loss_ignores_are_never_wrong() -> None:
+    prior = ClassPrior(3, ignore_index=255)
+    assert errors_of(prior, torch.eye(3)[:2], torch.tensor([255, 0])).tolist() == [0.0, 100.0]
+
+
+def test_values_have_their_absolute_error_in_their_own_units() -> None:
+    prior = ValuePrior(2, mean=[10.0, 0.0], std=[5.0, 2.0])
+    outputs, target = torch.tensor([[11.0, 1.0], [2.0, 3.0]]), torch.tensor([[10.0, 4.0], [2, 3]])
+    torch.testing.assert_close(errors_of(prior, outputs, target), torch.tensor([2.0, 0.0]))
+
+
+def test_of_tokens_and_of_labels_the_share_counts_that_is_wrong() -> None:
+    tokens = torch.tensor([[[3.0, 0.0], [3.0, 0.0], [0.0, 3.0], [0.0, 3.0]]])  # 0, 0, 1, 1
+    prior = ClassPrior(2, layout="BTC", ignore_index=9)
+    assert errors_of(prior, tokens, torch.tensor([[0, 0, 1, 0]])).tolist() == [25.0]
+    assert errors_of(prior, tokens, torch.tensor([[9, 9, 1, 0]])).tolist() == [50.0]
+    logits, labels = torch.tensor([[1.0, -1.0, 1.0, 1.0]]), torch.tensor([[1, 1, 1, 0]])
+    assert errors_of(LabelsPrior(4), logits, labels).tolist() == [50.0]
+
+
+def test_values_of_a_series_have_the_units_of_their_channel_and_unknown_ones_do_not_count() -> None:
+    prior = ValuePrior(2, layout="BCT", mean=[0.0, 1.0], std=[2.0, 10.0])
+    outputs = torch.tensor([[[1.0, 2.0, 0.0], [5.0, 6.0, 0.0]]])
+    target = torch.tensor([[[0.0, 0.0, float("nan")], [5.0, 9.0, 0.0]]])
+    torch.testing.assert_close(errors_of(prior, outputs, target), torch.tensor([1.5]))
+
+
+def test_a_binary_mask_has_the_overlap_of_its_foreground() -> None:
+    draw = torch.Generator().manual_seed(0)
+    outputs = torch.randn(6, 1, 5, 5, generator=draw)
+    target = torch.randint(2, (6, 5, 5), generator=draw)
+    known = [
+        100 - 100 * binary_jaccard_index(o, y) for o, y in zip(outputs[:, 0], target, strict=True)
+    ]
+    torch.testing.assert_close(errors_of(MaskPrior(1), outputs, target), torch.stack(known))
+    two = torch.cat([-outputs / 2, outputs / 2], dim=1)
+    torch.testing.assert_close(errors_of(MaskPrior(2), two, target), torch.stack(known))
+
+
+def test_an_empty_mask_is_right_where_nothing_is_found() -> None:
+    nothing = torch.full((2, 1, 3, 3), -1.0)
+    nothing[1, 0, 0, 0] = 1.0
+    assert errors_of(MaskPrior(1), nothing, torch.zeros(2, 3, 3)).tolist() == [0.0, 100.0]
+
+
+def test_several_classes_have_the_mean_of_those_in_the_image() -> None:
+    draw = torch.Generator().manual_seed(0)
+    outputs = torch.randn(4, 3, 6, 6, generator=draw)
+    target = torch.randint(3, (4, 6, 6), generator=draw)
+    target[:, 0, 0] = 255
+    known = [
+        100 - 100 * multiclass_jaccard_index(o.argmax(0)[None], y[None], 3, ignore_index=255)
+        for o, y in zip(outputs, target, strict=True)
+    ]
+    prior = MaskPrior(3, ignore_index=255)
+    torch.testing.assert_close(errors_of(prior, outputs, target), torch.stack(known))
+
+
+@pytest.mark.parametrize(
+    ("prior", "unit"),
+    [
+        (ClassPrior(3), "error, percent"),
+        (MaskPrior(), "100 - IoU, percent"),
+        (ValuePrior(), "absolute error"),
+    ],
+)
+def test_the_unit_is_said(prior: ClassPrior, unit: str) -> None:
+    assert unit_of(prior) == unit
 
 
 def test_the_mean_over_samples_is_the_score_of_every_row(finished: tuple[Path, Results]) -> None:
@@ -89,6 +189,34 @@ def test_values_have_absolute_and_squared_errors_and_no_calibration() -> None:
     assert (absolute.tolist(), squared.tolist()) == ([1.0, 2.0], [1.0, 4.0])
     assert seen.matching(0, 2.5**0.5) is None  # the root of a mean is no mean
     assert seen.calibration_error(0) is None
+
+
+def test_of_several_values_the_squares_are_averaged_too() -> None:
+    model, seen = make_model(), Seen()
+    model.it3_prior = ValuePrior(2, mean=[0.0, 1.0], std=[2.0, 5.0])
+    outputs, target = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0.0, 5.0], [3.0, 2.0]])
+    seen.add(model, outputs, (torch.zeros(1), target), 0)
+    squared = seen.matching(0, float(nn.functional.mse_loss(outputs, target)))
+    assert squared is not None
+    assert squared.tolist() == pytest.approx([5.0, 2.0])
+
+
+def test_tokens_and_labels_have_the_share_that_is_right_and_ignored_samples_none() -> None:
+    model, seen = make_model(), Seen()
+    logits = torch.tensor([[[3.0, 0.0], [3.0, 0.0]], [[0.0, 3.0], [0.0, 3.0]]])  # 0, 0; 1, 1
+    model.it3_prior = ClassPrior(2, layout="BTC", ignore_index=9)
+    seen.add(model, logits, (torch.zeros(1), torch.tensor([[0, 1], [9, 9]])), 0)
+    tokens = seen.matching(0, 0.5)
+    model.it3_prior = LabelsPrior(2)
+    seen.add(model, logits[:, 0], (torch.zeros(1), torch.tensor([[1, 0], [1, 1]])), 1)
+    labels = seen.matching(1, 0.75)
+    model.it3_prior = ClassPrior(2, ignore_index=9)
+    seen.add(model, logits[:, 0], (torch.zeros(1), torch.tensor([9, 1])), 2)
+    single = seen.matching(2, 1.0)
+    assert tokens is not None
+    assert labels is not None
+    assert single is not None
+    assert (tokens.tolist(), labels.tolist(), single.tolist()) == ([0.5], [1.0, 0.5], [True])
 
 
 def test_scores_are_kept_as_bits_or_numbers(tmp_path: Path) -> None:

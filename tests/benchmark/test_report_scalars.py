@@ -8,8 +8,7 @@ from typing import Any, Self
 import pytest
 from helpers.benchmark_runs import toy_results
 
-from it3_lightning.benchmark.report import show
-from it3_lightning.benchmark.scalars import write_scalars
+from it3_lightning.benchmark.report import show, write_scalars
 
 
 class Writer:

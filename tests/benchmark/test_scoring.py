@@ -8,7 +8,7 @@ from helpers.benchmark_runs import benchmark, digits, make_model
 from torch.utils.data import DataLoader
 
 from it3_lightning.benchmark import Tuning, models
-from it3_lightning.benchmark.dry_run import dry_run
+from it3_lightning.benchmark.scoring import dry_run
 from it3_lightning.benchmark.tune_rules import Grid
 from it3_lightning.data import DigitsDataModule
 from it3_lightning.data.base import Split, Stream
