@@ -319,25 +319,44 @@ class OnlyStep:
             The weights by name, and a sum over them, which is finite if they are.
         """
         gradients = gradients_of(loss, parameters)
-        if not gradients:
-            return {}, loss
-        source = {name: p.detach() for name, p in parameters.items()}
-        moved: dict[str, Tensor] = {}
-        sums: list[Tensor] = []
+        return self._moved(loss, parameters, gradients) if gradients else ({}, loss)
+
+    @torch.no_grad()
+    def _moved(
+        self, loss: Tensor, source: Mapping[str, Tensor], gradients: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the weights moved by gradients, which are used up, and a sum over them."""
         if self._rule.first_step is None:
-            moved = self._by_length(source, gradients, loss.detach())
-        for name in [n for n, g in gradients.items() if n not in moved and _is_large(g)]:
-            moved[name] = self._in_pieces(name, source[name], gradients.pop(name), sums)
-        if rest := [name for name in gradients if name not in moved]:
-            assert self._rule.first_step is not None
-            weights = [full_precision(source[name]) for name in rest]
-            full = [full_precision(gradients[name]) for name in rest]
-            stepped = self._rule.first_step(weights, full, self._lr)
-            both = zip(rest, stepped, strict=True)
-            moved |= {n: rounded(m, source[n].dtype) for n, m in both}
-        sums.append(torch.nn.utils.get_total_norm([w for n, w in moved.items() if n in gradients]))
+            moved = self._by_length(source, gradients, loss)
+            return moved, norm_of([*moved.values()])
+        sums: list[Tensor] = []
+        moved = {
+            name: self._in_pieces(name, source[name], gradients.pop(name), sums)
+            for name in [name for name, gradient in gradients.items() if _is_large(gradient)]
+        }
+        if gradients:
+            rest = [source[name] for name in gradients]
+            stepped = self._at_once(rest, list(gradients.values()), sums)
+            moved |= zip(gradients, stepped, strict=True)
         sums = [each.to(sums[0].device) for each in sums]
-        return {n: moved[n] for n in parameters if n in moved}, torch.stack(sums).sum()
+        return {n: moved[n] for n in source if n in moved}, torch.stack(sums).sum()
+
+    def _at_once(
+        self, source: list[Tensor], gradients: list[Tensor], sums: list[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return moved weights; small ones of one kind in a row, so that a call moves them all."""
+        assert self._rule.first_step is not None
+        weights, full = list(map(full_precision, source)), list(map(full_precision, gradients))
+        if not _in_a_row(source):
+            stepped = self._rule.first_step(weights, full, self._lr)
+            moved = [rounded(m, w.dtype) for m, w in zip(stepped, source, strict=True)]
+            sums.append(norm_of(moved))
+            return moved
+        row = [_flat(weights)], [_flat(full)]
+        (one,) = self._rule.first_step(*row, self._lr)
+        sums.append(one.sum())
+        parts: Sequence[Tensor] = torch._C._nn.unflatten_dense_tensors(one, weights)
+        return parts
 
     def _in_pieces(
         self, name: str, weights: Tensor, gradient: Tensor, sums: list[Tensor]
@@ -352,39 +371,68 @@ class OnlyStep:
         return out
 
     def _by_length(
-        self, source: dict[str, Tensor], gradients: dict[str, Tensor], loss: Tensor
+        self, source: Mapping[str, Tensor], gradients: dict[str, Tensor], loss: Tensor
     ) -> dict[str, Tensor]:
         """Return weights moved by gradients of a length that depends on every weight's norm.
 
         The gradients become the weights, so that no other memory is needed.
         """
         assert self._rule.length is not None
-        full = {name: full_precision(gradient) for name, gradient in gradients.items()}
-        norm = torch.nn.utils.get_total_norm(list(full.values()))
-        size = torch.nn.utils.get_total_norm([full_precision(w) for w in source.values()]).to(norm)
-        scale = self._rule.length(loss.to(norm), norm.square(), size, self._lr)
-        users = Counter(g.untyped_storage().data_ptr() for g in full.values())
+        full = [full_precision(gradient) for gradient in gradients.values()]
+        norm = norm_of(full)
+        size = norm_of([full_precision(w) for w in source.values()]).to(norm)
+        factor = -self._rule.length(loss.to(norm), norm.square(), size, self._lr)
+        memory = [gradient.untyped_storage().data_ptr() for gradient in full]
+        users = Counter(memory)
         moved = {}
-        for name, gradient in full.items():
-            shared = users[gradient.untyped_storage().data_ptr()] > 1 or 0 in gradient.stride()
+        for name, gradient, pointer in zip(gradients, full, memory, strict=True):
+            shared = users[pointer] > 1 or 0 in gradient.stride()
             own = gradient.clone(memory_format=torch.contiguous_format) if shared else gradient
-            stepped = own.mul_(-scale.to(own.device)).add_(full_precision(source[name]))
+            stepped = own.mul_(factor.to(own.device)).add_(full_precision(source[name]))
             moved[name] = rounded(stepped, source[name].dtype)
         return moved
 
 
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all tensors together, on the device of the first.
+
+    >>> norm_of([torch.tensor([3.0]), torch.tensor([4.0])])
+    tensor(5.)
+    """
+    norms = torch._foreach_norm(tensors)
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def _in_a_row(weights: list[Tensor]) -> bool:
+    """Whether tensors on the CPU can be laid one behind the other, and keep their layout."""
+    kind = weights[0].dtype
+    fits = kind not in HALF and weights[0].device.type == "cpu"
+    return fits and all(
+        w.dtype == kind and w.device.type == "cpu" and w.is_contiguous() for w in weights
+    )
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """Return all elements in a row."""
+    flat: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
+    return flat
+
+
 def _is_large(gradient: Tensor) -> bool:
-    """Whether it pays to work on a tensor in pieces."""
+    """Whether a tensor moves by itself, into memory that is kept."""
     plain = gradient.layout == torch.strided and gradient.dtype not in HALF
-    return plain and gradient.device.type == "cpu" and gradient.numel() >= CHUNK
+    return plain and gradient.device.type == "cpu" and gradient.numel() >= CHUNK // 8
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield parts of tensors of one shape, where they lie in memory alike; else the whole."""
+    """Yield parts of large tensors of one shape that lie in memory alike; else the whole."""
     first = tensors[0]
+    if first.numel() <= 4 * CHUNK:  # the parts would cost more than they save
+        yield tensors
+        return
     order = sorted(range(first.ndim), key=first.stride, reverse=True)
     flat = [tensor.permute(order) for tensor in tensors]
-    if first.numel() <= CHUNK or not all(tensor.is_contiguous() for tensor in flat):
+    if not all(tensor.is_contiguous() for tensor in flat):
         yield tensors
         return
     parts: list[tuple[Tensor, ...]] = [tensor.view(-1).split(CHUNK) for tensor in flat]  # type: ignore[no-untyped-call]

@@ -21,7 +21,7 @@ from it3_lightning.methods import Idempotence
 Name = Literal["adam", "adamw", "sgd", "momentum", "rmsprop"]
 NAMES: tuple[Name, ...] = ("adam", "adamw", "sgd", "momentum", "rmsprop")
 CLOSE = {torch.float32: 1e-6, torch.float64: 1e-12}
-BIG = 400  # squared, more than the elements that are worked on at once
+BIG = 800  # squared, more than the elements that are worked on in one piece
 
 
 def by_torch(name: str, net: nn.Module, loss: Callable[[nn.Module], Tensor], lr: float) -> Any:
