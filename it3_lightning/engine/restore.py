@@ -16,7 +16,7 @@ import random
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from types import FunctionType, ModuleType
@@ -133,13 +133,13 @@ class Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         owners, kept, self._made_in_inference = _kept_by(module)
-        self.parameters = list(
-            {id(p): p for owner in owners for p in _parameters_of(owner)}.values()
-        )
-        self._saved = [(p, p.data, p.requires_grad, p.grad) for p in self.parameters]
-        self._registered = [(owner, *_registered(owner)) for owner in owners]
         self._attributes = [(owner, dict(vars(owner))) for owner in owners]
-        self._computed = [found for owner in owners for found in _computed(owner)]
+        self._registered = [(owner, dict(owner._parameters), _hooks(owner)) for owner in owners]
+        self._computed = [each for o, named, _ in self._registered for each in _computed(o, named)]
+        registered = [p for _, named, _ in self._registered for p in named.values()]
+        unique = {id(p): p for p in registered if p is not None}
+        self.parameters: list[nn.Parameter] = list(unique.values())
+        self._saved = [(p, p.data, p.requires_grad, p.grad) for p in self.parameters]
         self._buffers = [(owner, dict(owner._buffers), _copies(owner._buffers)) for owner in owners]
         self._contents = [(each, _copied(each)) for each in kept]
         self._random = RandomState()
@@ -228,9 +228,9 @@ class Snapshot:
         into: list[Tensor] = []
         values: list[Tensor] = []
         for owner, tensors, copies in self._buffers:
-            if not norms and isinstance(owner, _NormBase):
-                continue
             now = owner._buffers
+            if not (now or tensors) or (not norms and isinstance(owner, _NormBase)):
+                continue
             if isinstance(now, dict):  # those of scripted modules are not: their tensors stay
                 for name in [name for name in now if name not in tensors]:
                     del now[name]
@@ -266,7 +266,7 @@ Kept = tuple[list[nn.Module], list[Any], list[tuple[Any, Any, Tensor]]]
 def _kept_by(module: nn.Module) -> Kept:
     """Return all that a module keeps: registered, in attributes, and inside of these."""
     found: Kept = (list(module.modules()), [], [])
-    owners, seen = found[0], set(map(id, module.modules()))
+    owners, seen = found[0], set(map(id, found[0]))
     for owner in owners:  # which grows meanwhile
         attributes = vars(owner)
         for name in [name for name in attributes if name not in _NOT_LOOKED_INTO]:
@@ -278,11 +278,17 @@ def _kept_by(module: nn.Module) -> Kept:
 
 def _look_into(value: Any, keeper: Any, key: Any, depth: int, found: Kept, seen: set[int]) -> None:
     """Note a value that may be written into, and, to a depth, what is inside."""
-    if type(value) in _PLAIN or id(value) in seen or isinstance(value, nn.Parameter):
+    if type(value) in _PLAIN or id(value) in seen:
         return
     seen.add(id(value))
     owners, written, made_in_inference = found
-    if isinstance(value, Tensor):
+    if isinstance(value, tuple | frozenset):
+        nothing = len(value) > _FEW or _PLAIN.issuperset(map(type, value))
+        for inner in () if nothing else value:
+            _look_into(inner, value, None, depth - 1, found, seen)
+    elif isinstance(value, Tensor):
+        if isinstance(value, nn.Parameter):
+            return
         if value.is_inference() and isinstance(keeper, dict | list):
             made_in_inference.append((keeper, key, value))
         if _writable(value) and value.numel() * value.element_size() <= _LARGE:
@@ -301,10 +307,6 @@ def _look_into(value: Any, keeper: Any, key: Any, depth: int, found: Kept, seen:
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             for inner_key, inner in list(pairs):
                 _look_into(inner, value, inner_key, depth - 1, found, seen)
-    elif isinstance(value, tuple | frozenset):
-        nothing = len(value) > _FEW or _PLAIN.issuperset(map(type, value))
-        for inner in () if nothing else value:
-            _look_into(inner, value, None, depth - 1, found, seen)
     elif _is_generator(value):
         written.append(value)
     elif depth and _is_own_object(value):
@@ -362,28 +364,24 @@ def _same(now: Any, before: Any) -> bool:
     return all(map(operator.is_, now, before))
 
 
-def _computed(owner: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Yield the weights that hooks compute of parameters, as ``weight_norm`` and pruning do."""
-    for name in owner._parameters.keys():  # noqa: SIM118  # those of scripted modules need it
-        computed, _, kind = name.rpartition("_")
-        if kind in ("orig", "g") and computed in vars(owner):
-            yield owner, computed, vars(owner)[computed]
+def _computed(owner: nn.Module, parameters: Iterable[str]) -> list[tuple[nn.Module, str, Any]]:
+    """Return the weights that hooks compute of parameters, as ``weight_norm`` and pruning do."""
+    of = [name.rpartition("_")[0] for name in parameters if name.endswith(("_orig", "_g"))]
+    return [(owner, name, vars(owner)[name]) for name in of if name in vars(owner)]
 
 
-def _registered(owner: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the parameters by name, and the hooks of each kind that there are."""
+def _hooks(owner: nn.Module) -> dict[str, dict[Any, Any]]:
+    """Return the hooks of each kind that there are."""
     own = vars(owner)
-    found = {name: own[name] for name in _HOOKS if own.get(name)}
-    hooks = {name: dict(value) for name, value in found.items() if isinstance(value, dict)}
-    return dict(owner._parameters), hooks
-
-
-def _parameters_of(owner: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in owner._parameters.values() if parameter is not None]
+    if not any(map(own.get, _HOOKS)):
+        return {}
+    found = [(name, own[name]) for name in _HOOKS if own.get(name)]
+    return {name: dict(value) for name, value in found if isinstance(value, dict)}
 
 
 def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    return {k: t.detach().clone() for k, t in buffers.items() if t is not None and _writable(t)}
+    given = buffers.items()
+    return {k: t.detach().clone() for k, t in given if t is not None and _writable(t)}
 
 
 def _writable(tensor: Tensor) -> bool:
@@ -553,7 +551,7 @@ class without_side_effects:  # noqa: N801  # read as a context, beside torch's
         self, snapshot: Snapshot, isolation: Isolation = nullcontext, draws: Draws | None = None
     ) -> None:
         self._snapshot = snapshot
-        self._isolated = isolation()
+        self._isolation = isolation
         self._draws = draws
 
     def __enter__(self) -> None:
@@ -561,6 +559,7 @@ class without_side_effects:  # noqa: N801  # read as a context, beside torch's
         self._among_others = threading.active_count() > 1
         try:
             self._snapshot.replace_inference_tensors()
+            self._isolated = self._isolation()
             self._isolated.__enter__()
         except BaseException:
             self._snapshot.undo_passes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ class State(AnchoredWeights):
         self._new_version()
         total = self._step_once(self._only_step, loss)
         torch.clear_autocast_cache()
-        if not total.isfinite():
+        if not math.isfinite(total.item()):
             self._check_weights()
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
@@ -129,7 +130,7 @@ class State(AnchoredWeights):
         self._new_version()
         total = self._step_on(gradients, loss)
         torch.clear_autocast_cache()
-        if not total.isfinite():
+        if not math.isfinite(total.item()):
             self._check_weights()
 
     @contextmanager
@@ -177,7 +178,7 @@ class State(AnchoredWeights):
         return any(mine is not its and not torch.equal(mine, its) for mine, its in pairs)
 
     def _check(self, loss: Tensor) -> None:
-        if not loss.isfinite():
+        if not math.isfinite(loss.item()):
             raise Skip("non-finite loss")
         if not loss.requires_grad:
             raise self._uninfluenced()

@@ -48,10 +48,9 @@ class Objective:
 
     def loss(self) -> Tensor:
         """Return the scalar loss: the mean of the reliable samples' terms, and the batch term."""
-        weights = self.reliable.to(self.measure.dtype)
         terms = self.measure if self.sample_term is None else self.measure + self.sample_term
         kept = torch.where(self.reliable, terms, 0.0)
-        mean = kept.sum() / weights.sum().clamp_min(1)
+        mean = kept.sum() / self.reliable.sum().clamp_min(1)
         return mean if self.batch_term is None else mean + self.batch_term
 
     def detached(self) -> "Objective":

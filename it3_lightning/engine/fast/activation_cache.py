@@ -114,11 +114,13 @@ class ActivationCache:
 
     def first(self, inputs: Any, version: int, run: Callable[[], Any]) -> Any:
         """Run the first pass, and keep what layers put out, over these inputs by this version."""
-        leaves = tree_leaves(inputs)
-        if inputs is self._inputs or not (_ordinary(leaves) and _in_evaluation(self._module)):
+        if inputs is self._inputs:
+            return run()
+        leaves, layers = tree_leaves(inputs), list(self._module.modules())
+        if not (_ordinary(leaves) and _in_evaluation(layers)):
             return run()
         self.clear()
-        key = tuple(map(_kind, leaves)), tuple(map(_state, list(self._module.modules())[1:]))
+        key = tuple(map(_kind, leaves)), tuple(map(_state, layers[1:]))
         wrapped = any(map(_is_wrapped, leaves))
         plan = self._plans.get(key)
         if plan == () or (plan is None and wrapped):  # in torch.func nothing can be found out
@@ -234,9 +236,9 @@ def _compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
-def _in_evaluation(module: nn.Module) -> bool:
+def _in_evaluation(layers: Iterable[nn.Module]) -> bool:
     """Whether another pass would do the same: BatchNorm may look at the batch, dropout may not."""
-    return not any(m.training and not isinstance(m, _BatchNorm) for m in module.modules())
+    return not any(m.training and not isinstance(m, _BatchNorm) for m in layers)
 
 
 def _own_code(module: nn.Module) -> bool:
@@ -323,16 +325,12 @@ def _state(layer: nn.Module) -> tuple[Any, ...]:
     """Return what a layer's code runs by: what is found of other code does not hold for it."""
     patch = vars(layer).get("forward")
     own = None if isinstance(patch, partial) else patch  # ours are partial functions
-    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
-    theirs = sum(getattr(hook, "__module__", None) not in _OURS for hook in hooks)
-    return (
-        id(layer),
-        layer.training,
-        getattr(type(layer), "forward", None),
-        id(own),
-        _compiled(layer),
-        theirs,
-    )
+    theirs = 0
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+        theirs = sum(getattr(hook, "__module__", None) not in _OURS for hook in hooks)
+    code = getattr(type(layer), "forward", None)
+    return id(layer), layer.training, code, id(own), _compiled(layer), theirs
 
 
 def _is_wrapped(leaf: Any) -> bool:
