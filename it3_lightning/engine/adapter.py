@@ -149,8 +149,9 @@ class BatchAdapter:
             undo.add((source := Snapshot(self._module)).restore)
             with torch.inference_mode(False), torch.enable_grad():
                 try:
+                    source.detach_parameters()
                     with without_side_effects(source, self._isolation, draws):
-                        adaptation = self._adapt(inputs, answer, source)
+                        adaptation = self._adapt(inputs, answer)
                 except Skip as reason:
                     source.restore_parameters()
                     statistics.restore()
@@ -178,12 +179,11 @@ class BatchAdapter:
         put(self._module, found)
         self.drawn |= source.drawn
 
-    def _adapt(self, inputs: Any, answer: Answer | None, source: Snapshot) -> Adaptation:
+    def _adapt(self, inputs: Any, answer: Answer | None) -> Adaptation:
         """Adapt, and leave the adapted weights in place; all or nothing."""
         settings = self._settings
         if settings.needs_batch and batch_size(inputs) < 2:
             raise Skip("batch statistics and batch terms need at least two samples")
-        source.detach_parameters()
         state, carried = self._carried.start()
         unadapted = self._measure(inputs, SourceInPlace()) if carried and settings.measure else None
         with state.all_or_nothing():

@@ -84,14 +84,15 @@ class Network:
         Raises:
             TypeError: it returned something else than a tensor.
         """
-        self.forwards += 1
-        outputs = self._forward(copied(inputs), prior)
+        outputs = self._begun(inputs, prior)()
         if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"Expected the forward pass to return a tensor (B, ...), got "
-                f"{type(outputs).__name__}. Override it3_forward to return the predictions alone."
-            )
+            raise _no_tensor(outputs)
         return outputs
+
+    def _begun(self, inputs: Any, prior: Tensor | None) -> Callable[[], Any]:
+        """Count a forward pass, and return what runs it."""
+        self.forwards += 1
+        return partial(self._forward, copied(inputs), prior)
 
     def first(self, inputs: Any, version: int) -> Tensor:
         """Return ``f(x, 0)``, by the weights in place, which are of this version."""
@@ -100,19 +101,20 @@ class Network:
             for name, layer in self.layers.items():
                 keep = self._keep(name)
                 stack.callback(layer.register_forward_hook(keep).remove)
-            outputs: Tensor = self.cache.first(inputs, version, lambda: self.run(inputs, None))
-            return outputs
+            outputs = self.cache.first(inputs, version, self._begun(inputs, None))
+        if not isinstance(outputs, Tensor):
+            raise _no_tensor(outputs)
+        return outputs
 
     def second(
         self, inputs: Any, prior: Tensor, weights: Weights | None, version: int | None
     ) -> Tensor:
         """Return ``F(x, prior)`` in label space; ``weights=None``: by those in place."""
-
-        def run() -> Tensor:
-            outputs: Tensor = self.cache.second(inputs, version, lambda: self.run(inputs, prior))
-            return outputs
-
-        return self.to_label(run() if weights is None else self._sites.run_with(weights, run))
+        run = partial(self.cache.second, inputs, version, self._begun(inputs, prior))
+        outputs = run() if weights is None else self._sites.run_with(weights, run)
+        if not isinstance(outputs, Tensor):
+            raise _no_tensor(outputs)
+        return self.to_label(outputs)
 
     def other(self, inputs: Any, weights: Weights | None = None) -> Tensor:
         """Return a neutral pass over other inputs in label space, by those in place or these."""
@@ -127,11 +129,9 @@ class Network:
     def answer(self, inputs: Any, answer: Answer, version: int) -> tuple[Tensor, Any]:
         """Run an answer with the weights in place, which are of this version."""
         self.forwards += 1
-        given = copied(inputs)
+        run = partial(answer, copied(inputs))
         plain = isinstance(answer, Plain)
-        outputs, answers = (
-            self.cache.first(inputs, version, lambda: answer(given)) if plain else answer(given)
-        )
+        outputs, answers = self.cache.first(inputs, version, run) if plain else run()
         return outputs.detach(), answers
 
     def draws(self, run: Callable[[], object]) -> frozenset[str] | None:
@@ -353,6 +353,13 @@ def features_of(module: nn.Module, layer: str, run: Callable[[], object]) -> Any
     if not found:
         raise _never_ran(layer)
     return found[layer]
+
+
+def _no_tensor(outputs: Any) -> TypeError:
+    return TypeError(
+        f"Expected the forward pass to return a tensor (B, ...), got {type(outputs).__name__}. "
+        "Override it3_forward to return the predictions alone."
+    )
 
 
 def _never_ran(layer: str) -> RuntimeError:
