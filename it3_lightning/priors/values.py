@@ -114,7 +114,7 @@ class ValuePrior(Prior):
         found = _moments_of(self._first(target).detach().movedim(1, -1).flatten(0, -2))
         parts = found[None] if gather is None else gather(found).to(found)
         known = self.moments.cpu().view(torch.float64)
-        moments = _joined(torch.cat([known[None], parts]))
+        moments = joined_moments(torch.cat([known[None], parts]))
         self.moments.copy_(_as_bits(moments))
         count, mean, squares = moments
         if count[0] == 0:
@@ -265,7 +265,7 @@ def _moments_of(rows: Tensor) -> Tensor:
     return torch.stack([torch.full_like(mean, len(values)), mean, (values - mean).square().sum(0)])
 
 
-def _joined(parts: Tensor) -> Tensor:
+def joined_moments(parts: Tensor) -> Tensor:
     """Return the moments of the whole from those of its parts, ``(N, 3, C) -> (3, C)``."""
     counts, means, squares = parts.unbind(1)
     count = counts.sum(0)

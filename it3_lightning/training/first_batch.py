@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from it3_lightning.engine.passes import copied
@@ -20,6 +20,7 @@ from it3_lightning.integration.isolation import without_logs
 from it3_lightning.integration.module import Conditioned, checked_module
 from it3_lightning.integration.output_tree import DETECTION, described, has_boxes
 from it3_lightning.training.dual_pass import changed
+from it3_lightning.training.noise import RandomNoise
 
 _TARGET = """The prior cannot read the target of a batch, {got}. {error} Where that is no target, \
 override
@@ -87,7 +88,7 @@ def check_passes(
     """Run a batch through both passes without gradients, and refuse what does not fit.
 
     Nothing is kept of it: neither random numbers, statistics, logs nor counts. Warns of a prior
-    that enters where the network ends.
+    that enters where the network ends, and of input noise whose size does not fit the inputs.
 
     Args:
         module: to train.
@@ -106,6 +107,7 @@ def check_passes(
         inputs, name = normal(module.it3_inputs(batch)), type(module).__name__
         if perturb is not None:
             _check_inputs(module, batch, inputs, perturb(inputs))
+            _check_noise(perturb, inputs)
         conditioning = module.it3_parts()[1]
         layers = conditioning.layers if conditioning.enters == "output" else ()
         with ending(module, layers) as at_the_end:
@@ -137,6 +139,14 @@ def _check_inputs(module: Conditioned, batch: Any, inputs: Any, perturbed: Any) 
     tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]
     if any(a.shape != b.shape or not torch.allclose(a, b, equal_nan=True) for a, b in tensors):
         raise MisconfigurationException(_WITH_INPUTS.format(name=name, error=""))
+
+
+def _check_noise(perturb: Callable[[Any], Any], inputs: Any) -> None:
+    """Warn of noise whose size does not fit the inputs."""
+    parts = perturb.modules() if isinstance(perturb, nn.Module) else ()
+    for misfit in [part.misfit(inputs) for part in parts if isinstance(part, RandomNoise)]:
+        if misfit is not None:
+            rank_zero_warn(misfit)
 
 
 def _outputs(module: Conditioned, inputs: Any) -> Tensor:
