@@ -46,6 +46,7 @@ from it3_lightning.engine.types import (
     SampleDims,
     Skip,
     ToLabel,
+    ValidIn,
 )
 from it3_lightning.methods.base import TestTimeMethod
 
@@ -65,6 +66,8 @@ class BatchAdapter:
         isolation: returns a context in which passes leave no trace, in logs for example.
         inputs_in: finds the network's inputs in what :meth:`adapted` is given.
         sample_dims: says which dimension of each tensor holds the samples; default: the first.
+        valid_in: says which positions of a prediction count, from what :meth:`adapted` is given;
+            default: all do.
         moments: of source data, for ``norm_stats="evidence"``; :meth:`fit_moments` adds to them.
         in_company: whether a second prediction depends on the other samples of its batch, so that a
             gate takes none of them out.
@@ -95,6 +98,7 @@ class BatchAdapter:
         isolation: Isolation = nullcontext,
         inputs_in: InputsIn | None = None,
         sample_dims: SampleDims | None = None,
+        valid_in: ValidIn | None = None,
         moments: SourceMoments | None = None,
         in_company: bool = False,
     ) -> None:
@@ -110,9 +114,8 @@ class BatchAdapter:
         self._isolation = isolation
         self._carried = Carried(self.selected, settings)
         self._method = self._carried.method
-        self.network = Network(
-            module, self.selected, forward, to_label, enters, self._method.layers, inputs_in
-        )
+        layers, given = self._method.layers, (inputs_in, valid_in)
+        self.network = Network(module, self.selected, forward, to_label, enters, layers, *given)
 
     def restart(self) -> None:
         """Forget what was carried along: the next batch starts from the source."""

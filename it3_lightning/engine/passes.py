@@ -25,6 +25,7 @@ from it3_lightning.engine.types import (
     Plain,
     Skip,
     ToLabel,
+    ValidIn,
     Weights,
 )
 from it3_lightning.methods.base import Layers, Passes, SecondPass
@@ -46,6 +47,7 @@ class Network:
         enters: the layers at whose input or output the prior enters.
         layers: those whose features are asked for.
         inputs_in: finds the network's inputs in what is given to a pass.
+        valid_in: says which positions of a prediction count, from what is given to a pass.
 
     Raises:
         ValueError: there is no such layer.
@@ -60,12 +62,13 @@ class Network:
         enters: Enters,
         layers: Layers = (),
         inputs_in: InputsIn | None = None,
+        valid_in: ValidIn | None = None,
     ) -> None:
         self.module = module
         self.selected = selected
         self._sites = Sites(module, selected)
         self._forward = forward
-        self.inputs_in = inputs_in
+        self.inputs_in, self.valid_in = inputs_in, valid_in
         self.to_label = to_label
         self.cache = fast.cache_of(module, enters)
         self.layers = layers_of(module, layers) if layers else {}
@@ -120,6 +123,10 @@ class Network:
         """Return a neutral pass over other inputs in label space, by those in place or these."""
         run = partial(self.run, inputs, None)
         return self.to_label(run() if weights is None else self._sites.run_with(weights, run))
+
+    def valid(self, inputs: Any, y0: Tensor) -> Tensor | None:
+        """Return which positions of a prediction ``(B, C, ...)`` count; ``None``: all."""
+        return None if self.valid_in is None else self.valid_in(copied(inputs), y0)
 
     def features_of(self, layer: str, inputs: Any) -> Any:
         """Return what a layer puts out in a neutral pass over other inputs."""
@@ -203,6 +210,8 @@ class NetworkPasses(Passes):
         if not all_finite(self.outputs):
             raise Skip("non-finite output")
         self.y0 = network.to_label(self.outputs)
+        if network.valid_in is not None:
+            self.valid = network.valid(inputs, self.y0)
 
     def _first(self) -> Tensor:
         outputs = self._network.first(self._given, self._weights.version)
@@ -287,10 +296,13 @@ class FunctionalPasses(Passes):
         outputs: of the first pass.
         y0: the same in label space.
         second: runs the anchor.
+        valid: positions of ``y0`` that count; ``None``: all.
     """
 
-    def __init__(self, outputs: Tensor, y0: Tensor, second: SecondPass) -> None:
-        self.outputs, self.y0, self._second = outputs, y0, second
+    def __init__(
+        self, outputs: Tensor, y0: Tensor, second: SecondPass, valid: Tensor | None = None
+    ) -> None:
+        self.outputs, self.y0, self._second, self.valid = outputs, y0, second, valid
 
     def second(self, prior: Tensor) -> Tensor:
         """Run the anchor."""

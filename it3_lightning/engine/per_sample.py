@@ -47,6 +47,7 @@ from it3_lightning.engine.types import (
     Plain,
     SampleDims,
     ToLabel,
+    ValidIn,
 )
 from it3_lightning.utils.graphs import graph_count
 
@@ -123,6 +124,7 @@ class SampleAdapter:
         isolation: Isolation = nullcontext,
         inputs_in: InputsIn | None = None,
         sample_dims: SampleDims | None = None,
+        valid_in: ValidIn | None = None,
         moments: SourceMoments | None = None,
     ) -> None:
         self._sample_dims = sample_dims
@@ -131,7 +133,7 @@ class SampleAdapter:
         self._forward = forward
         self._isolation = isolation
         given: dict[str, Any] = {"enters": enters, "isolation": isolation, "inputs_in": inputs_in}
-        given["moments"] = moments
+        given |= {"valid_in": valid_in, "moments": moments}
         alone = replace(settings, scope="batch", gate=None, compile=False)
         self._alone = BatchAdapter(module, forward, to_label, alone, **given)
         self._common = module, forward, to_label, alone, given
@@ -147,6 +149,8 @@ class SampleAdapter:
             believe: Callable[[Any], Any] | None = None
             if self._own_statistics:  # they come with each sample
                 given = {"inputs_in": inputs_in}
+                if valid_in is not None:
+                    given["valid_in"] = lambda pair, y0: valid_in(pair[0], y0)
                 run, shared, believe = partial(run_by, module, forward), False, self._believe
                 network = Network(module, self.selected, run, to_label, enters, **given)
             self._vectorised = self._fast.Vectorised(

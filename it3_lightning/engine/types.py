@@ -42,6 +42,10 @@ SampleDims = Callable[[Any], Any]
 """For each tensor of a network's inputs the dimension of its samples, ``None`` where all samples
 share it; ``None`` in place of it all: by the rule of :mod:`it3_lightning.engine.trees`."""
 
+ValidIn = Callable[[Any, Tensor], Tensor | None]
+"""A network's inputs and its prediction in label space, ``(B, C, ...)``, to the positions that are
+valid, ``(B, ...)`` booleans; ``None``: all."""
+
 SOURCE = 0
 """The version of the weights that training left."""
 

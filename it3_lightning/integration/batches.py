@@ -24,6 +24,7 @@ INPUT_NAMES = (
     *("input", "inputs", "image", "images", "x", "features", "data"),
     *TRANSFORMERS[:5],
 )
+MASKS = ("attention_mask", "pixel_mask")  # of these: 1 where there is something, 0 for padding
 TARGET_NAMES = ("target", "targets", "label", "labels", "y", "mask", "masks", "class")
 
 
@@ -95,6 +96,16 @@ def with_inputs(batch: Any, inputs: Any) -> Any:
         return dataclasses.replace(batch, **{name: inputs})
     setattr(changed, name, inputs)
     return changed
+
+
+def valid_in(inputs: Any) -> Tensor | None:
+    """Return which positions a mask of ``transformers`` says are there, booleans; ``None``: none.
+
+    >>> valid_in({"input_ids": 5, "attention_mask": torch.tensor([[1, 1, 0]])})
+    tensor([[ True,  True, False]])
+    """
+    masks = [inputs.get(name) for name in MASKS] if isinstance(inputs, Mapping) else []
+    return next((mask != 0 for mask in masks if isinstance(mask, Tensor)), None)
 
 
 def called_on(module: nn.Module, inputs: Any) -> Any:

@@ -119,6 +119,19 @@ class Conditioned(ModuleMixin):
         """
         return None
 
+    def it3_valid(self, inputs: Any) -> Tensor | None:
+        """Return which positions of a prediction count at test time, as the inputs say.
+
+        Booleans ``(B, ...)``, for predictions ``(B, C, ...)`` in label space; ``None``: all. The
+        others are padding: they have no part in distances, filters and what is minimised. By
+        default what an ``attention_mask`` or ``pixel_mask`` says, where it has the positions of the
+        prediction. Override for masks of other names::
+
+            def it3_valid(self, inputs):  # True where there is nothing
+                return ~inputs["padding_mask"]
+        """
+        return batches.valid_in(inputs)
+
     def it3_forward(self, inputs: Any) -> Tensor:
         """Return the network's outputs ``(B, ...)``; override where ``self(inputs)`` does not.
 
@@ -409,6 +422,8 @@ class PlainModule:
 
 class _Classes:
     """Outputs as probabilities, of as many classes as there are outputs."""
+
+    positions = True  # there may be
 
     def __init__(self, outputs: OutputKind) -> None:
         self._outputs: OutputKind = outputs

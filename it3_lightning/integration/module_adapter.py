@@ -26,7 +26,8 @@ from it3_lightning.engine import (
 )
 from it3_lightning.engine.passes import copied
 from it3_lightning.engine.restore import Snapshot, undisturbed_rng, without_side_effects
-from it3_lightning.engine.types import Forward, InputsIn, Isolation, SampleDims
+from it3_lightning.engine.types import Forward, InputsIn, Isolation, SampleDims, ValidIn
+from it3_lightning.integration import batches
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import hooked_by, muted, patched, without_logs
 from it3_lightning.integration.module import Conditioned, IT3Module, outputs_in, replaced
@@ -98,6 +99,7 @@ def adapter_of(
                 isolation=partial(without_logs, module),
                 inputs_in=inputs_in,
                 sample_dims=sample_dims or sample_dims_of(module),
+                valid_in=valid_in(module, host, inputs_in),
                 moments=moments,
                 **company,
             )
@@ -177,6 +179,46 @@ def sample_dims_of(module: LightningModule) -> SampleDims | None:
     """Return what says which dimensions of a module's inputs hold samples; ``None``: the rule."""
     own = getattr(type(module), "it3_sample_dims", None)
     return None if own in (None, Conditioned.it3_sample_dims) else module.it3_sample_dims  # type: ignore[return-value]
+
+
+def valid_in(
+    module: LightningModule, host: IT3Module, inputs_in: InputsIn | None = None
+) -> ValidIn | None:
+    """Return what says which positions of a module's predictions count; ``None``: all do.
+
+    Args:
+        module: whose ``it3_valid`` is asked, where it has one of its own.
+        host: the same, as what predicts with a prior; without positions in its label space only a
+            module's own is asked.
+        inputs_in: finds the module's inputs in what the engine is given.
+    """
+    own = getattr(type(module), "it3_valid", None)
+    told = own not in (None, Conditioned.it3_valid)
+    if not told and not getattr(host.it3_prior, "positions", False):
+        return None
+    asked: Callable[[Any], Tensor | None] = module.it3_valid if told else batches.valid_in  # type: ignore[assignment]
+
+    def valid(given: Any, y0: Tensor) -> Tensor | None:
+        found = asked(given if inputs_in is None else inputs_in(given))
+        positions = (y0.shape[0], *y0.shape[2:])
+        if found is None or (y0.ndim > 2 and found.shape == positions):
+            return None if found is None else found.to(y0.device) != 0
+        if not told:  # a mask of something else: of what is encoded, not of what is predicted
+            return None
+        raise ValueError(
+            _VALID.format(
+                name=type(module).__name__,
+                got=tuple(found.shape),
+                positions=positions,
+                y0=tuple(y0.shape),
+            )
+        )
+
+    return valid
+
+
+_VALID = """Expected it3_valid of {name} to return booleans {positions}, one for each position of \
+predictions {y0} in label space, or None where all count, got {got}."""
 
 
 def _announced(made: Adapter) -> str:

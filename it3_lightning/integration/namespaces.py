@@ -34,6 +34,7 @@ HOOKS = (
     "it3_target",
     "it3_with_inputs",
     "it3_sample_dims",
+    "it3_valid",
     "it3_forward",
     "it3_outputs",
 )  # what a module may say of its batches and outputs

@@ -66,6 +66,8 @@ class Passes(ABC):
         inputs: of the network, tensors ``(B, ...)``, possibly nested.
         outputs: ``f(x, 0)``, ``(B, ...)``, with its graph.
         y0: the same in label space, ``(B, C, ...)``.
+        valid: ``(B, ...)`` booleans, the positions of ``y0`` that count, as the inputs say: the
+            others are padding. ``None``: all.
         weights: the adapting weights by name, as the passes use them: part of their graph.
         source: the same as training left them.
         layers: that the method asks for, :attr:`TestTimeMethod.layers`, by name.
@@ -74,6 +76,7 @@ class Passes(ABC):
     inputs: Any
     outputs: Tensor
     y0: Tensor
+    valid: Tensor | None = None
     weights: Mapping[str, Tensor]
     source: Mapping[str, Tensor]
     layers: Mapping[str, nn.Module]
@@ -237,6 +240,8 @@ TestTimeObjective.__test__ = False  # type: ignore[attr-defined]  # its name is 
 @dataclass(frozen=True)
 class CallableMethod(TestTimeMethod):
     """A plain callable ``(y0, second) -> Objective`` as a method.
+
+    It is not told which positions are valid: to it all are.
 
     Args:
         objective: the callable, with an attribute ``needs_batch``.

@@ -16,6 +16,7 @@ from it3_lightning.methods.terms import (
     check_settings,
     confident,
     get_distance,
+    measured,
     sharpen_term,
 )
 
@@ -30,7 +31,8 @@ class Idempotence(TestTimeMethod):
     a row of its own.
 
     Args:
-        distance: a name, or a callable ``(B, C, ...), (B, C, ...) -> (B,)``.
+        distance: a name, or a callable ``(B, C, ...), (B, C, ...) -> (B,)``; where there is
+            padding it is shown equal predictions.
         reliability: confidence above which a class prediction counts as reliable, provided that
             both predictions name the same class; the others do not move the weights. Of maps, the
             mean confidence and the share of positions with the same class must lie above it.
@@ -74,18 +76,19 @@ class Idempotence(TestTimeMethod):
 
     def loss(self, passes: Passes) -> Objective:
         """Evaluate the distance between the first and the second prediction."""
-        return self(passes.y0, passes.second)
+        return self(passes.y0, passes.second, passes.valid)
 
-    def __call__(self, y0: Tensor, second: SecondPass) -> Objective:
+    def __call__(self, y0: Tensor, second: SecondPass, valid: Tensor | None = None) -> Objective:
         """Evaluate the distance between the first and the second prediction."""
         y1 = second(y0)
-        measure = get_distance(self.distance)(y0, y1)
+        measure = measured(self.distance, y0, y1, valid)
         if measure.shape != y0.shape[:1]:
             raise ValueError(
                 f"Expected a distance of shape ({y0.shape[0]},), one per sample, got "
                 f"{tuple(measure.shape)}. Do not average over the batch."
             )
-        reliable = confident(y0, self.reliability) & agreeing(y0, y1, self.reliability)
+        limit = self.reliability
+        reliable = confident(y0, limit, valid) & agreeing(y0, y1, limit, valid)
         sharpen = 0.0 if self.reliability is None else self.sharpen
-        terms = balance_term(y0, self.balance), sharpen_term(y0, sharpen)
+        terms = balance_term(y0, self.balance, valid), sharpen_term(y0, sharpen, valid)
         return Objective(measure, reliable, *terms)

@@ -56,5 +56,5 @@ class MEMO(TestTimeMethod):
         augment = crop_and_flip if self.augment is None else self.augment
         total = sum(passes.other(augment(passes.inputs)) for _ in range(self.views))
         mean = torch.as_tensor(total) / self.views
-        measure = cross_entropy(mean, mean)
+        measure = cross_entropy(mean, mean, passes.valid)
         return Objective(measure, torch.ones_like(measure, dtype=torch.bool))

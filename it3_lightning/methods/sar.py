@@ -77,7 +77,7 @@ class SAR(TestTimeMethod):
     def loss(self, passes: Passes) -> Objective:
         """Evaluate the entropy, and whose is low enough."""
         check_classes("SAR", passes.y0)
-        entropy = cross_entropy(passes.y0, passes.y0)
+        entropy = cross_entropy(passes.y0, passes.y0, passes.valid)
         return Objective(entropy, entropy < self.margin * math.log(passes.y0.shape[1]))
 
     def step(self, passes: Passes, state: Steps) -> Objective:

@@ -45,13 +45,13 @@ class Entropy(TestTimeMethod):
 
     def loss(self, passes: Passes) -> Objective:
         """Evaluate the entropy of the first prediction."""
-        return self(passes.y0, passes.second)
+        return self(passes.y0, passes.second, passes.valid)
 
-    def __call__(self, y0: Tensor, second: SecondPass) -> Objective:
+    def __call__(self, y0: Tensor, second: SecondPass, valid: Tensor | None = None) -> Objective:
         """Evaluate the entropy of the first prediction; the second is not asked for."""
         check_classes("Entropy", y0)
-        measure = cross_entropy(y0, y0)
-        return Objective(measure, confident(y0, self.reliability), balance_term(y0, self.balance))
+        measure, reliable = cross_entropy(y0, y0, valid), confident(y0, self.reliability, valid)
+        return Objective(measure, reliable, balance_term(y0, self.balance, valid))
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class ClassPrior(Prior):
         self.outputs: OutputKind = outputs
         self.ignore_index = ignore_index
         self.layout: SeriesLayout = layout
-        self.averaged = layout == "BC"
+        self.averaged, self.positions = layout == "BC", layout != "BC"
 
     def from_target(self, target: Tensor) -> Tensor:
         """Return ``(B, C)`` or ``(B, C, T)`` one-hot vectors, or the given probabilities."""

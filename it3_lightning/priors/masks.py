@@ -53,6 +53,8 @@ class MaskPrior(Prior):
     tensor([[[[0.5000, 0.5000]]]])
     """
 
+    positions = True
+
     def __init__(
         self,
         num_classes: int = 1,

@@ -78,6 +78,8 @@ class Prior(nn.Module, ABC):
     """Whether a layer without the positions of a prior may see their average."""
     carried: Carried | None = None
     """What a stream has come to, while an adaptation runs."""
+    positions: bool = False
+    """Whether label space is that of series or maps, of which inputs may say what is padding."""
     fitted: bool = True
     """Whether the prior knows what it must know of the targets, so that no fit is needed."""
 

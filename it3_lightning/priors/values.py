@@ -79,7 +79,7 @@ class ValuePrior(Prior):
         if layout not in get_args(ValueLayout):
             raise ValueError(f"Expected layout {', '.join(get_args(ValueLayout))}, got {layout!r}.")
         self.layout: ValueLayout = layout
-        self.averaged = layout == "BC"
+        self.averaged, self.positions = layout == "BC", layout != "BC"
         self.noise = noise
         self.register_buffer("mean", _row("mean", mean, size))
         self.register_buffer("std", _row("std", std, size))

@@ -9,8 +9,8 @@ from helpers.modules import predictions
 from helpers.reference import Distance, distance
 from torch import Tensor
 
-from it3_lightning.methods import confident
-from it3_lightning.methods.terms import DistanceName, get_distance
+from it3_lightning.methods import agreeing, balance_term, confident
+from it3_lightning.methods.terms import DistanceName, get_distance, measured, sharpen_term
 
 NAMES: list[Any] = list(get_args(DistanceName))
 
@@ -104,3 +104,64 @@ def test_an_unknown_name_is_told_its_neighbours() -> None:
 def test_rounded_probabilities_still_count_as_classes(dtype: torch.dtype) -> None:
     y0 = predictions(50, 1000).to(dtype)
     assert confident(y0, 0.9).sum().item() == int((y0.amax(1) > 0.9).sum())
+
+
+# Padding
+
+
+LENGTHS = [5, 2, 3, 1]
+VALID = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
+
+
+def crops(values: Tensor) -> list[Tensor]:
+    return [row[None, :, :length] for row, length in zip(values, LENGTHS, strict=True)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_distances_of_padded_series_are_those_of_cropped_ones(name: Any) -> None:
+    p, q = pair(4, 2, 5)
+    p, q = p.softmax(1), q.softmax(1)
+    found = measured(name, p, q, VALID)
+    cut = zip(crops(p), crops(q), strict=True)
+    expected = torch.cat([distance(name, a, b) for a, b in cut])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        measured(name, p.unflatten(2, (5, 1)), q.unflatten(2, (5, 1)), VALID[..., None]), found
+    )
+
+
+def test_filters_and_terms_of_padded_series_are_those_of_cropped_ones() -> None:
+    p, q = (each.softmax(1) for each in pair(4, 2, 5))
+    sure = [a.amax(1).mean().item() for a in crops(p)]
+    cut = zip(crops(p), crops(q), strict=True)
+    same = [(a.argmax(1) == b.argmax(1)).double().mean().item() for a, b in cut]
+    for limit in (0.1, 0.3, 0.5, 0.52, 0.55, 0.6, 0.7):
+        assert confident(p, limit, VALID).tolist() == [value > limit for value in sure]
+        assert agreeing(p, q, limit, VALID).tolist() == [value > limit for value in same]
+    entropies = torch.cat([-(a * a.log()).sum(1).mean(1) for a in crops(p)])
+    torch.testing.assert_close(sharpen_term(p, 2.0, VALID), 2 * entropies)
+    mean = torch.cat([a[0] for a in crops(p)], dim=1).mean(1)
+    torch.testing.assert_close(balance_term(p, 2.0, VALID), 2 * (mean * mean.log()).sum())
+
+
+def test_a_distance_of_ones_own_is_shown_equal_predictions_where_there_is_padding() -> None:
+    p, q = pair(4, 2, 5)
+    seen: list[Tensor] = []
+
+    def own(a: Tensor, b: Tensor) -> Tensor:
+        seen.append(a - b)
+        return (a - b).abs().amax((1, 2))
+
+    expected = torch.cat(
+        [(a - b).abs().amax((1, 2)) for a, b in zip(crops(p), crops(q), strict=True)]
+    )
+    assert torch.equal(measured(own, p, q, VALID), expected)
+    assert not seen[0].movedim(1, 2)[~VALID].any()
+    assert torch.equal(measured(own, p, q), own(p, q))
+
+
+def test_a_sample_of_padding_alone_measures_nothing() -> None:
+    p, q = pair(4, 2, 5)
+    none = torch.zeros_like(VALID)
+    assert measured("l2", p, q, none).tolist() == [0.0] * 4
+    assert confident(p.softmax(1), 0.1, none).tolist() == [False] * 4

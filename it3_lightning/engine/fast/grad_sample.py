@@ -391,13 +391,18 @@ class Layerwise:
         with watched(layers, size, root, take):
             outputs = self._network.first(inputs, SOURCE)
         y0 = self._network.to_label(outputs)
-        y1 = None
+        y1, valid = None, None
         if self._asks:
             y1 = self._network.second(inputs, y0, None, SOURCE)
-        losses, others = vmap(self._alone, in_dims=(0, None if y1 is None else 0))(y0, y1)
+        if self._network.valid_in is not None:
+            valid = self._network.valid(inputs, y0)
+        dims = [None if each is None else 0 for each in (y0, y1, valid)]
+        losses, others = vmap(self._alone, in_dims=(*dims,))(y0, y1, valid)
         return losses, SampleEvaluations(*(value.detach() for value in (outputs, *others, losses)))
 
-    def _alone(self, y0: Tensor, y1: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _alone(
+        self, y0: Tensor, y1: Tensor | None, valid: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return one sample's loss, and its measure, reliability, and whether it moves."""
         alone, asked = y0[None], []
 
@@ -407,7 +412,8 @@ class Layerwise:
             asked.append(prior)
             return y1[None]
 
-        objective = self._method.loss(FunctionalPasses(alone, alone, second))
+        mask = None if valid is None else valid[None]
+        objective = self._method.loss(FunctionalPasses(alone, alone, second, mask))
         self._asks = bool(asked)
         seen = objective.measure[0], objective.reliable[0], objective.moves[0]
         return objective.loss(), seen

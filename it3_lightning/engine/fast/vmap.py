@@ -404,7 +404,8 @@ class Gradients:
 
         def evaluated() -> tuple[Tensor, Objective]:
             outputs = network.first(sample, SOURCE) if cached else network.run(sample, None)
-            passes = FunctionalPasses(outputs, network.to_label(outputs), second)
+            y0 = network.to_label(outputs)
+            passes = FunctionalPasses(outputs, y0, second, network.valid(sample, y0))
             return outputs, self._method.loss(passes)
 
         outputs, objective = self._sites.run_with(own, evaluated)
@@ -604,13 +605,14 @@ class Vectorised:
     def _measured(self, stacked: Stacked, inputs: Any, outputs: Tensor) -> Tensor:
         """Return the objective's measure ``(B,)`` of outputs with the adapted weights."""
 
-        def one(weights: Weights, anchor: Weights | None, y0: Tensor, sample: Any) -> Any:
+        def one(weights: Weights, anchor: Weights | None, last: Tensor, sample: Any) -> Any:
             def second(prior: Tensor) -> Tensor:
                 own = weights if anchor is None else anchor
                 return self._network.second(sample, prior, own, None)
 
-            alone = y0[None]
-            passes = FunctionalPasses(alone, self._network.to_label(alone), second)
+            alone = last[None]
+            y0 = self._network.to_label(alone)
+            passes = FunctionalPasses(alone, y0, second, self._network.valid(sample, y0))
             return self._method.loss(passes).measure[0]
 
         dims = (stacked.dim, stacked.anchor_dim, 0)
