@@ -1,6 +1,13 @@
 """How Sphinx builds the documentation: sphinx-build -W -b html docs build/docs."""
 
+import sys
 from importlib.metadata import version as _version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cells import PAGES, page, printed_by, script
 
 project = "it3_lightning"
 version = release = _version("it3_lightning")
@@ -10,7 +17,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
 ]
-exclude_patterns = ["*.py"]
+exclude_patterns = ["*.py", "printed"]
 html_theme = "furo"
 html_title = "it3_lightning"
 html_show_sphinx = False
@@ -23,3 +30,14 @@ autodoc_typehints = "none"  # the docstrings say shapes and units
 autodoc_member_order = "bysource"
 add_module_names = False
 napoleon_use_ivar = True
+
+
+def _with_cells(app: Any, name: str, source: list[str]) -> None:
+    """Put the cells of an example in the place of its page."""
+    if name in PAGES:
+        source[0] = page(script(name), printed_by(name))
+
+
+def setup(app: Any) -> None:
+    """Read the examples in cells as pages."""
+    app.connect("source-read", _with_cells)

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-OTHERS = {EXAMPLES / "serve.py", EXAMPLES / "sequence_memory.py"}  # have tests of their own
+OTHERS = {  # have tests of their own
+    EXAMPLES / f"{name}.py"
+    for name in ("serve", "sequence_memory", "ten_minutes", "what_the_distance_tells")
+}
 
 
 @pytest.mark.parametrize(
