@@ -2,7 +2,8 @@
 
 The loop over batches of one is the reference. Where a fast path adapts to many samples at once with
 the same result, and in less time, it is taken; which of both is found out on a few samples, and
-again where the conditions change.
+again where the conditions change. Which is faster is remembered of a module while it lives, for
+other adapters of it that do the same; that both agree each adapter finds out by itself.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any, Literal
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +61,7 @@ _MOVEMENT = 0.01  # or this share of how far the steps moved them
 _ROUGHLY = 0.5  # the same in low precision, where Adam makes whole steps of rounding errors
 _LOW = 1e-3  # unit of rounding of TF32; half precision has larger ones
 _ALWAYS = 2**62  # samples: whatever their number
+_KEPT = 64  # selections that are remembered of a module, the latest
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,9 @@ class SampleAdapter:
         settings: how to adapt.
         enters: see :class:`~it3_lightning.engine.BatchAdapter`, as of the others.
         isolation: likewise.
+        known_as: plain data that tells what the functions above do from what those of other
+            adapters of this module do: where it is equal, and all else that a selection is made
+            under, one adapter goes by what another has measured. ``None``: it measures for itself.
 
     Attributes:
         selected: the adapting parameters by name.
@@ -126,6 +132,7 @@ class SampleAdapter:
         sample_dims: SampleDims | None = None,
         valid_in: ValidIn | None = None,
         moments: SourceMoments | None = None,
+        known_as: tuple[str | None, ...] | None = None,
     ) -> None:
         self._sample_dims = sample_dims
         self._module = module
@@ -157,6 +164,11 @@ class SampleAdapter:
                 module, self.selected, network, settings, shared, believe
             )
         self._known: dict[Any, BackendSelection] = {}  # by the conditions they were made under
+        self._alike: Any = None  # what adapters that do the same have in common
+        if known_as is not None and settings.backend == "auto":
+            self._alike = _plainly(
+                (*known_as, fast.enabled("grad_sample"), *self.selected, settings)
+            )
         self.backend_selection: BackendSelection | None = None
         self._told = False  # which tensors hold the samples of the batch at hand
         self._under: Any = None  # the conditions of the batch at hand
@@ -259,7 +271,9 @@ class SampleAdapter:
             adaptation = self._looped(inputs, answer)
         else:
             adaptation, known = self._at_once(inputs, answer, known)
-        self._known[conditions] = self.backend_selection = known
+        if known != self._known.get(conditions):
+            self._keep(known)
+        self.backend_selection = known
         if known.backend == "loop" and self._vectorised is not None:
             self._vectorised.release()  # type: ignore[attr-defined]
         return adaptation
@@ -393,23 +407,51 @@ class SampleAdapter:
     # Backend selection
 
     def _conditions(self, inputs: Any) -> Any:
-        """Return what a selection was made under; where it changes, another one is made."""
+        """Return what a selection was made under; where it changes, another one is made.
+
+        It keeps neither layers nor code alive.
+        """
         device = next(iter(self.selected.values())).device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         layers = tuple(map(_state, list(self._module.modules())[1:]))  # calls of itself are ours
-        return tuple(map(_kind, tree_leaves(inputs))), self._module.training, layers, autocast
+        own = self._module.training, _itself(type(self._module).forward), *_tensors(self._module)
+        process = autocast, torch.get_num_threads(), torch.get_float32_matmul_precision()
+        return tuple(map(_kind, tree_leaves(inputs))), own, layers, process
+
+    def _keep(self, selection: BackendSelection) -> None:
+        """Keep a selection for the conditions of now; what was measured, for others alike too."""
+        self._known[self._under] = selection
+        if self._alike is None or not 0 < selection.tried < _ALWAYS:
+            return
+        measured, key = _MEASURED.setdefault(self._module, {}), (self._alike, self._under)
+        measured.pop(key, None)  # the latest stands last
+        measured[key] = selection
+        if len(measured) > _KEPT:
+            measured.pop(next(iter(measured)))
+
+    def _measured(self, size: int) -> BackendSelection | None:
+        """Return what an adapter alike has measured under the conditions of now."""
+        found = _MEASURED.get(self._module, {}).get((self._alike, self._under))
+        return found if found is not None and found.serves(size) else None
 
     def _selecting(
         self, inputs: Any, answer: Answer, size: int
     ) -> tuple[Adaptation, BackendSelection]:
-        """Adapt to a batch, and select the backend meanwhile: what is tried is not done twice."""
+        """Adapt to a batch, and select the backend meanwhile: what is tried is not done twice.
+
+        Where the time is known, what is vectorised is still compared with the loop, on one sample.
+        """
         reason = self._why_loop()
         if reason is not None:
             return self._looped(inputs, answer), BackendSelection("loop", 1, _ALWAYS, reason)
-        chunk = self._chunk_size(inputs)
+        known = self._measured(size)
+        if known is not None and known.backend == "loop":
+            return self._looped(inputs, answer), known
+        auto = self._settings.backend == "auto" and known is None
+        chunk = self._chunk_size(inputs) if known is None else known.chunk_size
         together_size = min(size, chunk)
         few, looping = [], float("inf")
-        count = _LOOPED if self._settings.backend == "auto" else 1  # one tells no time
+        count = _LOOPED if auto else 1  # one tells no time
         for index in range(min(size, count)):
             one, seconds = _timed(partial(self._one, inputs, index, answer))
             few.append(one)
@@ -433,13 +475,14 @@ class SampleAdapter:
             cause = f"its outputs differ by {apart[0]:.2g}, where {apart[1]:.2g} may be rounding."
             return self._rest(inputs, answer, few), _fallen_back(chunk, cause)
         tried = min(together_size, _MOST)
-        if self._settings.backend == "auto" and looping < together < _DOUBTFUL * looping:
+        if auto and looping < together < _DOUBTFUL * looping:
             found, seconds = _timed(partial(self._chunk, many, answer))
             together = seconds / together_size
-        slower = self._settings.backend == "auto" and looping < together
+        slower = auto and looping < together
         reason = f"loop {1e3 * looping:.3g}, vectorised {1e3 * together:.3g} ms a sample, {tried}"
-        reason = f"{reason} at once" if self._settings.backend == "auto" else "as asked for"
-        selection = BackendSelection("loop" if slower else "vectorised", chunk, tried, reason)
+        reason = f"{reason} at once" if auto else "as asked for"
+        backend: Literal["loop", "vectorised"] = "loop" if slower else "vectorised"
+        selection = known or BackendSelection(backend, chunk, tried, reason)
         rest = range(together_size, size)
         if not rest:
             return found, selection
@@ -573,6 +616,41 @@ def _rounded(mine: Tensor, theirs: Tensor, whole: Tensor) -> bool:
     return bool((mine - theirs).abs().max() <= _rounding(every[every.isfinite()], _unit(whole)))
 
 
+_MEASURED: WeakKeyDictionary[nn.Module, dict[Any, BackendSelection]] = WeakKeyDictionary()
+"""The selections that were measured of each module, by what was measured and under what."""
+
+
+def _plainly(value: Any) -> Any:
+    """Return what equal values have in common, and keep none of them alive.
+
+    Functions and classes are themselves; dataclasses are equal where their fields are; what may
+    change unseen equals nothing.
+    """
+    if value is None or isinstance(value, str | int | float):
+        return type(value).__name__, value
+    if isinstance(value, tuple | list):
+        return tuple(map(_plainly, value))
+    if isinstance(value, FunctionType | type):
+        return ref(value)
+    if is_dataclass(value):
+        return ref(type(value)), *(_plainly(getattr(value, each.name)) for each in fields(value))
+    return object()
+
+
+def _itself(code: Any) -> Any:
+    """Return what tells code from other code, and does not keep it alive."""
+    try:
+        return None if code is None else ref(code)
+    except TypeError:
+        return id(code)
+
+
+def _tensors(layer: nn.Module) -> Iterator[Any]:
+    """Yield what a layer's own parameters are like, whatever their values."""
+    for each in vars(layer).get("_parameters", {}).values():
+        yield None if each is None else (each.shape, each.dtype, each.device)
+
+
 def _kind(leaf: Any) -> Any:
     """Return what inputs of a kind have in common, whatever their number."""
     if isinstance(leaf, Tensor):
@@ -581,7 +659,7 @@ def _kind(leaf: Any) -> Any:
         return leaf.tensor.shape, leaf.tensor.dtype
     if isinstance(leaf, Mapping):
         return tuple(leaf), tuple(map(_kind, tree_leaves(list(leaf.values()))))
-    return type(leaf)
+    return ref(type(leaf))
 
 
 def _state(layer: nn.Module) -> tuple[Any, ...]:
@@ -590,12 +668,13 @@ def _state(layer: nn.Module) -> tuple[Any, ...]:
     compiled = own.get("_compiled_call_impl") is not None
     hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks)
     return (
-        id(layer),
+        ref(layer),
         layer.training,
-        getattr(type(layer), "forward", None),
-        id(own.get("forward")),
+        _itself(getattr(type(layer), "forward", None)),
+        _itself(own.get("forward")),
         compiled,
         hooks,
+        *_tensors(layer),
     )
 
 

@@ -386,6 +386,7 @@ class PlainModule:
 
     def __init__(self, module: LightningModule, outputs: OutputKind) -> None:
         self._module = module
+        self.outputs = outputs
         self.it3_prior: Any = _Classes(outputs)
 
     def it3_inputs(self, batch: Any) -> Any:

@@ -30,7 +30,13 @@ from it3_lightning.engine.types import Forward, InputsIn, Isolation, SampleDims,
 from it3_lightning.integration import batches
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.isolation import hooked_by, muted, patched, without_logs
-from it3_lightning.integration.module import Conditioned, IT3Module, outputs_in, replaced
+from it3_lightning.integration.module import (
+    Conditioned,
+    IT3Module,
+    PlainModule,
+    outputs_in,
+    replaced,
+)
 from it3_lightning.priors.prior import Carried
 
 WhichPrediction = Literal["first", "second", "mean"]
@@ -54,6 +60,7 @@ def adapter_of(
     sample_dims: SampleDims | None = None,
     moments: SourceMoments | None = None,
     prediction: WhichPrediction = "first",
+    step: str | None = None,
     silent: bool = False,
     alone: bool = False,
 ) -> Adapter:
@@ -68,6 +75,8 @@ def adapter_of(
         sample_dims: says which dimensions of that hold samples; default: as the module does.
         moments: of source data, for ``norm_stats="evidence"``.
         prediction: which one is wanted.
+        step: that asks for it, where ``forward`` is given: adapters of a module for one step and
+            one prediction do the same.
         silent: say nothing.
         alone: whether the caller sees to it that the context of each sample is its own.
 
@@ -84,7 +93,10 @@ def adapter_of(
         raise MisconfigurationException(_NO_COMPANY)
     if context == "stream":  # the mean of first predictions: they have to be there
         settings = replace(settings, measure=True)
-    company = {"in_company": True} if context and kind is BatchAdapter else {}
+    more: dict[str, Any] = {"in_company": True} if context and kind is BatchAdapter else {}
+    if kind is SampleAdapter and (forward is None or step is not None):
+        outputs = host.outputs if isinstance(host, PlainModule) else None
+        more = {"known_as": (step, prediction, outputs)}
     frozen = getattr(module, "it3_frozen", None) is not None  # while it is fitted
     trainable: Isolation = module.it3_trainable if frozen else nullcontext  # type: ignore[assignment]
     to_label = host.it3_prior.from_output
@@ -101,7 +113,7 @@ def adapter_of(
                 sample_dims=sample_dims or sample_dims_of(module),
                 valid_in=valid_in(module, host, inputs_in),
                 moments=moments,
-                **company,
+                **more,
             )
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error

@@ -115,6 +115,7 @@ class PerSampleStep:
             sample_dims=self._dims if self._dims_of_inputs is not None else None,
             moments=moments,
             prediction=prediction,
+            step=step,
         )
         self.undo, self.restart = Undo(), self.adapter.restart
         self._module = module
