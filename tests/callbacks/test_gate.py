@@ -11,7 +11,7 @@ import torch
 from helpers.reference import ToyNet, _source, adapt_stream
 from helpers.toy import (
     Batch,
-    IT3Net,
+    Validated,
     adapting,
     differing,
     doubles,
@@ -19,6 +19,7 @@ from helpers.toy import (
     loader,
     net,
     parts,
+    predicted,
     quiet,
     samples,
     seeded,
@@ -26,7 +27,7 @@ from helpers.toy import (
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from it3_lightning import ClassPrior, Idempotence, IT3TestTimeCallback
@@ -40,11 +41,6 @@ MEASURED = "Idempotence, distance 'l2', norm_stats 'source'"
 def double() -> Iterator[None]:
     with doubles():
         yield
-
-
-class Validated(IT3Net):
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
 
 
 def gated(gate: float = 0.5, **settings: Any) -> IT3TestTimeCallback:
@@ -70,11 +66,6 @@ def calibrated(gate: float = 0.5, **settings: Any) -> Any:
     trainer = quiet(callbacks=[gated(gate, **settings)])
     trainer.validate(model, loader(count=20, seed=1), verbose=False)
     return model
-
-
-def predicted(model: Any, *callbacks: Any, data: Any = None) -> Tensor:
-    batches: Any = quiet(callbacks=list(callbacks)).predict(model, data or loader())
-    return torch.cat(list(batches))
 
 
 # Calibration

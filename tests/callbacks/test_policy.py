@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.toy import LitNet, adapting, differing, everything, loader, net, quiet, seeded
+from helpers.toy import (
+    LitNet,
+    adapting,
+    differing,
+    everything,
+    loader,
+    net,
+    predicted,
+    quiet,
+    seeded,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from it3_lightning import IT3TestTimeCallback, Tent, TestTimeCallback
@@ -26,11 +36,6 @@ def with_policy(arguments: dict[str, Any]) -> Any:
     module = net()
     module.it3_calibration.policy = policy(module, arguments)
     return module
-
-
-def predicted(module: Any, *callbacks: Any) -> torch.Tensor:
-    found: Any = quiet(callbacks=[*callbacks]).predict(module, loader())
-    return torch.cat(found)
 
 
 def written(file: Path, module: Any, arguments: dict[str, Any]) -> Path:

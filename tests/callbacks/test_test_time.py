@@ -13,11 +13,13 @@ from helpers.toy import (
     Batch,
     IT3Net,
     LitNet,
+    Validated,
     adapting,
     doubles,
     loader,
     net,
     parts,
+    predicted,
     quiet,
     samples,
     seeded,
@@ -26,7 +28,6 @@ from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from it3_lightning import ForwardArgument, Idempotence, IT3TestTimeCallback
 from it3_lightning.engine.types import Scope
@@ -38,18 +39,8 @@ def double() -> Iterator[None]:
         yield
 
 
-class Validated(IT3Net):
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
-
-
 def head(module: LightningModule) -> Tensor:
     return module.get_parameter("net.head.weight").detach().clone()
-
-
-def predicted(model: LightningModule, *callbacks: Callback, **kwargs: Any) -> Tensor:
-    batches: Any = quiet(callbacks=list(callbacks), **kwargs).predict(model, loader())
-    return torch.cat(batches)
 
 
 # Stages

@@ -15,6 +15,7 @@ from helpers.toy import (
     doubles,
     loader,
     net,
+    predicted,
     quiet,
     samples,
 )
@@ -35,11 +36,6 @@ def double() -> Iterator[None]:
 
 def each(backend: Any = "loop", **settings: Any) -> IT3TestTimeCallback:
     return adapting(scope="sample", backend=backend, **settings)
-
-
-def predicted(model: Any, *callbacks: Callback, data: Any = None, **kwargs: Any) -> Tensor:
-    batches: Any = quiet(callbacks=list(callbacks), **kwargs).predict(model, data or loader())
-    return torch.cat(list(batches))
 
 
 def close(actual: Tensor, expected: Tensor) -> None:

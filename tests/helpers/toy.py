@@ -56,6 +56,13 @@ class IT3Net(IT3Mixin, LitNet):
     """The same with priors."""
 
 
+class Validated(IT3Net):
+    """Logs a loss of validation samples; a gate is calibrated meanwhile."""
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
 class Draws(IT3Net):
     """Draws random numbers in every forward pass."""
 
@@ -208,6 +215,12 @@ def everything(module: nn.Module) -> dict[str, Any]:
         noted[f"attributes {name}"] = sorted(vars(child))
         noted[f"hooks {name}"] = (len(child._forward_hooks), len(child._forward_pre_hooks))
     return noted
+
+
+def predicted(model: Any, *callbacks: Any, data: Any = None, **kwargs: Any) -> Tensor:
+    """Predict the samples of a loader, all batches as one."""
+    batches: Any = quiet(callbacks=list(callbacks), **kwargs).predict(model, data or loader())
+    return torch.cat(list(batches))
 
 
 def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

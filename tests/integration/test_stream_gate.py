@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers.toy import (
     Batch,
-    IT3Net,
     LitNet,
     Marked,
+    Validated,
     adapting,
     differing,
     doubles,
@@ -24,9 +24,10 @@ from helpers.toy import (
     samples,
     seeded,
 )
+from helpers.toy import predicted as predicted_of
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from it3_lightning import (
@@ -59,11 +60,6 @@ def double() -> Iterator[None]:
         yield
 
 
-class Validated(IT3Net):
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
-
-
 def serving(images: Tensor, labels: Tensor, **kwargs: Any) -> DataLoader[Any]:
     return DataLoader(TensorDataset(images, labels), batch_size=SIZE, **kwargs)
 
@@ -92,8 +88,7 @@ def calibrated(kind: Any = Validated, callback: Any = None, **args: Any) -> Any:
 
 
 def predicted(model: Any, *callbacks: Any, data: Any = None) -> Tensor:
-    batches: Any = quiet(callbacks=list(callbacks)).predict(model, data or serving(*stream()))
-    return torch.cat(list(batches))
+    return predicted_of(model, *callbacks, data=data or serving(*stream()))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.auxiliary import headed
-from helpers.method_runs import METHODS, TASKS, Make
+from helpers.method_runs import METHODS, TASKS, Make, adapted, adapter_of
 from helpers.modules import stream, takes_prior, toy
 from helpers.reference import softmax_label
 from helpers.toy import (
@@ -177,6 +177,34 @@ def test_the_same_seed_gives_the_same_bits_and_draws_nothing(name: str, module: 
     assert len(plain) == len(found)
     again = predicted(module, callback)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+needs_classes = pytest.mark.parametrize(
+    "method", [LAME(), LabelShiftEM()], ids=lambda method: type(method).__name__
+)
+"""Methods that move no weight and put out class probabilities that a whole batch agrees on."""
+
+
+@needs_classes
+def test_one_sample_keeps_the_prediction_of_the_network(method: TestTimeMethod) -> None:
+    net, x = toy(), stream(1)[0][:1]
+    found = adapted(adapter_of(method, net), net, x)
+    assert found.prediction is None
+    assert found.reason is not None
+    assert found.reason.endswith("at least two samples")
+
+
+@needs_classes
+@pytest.mark.parametrize(
+    ("outputs", "needs"), [((4, 1), "class probabilities"), ((4, 3, 2, 2), "one class vector")]
+)
+def test_values_and_maps_are_refused(method: Any, outputs: Any, needs: str) -> None:
+    net = nn.Identity()
+    net.register_parameter("weight", nn.Parameter(torch.ones(1)))
+    settings = Settings(objective=method, steps=0)
+    adapter = BatchAdapter(net, lambda x, _: x * net.weight, lambda y: y, settings)
+    with pytest.raises(ValueError, match=f"{type(method).__name__} needs {needs}"):
+        adapted(adapter, net, torch.ones(outputs))
 
 
 COSTS: dict[str, Make] = {

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.method_runs import (
-    adapted,
     adapter_of,
     batches,
     from_yaml,
@@ -17,10 +16,9 @@ from helpers.method_runs import (
 from helpers.modules import same, toy
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from it3_lightning import LabelShiftEM, TestTimeCallback
-from it3_lightning.engine import BatchAdapter, Settings
 
 
 def by_hand(
@@ -89,14 +87,6 @@ def test_a_frequent_class_takes_an_unsure_sample() -> None:
     assert LabelShiftEM().adjusted(p).argmax(1).tolist() == [0, 0, 0]
 
 
-def test_one_sample_keeps_the_prediction_of_the_network() -> None:
-    net, x = toy(), batches(1)[0][:1]
-    found = adapted(adapter_of(LabelShiftEM(), net), net, x)
-    assert found.prediction is None
-    assert found.reason is not None
-    assert found.reason.endswith("at least two samples")
-
-
 def test_an_untouched_module_predicts_by_it() -> None:
     module, stream = plain_module(), batches(3)
     (found,) = predicted(TestTimeCallback(LabelShiftEM()), module, stream)
@@ -119,19 +109,3 @@ def test_bad_settings_are_refused() -> None:
         LabelShiftEM(iterations=0)
     with pytest.raises(ValueError, match="Expected frequencies of 2 classes as source, got 3"):
         LabelShiftEM((1, 1, 1)).adjusted(torch.ones(2, 2) / 2)
-
-
-@pytest.mark.parametrize(
-    ("outputs", "message"),
-    [
-        ((4, 1), "LabelShiftEM needs class probabilities"),
-        ((4, 3, 2, 2), "LabelShiftEM needs one class vector"),
-    ],
-)
-def test_values_and_maps_are_refused(outputs: Any, message: str) -> None:
-    net = nn.Identity()
-    net.register_parameter("weight", nn.Parameter(torch.ones(1)))
-    settings = Settings(objective=LabelShiftEM(), steps=0)
-    adapter = BatchAdapter(net, lambda x, _: x * net.weight, lambda y: y, settings)
-    with pytest.raises(ValueError, match=message):
-        adapted(adapter, net, torch.ones(outputs))

@@ -6,7 +6,6 @@ public code, with which it agrees.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -22,10 +21,9 @@ from helpers.method_runs import (
 from helpers.modules import same, toy
 from helpers.reference import ToyNet
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 
 from it3_lightning import LAME, TestTimeCallback
-from it3_lightning.engine import BatchAdapter, Settings
 from it3_lightning.methods.lame import Affinity, assignments
 
 Weights = Callable[[Sequence[Tensor], int], list[list[float]]]
@@ -120,14 +118,6 @@ def test_neighbours_of_one_class_take_an_unsure_sample_along() -> None:
     torch.testing.assert_close(assignments(p, near)[3], p[3])
 
 
-def test_one_sample_keeps_the_prediction_of_the_network() -> None:
-    net, x = toy(), batches(1)[0][:1]
-    found = adapted(adapter_of(LAME(), net), net, x)
-    assert found.prediction is None
-    assert found.reason is not None
-    assert found.reason.endswith("at least two samples")
-
-
 def test_an_untouched_module_predicts_by_it() -> None:
     module, stream = plain_module(), batches(3)
     callback = TestTimeCallback(LAME("knn", 3, ["net.dense"]))
@@ -162,16 +152,3 @@ def test_bad_settings_are_refused() -> None:
         LAME(neighbours=0)
     with pytest.raises(MisconfigurationException, match=r"Unknown layer 'net.dens'.*'net.dense'"):
         predicted(TestTimeCallback(LAME(layers=["net.dens"])), plain_module(), batches(1))
-
-
-@pytest.mark.parametrize(
-    ("outputs", "message"),
-    [((4, 1), "LAME needs class probabilities"), ((4, 3, 2, 2), "LAME needs one class vector")],
-)
-def test_values_and_maps_are_refused(outputs: Any, message: str) -> None:
-    net = nn.Identity()
-    net.register_parameter("weight", nn.Parameter(torch.ones(1)))
-    settings = Settings(objective=LAME(), steps=0)
-    adapter = BatchAdapter(net, lambda x, _: x * net.weight, lambda y: y, settings)
-    with pytest.raises(ValueError, match=message):
-        adapted(adapter, net, torch.ones(outputs))
