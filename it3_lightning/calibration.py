@@ -357,31 +357,18 @@ def moments_of(module: nn.Module) -> SourceMoments:
     return moments
 
 
-def policy_of(module: nn.Module, calibration: object = None) -> dict[str, Any]:
-    """Return the policy that was chosen for a module with the weights it has.
+def source_of(module: nn.Module, settings: Settings) -> dict[str, Any]:
+    """Return what the method took from source data, as a module keeps it, with the weights it has.
 
-    Args:
-        module: that is to predict by it.
-        calibration: that holds it; default: the module's own.
-
-    Raises:
-        MisconfigurationException: none was, or for other weights.
+    It is empty where it keeps nothing, or of another method, or with other weights.
     """
-    kept = calibration or getattr(module, "it3_calibration", None)
-    policy = kept.policy if isinstance(kept, Calibration) else {}
-    if not policy:
-        raise MisconfigurationException(f"No policy has been chosen for this module. {_CHOOSE}")
-    if policy.get("weights") != fingerprint(module):
-        raise MisconfigurationException(
-            f"The policy {policy.get('name')!r} was chosen for other weights than these. {_CHOOSE}"
-        )
-    return policy
-
-
-_CHOOSE = (
-    "Run it3 calibrate --config FILE --ckpt_path CHECKPOINT, which chooses one on validation data "
-    "and puts it into the checkpoint; load that, and change no weight."
-)
+    calibration = getattr(module, "it3_calibration", None)
+    kept = calibration.source if isinstance(calibration, Calibration) else {}
+    if not settings.method.needs_source or not kept:
+        return {}
+    here = measured_by(settings.objective, settings.norm_stats), fingerprint(module)
+    source: dict[str, Any] = kept["source"] if (kept["by"], kept["weights"]) == here else {}
+    return source
 
 
 def check_level(gate: float | str | None) -> None:

@@ -16,13 +16,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from it3_lightning.calibration import check_level, gate_of, moments_of
+from it3_lightning.calibration import check_level, gate_of, moments_of, source_of
 from it3_lightning.engine import Adaptation, Settings, batch_size
 from it3_lightning.engine.trees import taken
 from it3_lightning.integration.batches import normal
 from it3_lightning.integration.module import UNTRAINED, host_of, untrained
 from it3_lightning.integration.module_adapter import WhichPrediction as Which
 from it3_lightning.integration.module_adapter import adapter_of, answer_of, in_precision
+from it3_lightning.integration.policies import Policy, calibration_in, check_policy
 from it3_lightning.integration.stream_gate import StreamGate, check_delta, stream_gate_of
 from it3_lightning.utils.files import check_archive
 from it3_lightning.utils.messages import unknown
@@ -186,9 +187,11 @@ class IT3Predictor:
         module: a LightningModule with :class:`~it3_lightning.IT3Mixin`, or any that satisfies
             :class:`~it3_lightning.integration.module.IT3Module`. Moved to the device and put in
             evaluation mode, once.
-        settings: how to adapt; default ``Settings()``. With ``scope="sample"`` a sample's
-            prediction does not depend on what else is in its batch. With ``norm_stats="batch"`` the
-            samples of one call share their statistics, and a call on a single one is skipped.
+        settings: how to adapt. Default: as ``it3 calibrate`` chose for this module, where neither
+            gate nor prediction is given; where nothing was chosen for these weights, nothing is
+            adapted, and a warning says so. With ``scope="sample"`` a sample's prediction does not
+            depend on what else is in its batch. With ``norm_stats="batch"`` the samples of one call
+            share their statistics, and a call on a single one is skipped.
         device: where to predict; default: where the module is.
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``, as in a Trainer; outputs come
             in the precision that the network puts out.
@@ -202,15 +205,19 @@ class IT3Predictor:
         prediction: what :attr:`Prediction.outputs` are: ``"first"``: ``f(x, 0)``; ``"second"``:
             ``f(x, f(x, 0))``; ``"mean"``: the mean of both, of probabilities or of values. The
             latter two cost further forward passes.
+        policy: ``"calibrated"``: as ``it3 calibrate`` chose for this module on validation data, and
+            put into its checkpoint. Where none was chosen, or for other weights, the module is
+            refused. No settings, gate or prediction go beside it.
 
     Warns of a conditioning that has not been trained: both predictions of a sample are equal then.
 
     Raises:
         ValueError: the precision or the prediction is unknown, the settings measure no distance,
-            delta is no probability, or there are two gates.
+            delta is no probability, there are two gates, or settings beside a policy.
         MisconfigurationException: the module does not predict with a prior, its prior does not know
             the targets yet, its ``source_checkpoint`` was never loaded, its weights were made in
-            inference mode, the selection of parameters matches nothing, or the gate is not known.
+            inference mode, the selection of parameters matches nothing, or the gate, the policy or
+            what the method must know of source data is not known.
 
     >>> from it3_lightning import ClassPrior, FeatureInjection
     >>> from it3_lightning.tasks import IT3Classifier
@@ -221,7 +228,7 @@ class IT3Predictor:
     ...     _ = torch.nn.init.zeros_(parameter)
     >>> last = module.it3_conditioning.embedders["network"].last
     >>> last.bias.data = torch.tensor([3.0, 1.0]).log()
-    >>> prediction = IT3Predictor(module)(torch.ones(2, 1))
+    >>> prediction = IT3Predictor(module, Settings(steps=1))(torch.ones(2, 1))
     >>> prediction.distance  # (1/2 - 3/4)^2 + (1/2 - 1/4)^2
     tensor([0.1250, 0.1250])
     """
@@ -236,11 +243,24 @@ class IT3Predictor:
         gate: float | Literal["bet"] | None = None,
         delta: float = 0.01,
         prediction: Which = "first",
+        policy: Literal["calibrated"] | None = None,
     ) -> None:
         if precision not in _AUTOCAST:
             raise ValueError(unknown("precision", precision, _AUTOCAST))
         if prediction not in get_args(Which):
             raise ValueError(unknown("prediction", prediction, get_args(Which)))
+        beside = {"settings": settings, "gate": gate}
+        names = [name for name, value in beside.items() if value is not None]
+        names += ["prediction"] * (prediction != "first")
+        check_policy(policy, names)
+        self.policy = ""
+        """Which policy of ``it3 calibrate`` is followed, by its name; empty: none."""
+        if not names:
+            chosen = Policy.default(module) if policy is None else Policy.of(module)
+            settings, prediction = replace(chosen.settings, measure=True), chosen.prediction
+            self.policy = chosen.name
+            if chosen.doubt:
+                rank_zero_warn(chosen.doubt)
         self.settings = settings or Settings()
         if not self.settings.measure:
             raise ValueError("Expected settings with measure=True, for the distances, got False.")
@@ -256,6 +276,8 @@ class IT3Predictor:
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.precision = precision
         self.prediction = prediction
+        if source := source_of(module, self.settings):
+            self.settings.method.load_source_dict(source)
         moments = moments_of(module) if self.settings.norm_stats == "evidence" else None
         self._adapter = adapter_of(
             module, self._host, self.settings, moments=moments, prediction=prediction
@@ -278,6 +300,7 @@ class IT3Predictor:
         gate: float | Literal["bet"] | None = None,
         delta: float = 0.01,
         prediction: Which = "first",
+        policy: Literal["calibrated"] | None = None,
         **kwargs: Any,
     ) -> IT3Predictor:
         """Return a predictor of the module in a checkpoint that a Trainer wrote.
@@ -291,15 +314,21 @@ class IT3Predictor:
             gate: see :class:`IT3Predictor`.
             delta: see :class:`IT3Predictor`.
             prediction: see :class:`IT3Predictor`.
+            policy: see :class:`IT3Predictor`; that of the file, also for a module that keeps no
+                calibration.
             kwargs: of ``module_class.load_from_checkpoint``: arguments of the module that the
                 checkpoint does not hold; ``weights_only=True`` for a file that may not be trusted.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: no Trainer wrote it, it is damaged, or of another module.
+            ValueError: no Trainer wrote it, it is damaged, of another module, or asked for a policy
+                and has none.
         """
         module = loaded(path, module_class, {"map_location": device, **kwargs})
         given: dict[str, Any] = {"gate": gate, "delta": delta, "prediction": prediction}
+        given["policy"] = policy
+        if policy is not None and not hasattr(module, "it3_calibration"):
+            module.it3_calibration = calibration_in(path)  # type: ignore[assignment]
         return cls(module, settings, device=device, precision=precision, **given)
 
     def __call__(self, x: Any) -> Prediction:

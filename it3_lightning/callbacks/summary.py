@@ -20,6 +20,8 @@ class Summary:
     """Running totals over the batches of a run.
 
     Attributes:
+        policy: which of ``it3 calibrate`` was followed, by its name; empty where settings say how
+            to adapt, or nobody chose.
         samples: samples seen.
         skipped: of them, those that got the source prediction.
         reasons: how many samples were skipped for which reason.
@@ -50,6 +52,7 @@ class Summary:
     [tensor([1., 4.])]
     """
 
+    policy: str = ""
     samples: int = 0
     skipped: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -115,8 +118,9 @@ class Summary:
 
     def __str__(self) -> str:
         reasons = "".join(f", {count} for {reason}" for reason, count in self.reasons.items())
+        policy = f"calibrated policy {self.policy!r}: " if self.policy else ""
         return (
-            f"{self.samples} samples, {self.moved} moved the weights, "
+            f"{policy}{self.samples} samples, {self.moved} moved the weights, "
             f"{f'{self.gated} within the gate, ' * (self.gated > 0)}{self.skipped} skipped"
             f"{reasons}; distance {self.distance_source:.4g} -> {self.distance_adapted:.4g}; "
             f"{self.ms_per_sample:.3g} ms a sample"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from it3_lightning.calibration import Calibration, policy_of
+from it3_lightning.calibration import Calibration
 from it3_lightning.callbacks.checks import check_trainer, wait_for_all
 from it3_lightning.callbacks.gate import gate_of
 from it3_lightning.callbacks.source import SourceData
@@ -27,16 +27,19 @@ from it3_lightning.engine import Settings
 from it3_lightning.engine.optimizers import OptimizerName
 from it3_lightning.engine.selection import Selection
 from it3_lightning.engine.types import Anchor, Backend, NormStats, Reset, Scope
-from it3_lightning.integration.checkpoints import KEPT
 from it3_lightning.integration.module import UNTRAINED, host_of, untrained
 from it3_lightning.integration.module_adapter import BatchStep, WhichPrediction, adapter_of
 from it3_lightning.integration.namespaces import AnyCallback
 from it3_lightning.integration.per_sample_step import PerSampleStep
+from it3_lightning.integration.policies import (
+    Policy,
+    calibration_in,
+    check_policy,
+    check_prediction,
+)
 from it3_lightning.integration.stream_gate import Runner, check_delta
 from it3_lightning.methods import Idempotence, TestTimeMethod, TestTimeObjective
 from it3_lightning.priors.classes import OutputKind
-from it3_lightning.utils.files import load_plain
-from it3_lightning.utils.specs import built
 
 Stage = Literal["validate", "test", "predict"]
 Step = Callable[..., Any]
@@ -56,11 +59,15 @@ class TestTimeCallback(AnyCallback):
     in ``predict`` too.
     Methods that need no prior run on any LightningModule as it is.
 
+    Where no argument says how to adapt, it does as ``it3 calibrate`` chose for this module, as with
+    ``policy="calibrated"``; where nothing was chosen for these weights, nothing is adapted, the
+    distances are measured, and a warning says so.
+
     Arguments not named here are those of :class:`~it3_lightning.engine.Settings`.
 
     Args:
         method: how to adapt: one of :mod:`it3_lightning.methods`, or a callable
-            ``(y0, second) -> Objective``.
+            ``(y0, second) -> Objective``. Default: idempotence, where another argument says how.
         scope: whether a batch or each sample has its own weights. Default: the method's own, else
             ``"batch"``.
         backend: of scope ``"sample"``. Default: the method's own, else the faster one.
@@ -104,7 +111,7 @@ class TestTimeCallback(AnyCallback):
         policy: ``"calibrated"``: adapt as ``it3 calibrate`` chose for this module on validation
             data, which may be not at all, and put into its checkpoint. It says how to predict, so
             only ``stages``, ``independent_ranks`` and ``outputs`` go beside it. Where none was
-            chosen, or for other weights, the run is refused.
+            chosen, or for other weights, the run is refused, which it is not without this argument.
 
     Raises:
         ValueError: a value is out of range or a name unknown.
@@ -158,24 +165,23 @@ class TestTimeCallback(AnyCallback):
             "ema_decay": ema_decay,
             "weight_ensembling": weight_ensembling,
         }  # a method has its own, and a command line gives every argument
-        settings.update({name: value for name, value in given.items() if value is not None})
-        if policy is not None:
-            _check_policy(policy, prediction, {"method": method, "gate": gate, **settings})
-        settings = {**getattr(objective, "defaults", {}), **settings}
+        told = {name: value for name, value in given.items() if value is not None}
+        beside = {"method": method, "gate": gate, **told}
+        names = [name for name, value in beside.items() if value is not None]
+        names += [k for k, v in settings.items() if v not in (None, getattr(Settings, k, None))]
+        names += ["prediction"] * (prediction != "first")
+        check_policy(policy, names)
+        if not names:
+            told["steps"] = 0  # until a run finds a policy
+        settings = {**getattr(objective, "defaults", {}), **settings, **told}
         self.settings = Settings(objective=objective, **settings)
         check_delta(delta)
         self._gate = None if gate is None else gate_of(gate, delta, self.settings, outputs)
         needed = self.settings.needs_source
         self._source = SourceData(self.settings, outputs) if needed else None
-        if prediction not in get_args(WhichPrediction):
-            raise ValueError(
-                f"Expected prediction 'first', 'second' or 'mean', got {prediction!r}."
-            )
+        check_prediction(prediction, self.settings)
         if unknown := [stage for stage in stages if stage not in STEPS]:
             raise ValueError(f"Expected stages among {', '.join(STEPS)}, got {unknown}.")
-        if prediction != "first" and self.settings.predicts:
-            name = type(self.settings.method).__name__
-            raise ValueError(f"{name} predicts by itself: leave out prediction={prediction!r}.")
         if self._source is not None and "validate" in stages:
             raise ValueError(
                 f"{self._source.what} sees source data in stage 'validate', so it cannot adapt "
@@ -196,9 +202,11 @@ class TestTimeCallback(AnyCallback):
         self.independent_ranks = independent_ranks
         self.outputs: OutputKind = outputs
         self.policy = policy
+        self._follows = not names  # a policy, as nothing else says how to adapt
         self._calibration: Calibration | None = None  # of a checkpoint; else the module's own
         self.summary = Summary()
         self._untrained = False  # whether nothing was learnt to adapt by
+        self._doubt = ""  # why nothing is adapted, though nobody chose that
         self._steps: list[AdaptedStep] = []  # taken over and not given back yet, the latest last
 
     @classmethod
@@ -215,17 +223,9 @@ class TestTimeCallback(AnyCallback):
         Raises:
             ValueError: it is no checkpoint of a Trainer, or holds no policy.
         """
-        callback, calibration = cls(policy="calibrated", **arguments), Calibration()
-        content = load_plain(path)
-        kept = content.get(KEPT, {}) if isinstance(content, Mapping) else {}
-        calibration.load_state_dict(kept.get("calibration", {}))
-        if not calibration.policy:
-            raise ValueError(
-                f"Expected a checkpoint with a policy, got one without: {path}. Run it3 calibrate "
-                f"--config FILE --ckpt_path {path}, which chooses one and puts it there."
-            )
-        callback._calibration = calibration
-        callback._follow(calibration.policy)
+        callback = cls(policy="calibrated", **arguments)
+        callback._calibration = calibration_in(path)
+        callback._follow(Policy.read(callback._calibration.policy))
         return callback
 
     @property
@@ -334,9 +334,12 @@ class TestTimeCallback(AnyCallback):
             left.give_back()
         if stage not in self.stages:
             return
-        source = self._source
-        if self.policy is not None:
-            source = self._follow(policy_of(module, self._calibration))
+        source, summary = self._source, Summary()
+        if self._follows:
+            known = self.policy is not None
+            policy = Policy.of(module, self._calibration) if known else Policy.default(module)
+            source, summary.policy = self._follow(policy), policy.name
+            self._doubt = policy.doubt
         host = host_of(module, self.settings.method, outputs=self.outputs)
         settings, moments = self.settings, None
         measured = bool(settings.steps or settings.measure or settings.predicts)
@@ -363,20 +366,20 @@ class TestTimeCallback(AnyCallback):
             )
         if self._gate is not None:
             runner = self._gate.runner(module, host, runner)
-        self.summary = Summary()
+        self.summary = summary
         logs = stage != "predict"
         record = Recorder(module, self.summary, settings, runner.adapter, logs=logs)
         step = AdaptedStep(trainer, module, name, host.it3_inputs, runner, record)
         self._steps.append(step)
         step.take_over()
 
-    def _follow(self, policy: Mapping[str, Any]) -> SourceData | None:
+    def _follow(self, policy: Policy) -> SourceData | None:
         """Adapt by a policy from now on; return what holds its source data, if it needs some."""
-        arguments = dict(policy["arguments"])
-        method = built(arguments.pop("objective", None), TestTimeMethod)  # type: ignore[type-abstract]
-        own = TestTimeCallback(method, **arguments, outputs=self.outputs)
-        self.settings, self.prediction, source = own.settings, own.prediction, own._source
-        if source is not None and self._calibration is not None:
+        self.settings, self.prediction = policy.settings, policy.prediction
+        if not self.settings.needs_source:
+            return None
+        source = SourceData(self.settings, self.outputs)
+        if self._calibration is not None:
             kept = (self._calibration.source, self._calibration.moments)
             source.kept = {each["by"]: each for each in kept if each}
         return source
@@ -389,6 +392,8 @@ class TestTimeCallback(AnyCallback):
         equal = self.summary.distance_source == 0  # which "cross_entropy" of equals is not
         if self._untrained or (equal and self.settings.method.needs_prior):
             rank_zero_warn(UNTRAINED)
+        if self._doubt:
+            rank_zero_warn(self._doubt)
         self._return_steps(trainer)
 
     def _return_steps(self, trainer: Trainer) -> None:
@@ -407,18 +412,6 @@ class TestTimeCallback(AnyCallback):
                 f"{names}. Keep one of them, give them different stages=[...], or run one Trainer "
                 "after the other."
             )
-
-
-def _check_policy(policy: str, prediction: str, given: Mapping[str, Any]) -> None:
-    """Refuse an unknown policy, and what says how to adapt beside one."""
-    if policy != "calibrated":
-        raise ValueError(f"Expected policy 'calibrated' or None, got {policy!r}.")
-    told = [k for k, v in given.items() if v not in (None, getattr(Settings, k, None))]
-    if told or prediction != "first":
-        names = ", ".join(told) or "prediction"
-        raise ValueError(
-            f"policy='calibrated' says how to adapt, and so does {names}. Leave out one of them."
-        )
 
 
 class AdaptedStep:
