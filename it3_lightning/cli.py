@@ -232,7 +232,7 @@ def _version() -> str:
 
 def benchmark(arguments: list[str]) -> None:
     """Run the benchmark of a configuration and show its results."""
-    asked = _asked(arguments, "benchmark")
+    asked = asked_for(arguments, "benchmark")
     results = asked.settings.run(asked.make_model, asked.data, asked.configuration)
     show(results, Path(asked.settings.output))
 
@@ -242,7 +242,7 @@ def tune(arguments: list[str]) -> None:
 
     Shifts and samples are those of the data to tune on, whatever the configuration says.
     """
-    asked = _asked(arguments, "tune")
+    asked = asked_for(arguments, "tune")
     tuning: Tuning = asked.cli.config_init.tune
     tuned = tuning.run(asked.settings, asked.make_model, asked.data, asked.configuration)
     show_tuning(tuned, Path(asked.settings.output))
@@ -253,7 +253,7 @@ def calibrate(arguments: list[str]) -> None:
 
     Shifts and samples are those of the data to tune on, whatever the configuration says.
     """
-    asked = _asked(arguments, "calibrate", ckpt_path="calibrate.ckpt_path")
+    asked = asked_for(arguments, "calibrate", ckpt_path="calibrate.ckpt_path")
     choice: PolicyChoice = asked.cli.config_init.calibrate
     found = choice.run(asked.settings, asked.make_model, asked.data, asked.configuration)
     show_choice(found, Path(asked.settings.output))
@@ -319,7 +319,9 @@ class _Asked:
         return model
 
 
-def _asked(arguments: list[str], command: str, *, ckpt_path: str = "benchmark.ckpt_path") -> _Asked:
+def asked_for(
+    arguments: list[str], command: str, *, ckpt_path: str = "benchmark.ckpt_path"
+) -> _Asked:
     """Read a configuration for a command of the benchmark; ``ckpt_path`` is its own."""
     own = [a.replace("--ckpt_path", f"--{ckpt_path}", 1) for a in arguments]
     with quiet():

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from it3_lightning.benchmark.config import BenchmarkSettings, Recipe
 from it3_lightning.benchmark.kept import check_folder, mark_folder
-from it3_lightning.benchmark.models import MakeModel, about, models_of, with_priors
+from it3_lightning.benchmark.models import MakeModel, about, posthoc_model, with_priors
 from it3_lightning.benchmark.peers import Facts, peers
 from it3_lightning.benchmark.policy_errors import SampleErrors
 from it3_lightning.benchmark.policy_rule import Choice, Errors, HarmlessRule, Judgement
@@ -27,6 +27,7 @@ from it3_lightning.data import ShiftedData
 from it3_lightning.engine import Settings
 from it3_lightning.integration.checkpoints import KEPT
 from it3_lightning.integration.module_adapter import WhichPrediction
+from it3_lightning.priors import ValuePrior
 from it3_lightning.training.mixin import IT3Mixin
 from it3_lightning.utils.files import load_plain, write
 from it3_lightning.utils.messages import unknown
@@ -61,6 +62,9 @@ class PolicyChoice:
             samples, such as batch statistics, are not compared.
         batches: the most of each loader.
         rule: by which one is chosen.
+        in_range: of values, whether under every shift they stay within the range that the
+            validation samples have. Else a policy is chosen only if a tuning shift goes beyond it:
+            what is known to help within a range may harm outside of it.
 
     Raises:
         ValueError: a stream is unknown, there is none, or a number is out of range.
@@ -73,6 +77,7 @@ class PolicyChoice:
     batch_sizes: Sequence[int] = (16, 100)
     batches: int = 200
     rule: HarmlessRule = field(default_factory=HarmlessRule)
+    in_range: bool = False
 
     def __post_init__(self) -> None:
         for stream in self.streams or ():
@@ -123,12 +128,15 @@ class PolicyChoice:
                 if self.ckpt_path is None:
                     seed, say = settings.seeds[0], progress.say
                     known = facts["training"]
-                    model = models_of(settings, seed, make_model, data, say, known)["post-hoc"]
+                    model = posthoc_model(settings, seed, make_model, data, say, known)
                 mark_folder(folder, facts["training"])
                 own = facts["settings"]["data"]
                 scores = SampleErrors(settings, model, data, seed, own, self.batches, progress)
                 errors = scores.of(rows, streams, self.batch_sizes)
                 choice = self.rule.choose(errors)
+                covered = self.in_range or _beyond_range(model, data)
+                if not covered:
+                    choice = replace(choice, chosen=None)
                 chosen = next(r for r in rows if r.name == (choice.chosen or _SOURCE))
                 scores.see_source(chosen)
             policy: dict[str, Any] = {"name": chosen.name, "weights": fingerprint(model)}
@@ -137,7 +145,7 @@ class PolicyChoice:
             path = folder / "calibrated.ckpt" if self.ckpt_path is None else Path(self.ckpt_path)
             _keep(settings, model, path, new=self.ckpt_path is None)
         unit, decimals = unit_of(model.it3_parts()[0]), settings.decimals
-        return Calibrated(unit, decimals, errors, choice, policy, self.rule, path)
+        return Calibrated(unit, decimals, errors, choice, policy, self.rule, path, covered)
 
     def _rows(self, recipe: Recipe, kind: Kind, model: IT3Mixin, inputs: Any) -> list[Row]:
         """Return the source, and the policies that are asked for.
@@ -241,6 +249,19 @@ def _labelled(model: IT3Mixin, data: ShiftedData) -> Any:
     return model.it3_inputs(batch)
 
 
+def _beyond_range(model: IT3Mixin, data: ShiftedData) -> bool:
+    """Whether a shift has mostly values that no clean sample comes near; true for other targets."""
+    if not isinstance(model.it3_parts()[0], ValuePrior):
+        return True
+    clean, *shifted = (
+        torch.cat([model.it3_target(batch).flatten(1) for batch in loader])
+        for loader in data.test_dataloader()
+    )
+    low, high = clean.amin(0), clean.amax(0)
+    shares = [((own < low) | (own > high)).any(1).float().mean() for own in shifted]
+    return any(share > 0.5 for share in shares)
+
+
 def _has(data: ShiftedData, stream: ClassStream) -> bool:
     """Whether the data has such a stream."""
     before, data.stream = data.stream, stream
@@ -305,6 +326,7 @@ class Calibrated:
         policy: the chosen one as plain data, as it stands in the checkpoint.
         rule: that chose.
         path: of the checkpoint.
+        covered: whether the shifts go beyond the range of values, where there is one.
     """
 
     unit: str
@@ -314,6 +336,7 @@ class Calibrated:
     policy: Mapping[str, Any]
     rule: HarmlessRule
     path: Path
+    covered: bool = True
 
     def yaml(self) -> str:
         """Return the lines to put into a configuration."""
@@ -377,8 +400,11 @@ class Calibrated:
         first = "No adaptation: predictions are those of the source, bit for bit."
         if not judged:
             return f"{first} There is no policy to choose."
-        name = max(judged, key=lambda name: judged[name].gain)
+        good = [name for name, own in judged.items() if own.eligible]
+        name = max(good or judged, key=lambda name: judged[name].gain)
         own = judged[name]
+        if good:
+            return f"{first} {_UNCOVERED.format(name=name, gain=self._shown(own.gain, '+'))}"
         return (
             f"{first} {name}, which gains most under shift ({self._shown(own.gain, '+')}), "
             f"{self._why(own)}"
@@ -401,6 +427,14 @@ class Calibrated:
 
     def _shown(self, value: float, sign: str = "") -> str:
         return f"{value:{sign}.{self.decimals}f}"
+
+
+_UNCOVERED = (
+    "{name} gains most ({gain}) within the range of the validation samples, and no tuning shift "
+    "has values beyond it, where it may harm: predictions are drawn back into the range that was "
+    "learnt. Give tuning shifts that go beyond it (data.beyond_size of airfoils), or, where values "
+    "cannot leave the range, calibrate.in_range=true."
+)
 
 
 def show_choice(found: Calibrated, folder: Path) -> None:

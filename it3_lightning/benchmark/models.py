@@ -51,7 +51,9 @@ _MODES: Mapping[Training, Train] = MappingProxyType(
 _NO_SETTINGS = ("seeds", "output", "threads", "higher_is_better", "decimals")  # change no score
 _SET_BY_RUN = ("seed", "stream")
 _TRAINED_BY = ("epochs", "posthoc_epochs", "pretrained", "joint", "posthoc", "precision")
-_NOT_TRAINED_ON = ("evaluate_on", "shifts", "severity", "eval_batch_size", "num_workers")
+_NOT_TRAINED_ON = (
+    *("evaluate_on", "shifts", "severity", "eval_batch_size", "num_workers", "beyond_size"),
+)
 
 
 def models_of(
@@ -91,6 +93,39 @@ def models_of(
     else:
         say(f"seed {seed}: models from {file}")
     return models
+
+
+def posthoc_model(
+    settings: BenchmarkSettings,
+    seed: int,
+    make_model: MakeModel,
+    data: ShiftedData,
+    say: Say,
+    training: Any,
+) -> IT3Mixin:
+    """Return the post-hoc model of a seed, of :func:`models_of` or with the same bits, from a file.
+
+    No joint model is trained for it. See :func:`models_of` for the arguments.
+    """
+    given = settings, seed, make_model
+    folder, fingerprint = Path(settings.output) / "models", json.dumps(training, sort_keys=True)
+    if (folder / f"seed_{seed}.ckpt").is_file():
+        return models_of(*given, data, say, training)["post-hoc"]
+    file = folder / f"seed_{seed}_post-hoc.ckpt"
+    data.seed, data.stream = seed, "equal"
+
+    def read(content: dict[str, Any]) -> IT3Mixin:
+        model = _fresh(*given, "post-hoc")
+        model.load_state_dict(content["states"])
+        return model
+
+    found = kept(file, fingerprint, read, load_plain)
+    if found is None:
+        ordinary = _ordinary(*given, data, say)
+        found = _fitted(*given, data, say, "post-hoc", settings.posthoc_epochs, ordinary)
+        mark_folder(Path(settings.output), training)
+        _keep(file, fingerprint, found.state_dict())
+    return found
 
 
 def further_model(
@@ -240,25 +275,56 @@ def _train_models(
         data: to train on, with equal classes.
         say: is told what is being trained.
     """
-
-    def fitted(training: Training, epochs: int, network: IT3Mixin | None = None) -> IT3Mixin:
-        say(f"seed {seed}: training, {training}")
-        model = _fresh(settings, seed, make_model, training)
-        if network is not None:
-            model.load_state_dict(network_weights(network.state_dict()))
-        if epochs:
-            settings.trainer(max_epochs=epochs).fit(model, datamodule=data)
-        return model
-
-    given = settings.pretrained or settings.ckpt_path is not None
-    ordinary = fitted("ordinary", 0 if given else 2 * settings.epochs)
-    if settings.ckpt_path is not None:
-        load_source(ordinary, settings.ckpt_path)
-    joint = fitted("joint", settings.epochs)
+    given = settings, seed, make_model, data, say
+    ordinary = _ordinary(*given)
+    joint = _fitted(*given, "joint", settings.epochs)
     # What a prior knows of the training targets: every row that adapts asks for it.
     ordinary.it3_parts()[0].load_state_dict(joint.it3_parts()[0].state_dict())
-    posthoc = fitted("post-hoc", settings.posthoc_epochs, ordinary)
+    posthoc = _fitted(*given, "post-hoc", settings.posthoc_epochs, ordinary)
     return {"ordinary": ordinary, "joint": joint, "post-hoc": posthoc}
+
+
+def _ordinary(
+    settings: BenchmarkSettings, seed: int, make_model: MakeModel, data: ShiftedData, say: Say
+) -> IT3Mixin:
+    """Return the ordinary model of a seed: trained, or with the weights that are given."""
+    given = settings.pretrained or settings.ckpt_path is not None
+    epochs = 0 if given else 2 * settings.epochs
+    ordinary = _fitted(settings, seed, make_model, data, say, "ordinary", epochs)
+    if settings.ckpt_path is not None:
+        load_source(ordinary, settings.ckpt_path)
+    return ordinary
+
+
+def _fitted(
+    settings: BenchmarkSettings,
+    seed: int,
+    make_model: MakeModel,
+    data: ShiftedData,
+    say: Say,
+    training: Training,
+    epochs: int,
+    network: IT3Mixin | None = None,
+) -> IT3Mixin:
+    """Return the model of a training, from the first weights of the seed.
+
+    Args:
+        settings: of all trainings.
+        seed: of weights and order.
+        make_model: returns a fresh model with priors.
+        data: to train on.
+        say: is told what is being trained.
+        training: which one.
+        epochs: of it; 0: none.
+        network: whose weights the network has before it; ``None``: its first ones.
+    """
+    say(f"seed {seed}: training, {training}")
+    model = _fresh(settings, seed, make_model, training)
+    if network is not None:
+        model.load_state_dict(network_weights(network.state_dict()))
+    if epochs:
+        settings.trainer(max_epochs=epochs).fit(model, datamodule=data)
+    return model
 
 
 def _fresh(

@@ -15,11 +15,18 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from it3_lightning.data.base import ShiftedData, check_choice, check_deviation, check_share
+from it3_lightning.data.base import (
+    ShiftedData,
+    check_choice,
+    check_deviation,
+    check_integer,
+    check_share,
+)
 from it3_lightning.data.sampling import Rows, held_out, seeded
 from it3_lightning.utils.messages import unknown
 
 LEVELS = 5
+BEYOND = "beyond"
 Column = Literal["frequency", "angle", "chord", "velocity", "thickness", "level"]
 FILE = "airfoil_self_noise.dat"
 _ROWS = 1503
@@ -58,12 +65,15 @@ class RangedData(ShiftedData, ABC):
     do, and in ``dataset`` what a network sees. There are three kinds of test names: ``clean``,
     held-out samples inside the range; perturbations of the same samples; and levels, which are
     *other* samples, kept for testing: with ``evaluate_on="validation"``, choose under
-    ``TUNING_SHIFTS``. Each batch is ``(inputs, targets)``, the targets ``(B, 1)``, float32.
+    ``TUNING_SHIFTS``, and under ``beyond`` where some of these samples are set apart for it. Each
+    batch is ``(inputs, targets)``, the targets ``(B, 1)``, float32.
     ``stream="unequal"`` makes three of the ten deciles of the target ten times as frequent.
 
     Args:
         val_size: Samples inside the range taken for validation.
         test_size: Samples inside the range taken for testing.
+        beyond_size: Samples outside the range set apart for choosing, as many of each level; no
+            level has them any more. 0: all are tested on.
     """
 
     LEVELS: ClassVar[tuple[str, ...]]
@@ -75,6 +85,16 @@ class RangedData(ShiftedData, ABC):
     eval_batch_size: int = 50
     val_size: int = 100
     test_size: int = 150
+    beyond_size: int = 0
+
+    @property
+    def tuning_shifts(self) -> tuple[str, ...]:
+        """Names of the perturbations to choose under, and of the samples beyond the range."""
+        return (*self.TUNING_SHIFTS, *([BEYOND] if self.beyond_size else []))
+
+    def source(self) -> tuple[object, ...]:
+        """Return the settings of its own that the samples depend on."""
+        return (*super().source(), self.beyond_size)
 
     @abstractmethod
     def load(self) -> Pool:
@@ -87,6 +107,7 @@ class RangedData(ShiftedData, ABC):
     def check(self) -> None:
         """Refuse settings out of their range, before any data is read."""
         super().check()
+        check_integer("beyond_size", self.beyond_size, 0)
         if self.severity is not None:
             raise ValueError(
                 f"Expected no severity, got {self.severity!r}: levels are shifts of their own, and "
@@ -95,7 +116,7 @@ class RangedData(ShiftedData, ABC):
 
     def check_shift(self, name: str) -> None:
         """Refuse an unknown shift, and a level of the validation samples."""
-        known = (*self.SHIFTS, *self.TUNING_SHIFTS)
+        known = (*self.SHIFTS, *self.tuning_shifts)
         if name not in known:
             raise ValueError(unknown("shift", name, known))
         if self.evaluate_on == "validation" and name in self.LEVELS:
@@ -108,12 +129,26 @@ class RangedData(ShiftedData, ABC):
         """Return the samples to train, validate and test on, and those of each level."""
         pool = self.load()
         test, others = held_out(pool.inside, self.test_size, self.seed, "test_size")
-        return {**self.parted(others, test), **pool.levels}
+        return {**self.parted(others, test), **self._set_apart(pool.levels)}
+
+    def _set_apart(self, levels: Mapping[str, Rows]) -> dict[str, Rows]:
+        """Return the levels less the samples set apart, and these."""
+        size = self.beyond_size // len(levels)
+        if not size:
+            return dict(levels)
+        parts = {name: held_out(own, size, self.seed, name) for name, own in levels.items()}
+        apart = [own for own, _ in parts.values()]
+        inputs, targets = (torch.cat([getattr(p, n) for p in apart]) for n in ("inputs", "targets"))
+        return {
+            **{name: others for name, (_, others) in parts.items()},
+            BEYOND: Rows(inputs, targets),
+        }
 
     def shifted(self, name: str) -> Rows:
         """Return the samples of a level, or those inside the range under a perturbation."""
-        samples: Rows = self._splits[name if name in self.LEVELS else self.evaluate_on]
-        if name in self.LEVELS:
+        beyond = name in (*self.LEVELS, BEYOND)
+        samples: Rows = self._splits[name if beyond else self.evaluate_on]
+        if beyond:
             return samples
         generator = seeded(self.seed, name, self.evaluate_on)
         return Rows(self.perturbed(samples.inputs, name, generator), samples.targets)
