@@ -253,14 +253,12 @@ class IT3Predictor:
         names = [name for name, value in beside.items() if value is not None]
         names += ["prediction"] * (prediction != "first")
         check_policy(policy, names)
-        self.policy = ""
+        self.policy = doubt = ""
         """Which policy of ``it3 calibrate`` is followed, by its name; empty: none."""
         if not names:
             chosen = Policy.default(module) if policy is None else Policy.of(module)
             settings, prediction = replace(chosen.settings, measure=True), chosen.prediction
-            self.policy = chosen.name
-            if chosen.doubt:
-                rank_zero_warn(chosen.doubt)
+            self.policy, doubt = chosen.name, chosen.doubt
         self.settings = settings or Settings()
         if not self.settings.measure:
             raise ValueError("Expected settings with measure=True, for the distances, got False.")
@@ -269,6 +267,8 @@ class IT3Predictor:
         check_delta(delta)
         if self.settings.method.needs_prior and untrained(module):
             rank_zero_warn(UNTRAINED)
+        if doubt:
+            rank_zero_warn(doubt)
         if gate is not None:
             self.settings = _gated(self.settings, gate, module)
         with torch.inference_mode(False):

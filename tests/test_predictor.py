@@ -30,6 +30,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from it3_lightning import (
+    EATA,
     ClassPrior,
     Conditioning,
     FeatureInjection,
@@ -40,8 +41,10 @@ from it3_lightning import (
     Prediction,
     Settings,
     Tent,
+    TestTimeCallback,
     ValuePrior,
 )
+from it3_lightning.calibration import Calibration, fingerprint
 
 ONLINE: dict[str, Any] = {"reset": "never", "anchor": "ema", "ema_decay": 0.9}
 
@@ -521,7 +524,7 @@ def test_module_that_cannot_be_adapted_is_refused(
     module: Callable[[Path], Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(MisconfigurationException, match=message):
-        IT3Predictor(module(tmp_path))
+        IT3Predictor(module(tmp_path), Settings())
 
 
 def test_settings_that_cannot_serve_are_refused() -> None:
@@ -531,8 +534,99 @@ def test_settings_that_cannot_serve_are_refused() -> None:
         IT3Predictor(net(), Settings(measure=False))
 
 
-def test_default_settings_are_those_of_the_engine() -> None:
-    assert same(IT3Predictor(net())(batches()[0]), IT3Predictor(net(), Settings())(batches()[0]))
+# What nobody said
+
+
+UNKNOWN = r"Nothing was adapted\. No policy has been chosen for this module\. Run it3 calibrate"
+PUBLISHED = {"class_path": "it3_lightning.methods.Idempotence", "init_args": {"reliability": None}}
+STEP = {"objective": PUBLISHED, "optimizer": "sgd", "lr": 0.05, "measure": False}
+
+
+def chosen(module: Any, arguments: dict[str, Any], name: str = "chosen") -> Any:
+    """Put a policy for its weights into a module."""
+    policy = {"name": name, "weights": fingerprint(module), "arguments": arguments}
+    module.it3_calibration.policy = policy
+    return module
+
+
+def test_without_settings_and_a_policy_it_predicts_as_the_source_and_says_so() -> None:
+    plain: Any = quiet().predict(net(), loader())
+    with pytest.warns(UserWarning, match=UNKNOWN):
+        predictor = IT3Predictor(net())
+    expected = IT3Predictor(net(), Settings(steps=0))
+    for x, source in zip(batches(), plain, strict=True):
+        prediction = predictor(x)
+        assert torch.equal(prediction.outputs, source)
+        assert torch.equal(prediction.distance, expected(x).distance)
+        assert (prediction.distance > 0).all()
+    assert predictor.policy == ""
+
+
+@pytest.mark.parametrize("asked", [{}, {"policy": "calibrated"}], ids=["by default", "by name"])
+def test_a_predictor_follows_the_policy_of_its_module(asked: dict[str, Any]) -> None:
+    predictor = IT3Predictor(chosen(net(), STEP), **asked)
+    expected = IT3Predictor(net(), published())
+    for x in batches():
+        assert same(predictor(x), expected(x))
+    assert (predictor.policy, predictor.settings.lr) == ("chosen", 0.05)
+    second = IT3Predictor(chosen(net(), {"steps": 0, "prediction": "second"}), **asked)
+    outputs = IT3Predictor(net(), Settings(steps=0), prediction="second")(batches()[0]).outputs
+    assert torch.equal(second(batches()[0]).outputs, outputs)
+
+
+def test_settings_go_before_a_policy_that_nobody_asked_for() -> None:
+    module = chosen(net(), STEP)
+    for said in ({"settings": Settings(steps=2)}, {"prediction": "mean"}):
+        found = IT3Predictor(module, **said)(batches()[0])  # type: ignore[arg-type]
+        assert same(found, IT3Predictor(net(), **said)(batches()[0]))  # type: ignore[arg-type]
+
+
+def test_a_policy_that_is_missing_or_of_other_weights_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="No policy has been chosen for this mod"):
+        IT3Predictor(net(), policy="calibrated")
+    module = chosen(net(), STEP)
+    with torch.no_grad():
+        module.net.head.bias += 1e-3
+    with pytest.raises(MisconfigurationException, match="'chosen' was chosen for other weights"):
+        IT3Predictor(module, policy="calibrated")
+    with pytest.warns(UserWarning, match="'chosen' was chosen for other weights"):
+        predictor = IT3Predictor(module)
+    source: Any = quiet().predict(module, loader())
+    assert torch.equal(predictor(batches()[0]).outputs, source[0])
+
+
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [
+        ({"settings": Settings()}, "settings"),
+        ({"gate": "bet"}, "gate"),
+        ({"prediction": "second"}, "prediction"),
+    ],
+)
+def test_what_says_how_to_adapt_beside_a_policy_is_refused(
+    beside: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ValueError, match=f"says how to adapt, and so does {name}. Leave out"):
+        IT3Predictor(chosen(net(), STEP), policy="calibrated", **beside)
+    with pytest.raises(ValueError, match="policy 'calibrated' or None, got 'best'"):
+        IT3Predictor(net(), policy="best")  # type: ignore[arg-type]
+
+
+class Validates(IT3Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+
+def test_a_policy_whose_method_knows_source_data_predicts_as_under_a_trainer() -> None:
+    module = net(Validates)
+    eata = {"objective": {"class_path": "it3_lightning.methods.EATA", "init_args": {}}, "lr": 0.05}
+    callback = TestTimeCallback(EATA(), lr=0.05)
+    quiet(callbacks=[callback]).validate(module, loader(), verbose=False)
+    chosen(module, eata)
+    expected: Any = quiet(callbacks=[callback]).predict(module, loader())
+    predictor = IT3Predictor(module)
+    for x, ours in zip(batches(), expected, strict=True):
+        assert torch.equal(predictor(x).outputs, ours)
 
 
 # Checkpoints
@@ -579,6 +673,36 @@ def test_checkpoint_without_hyperparameters_takes_them_as_arguments(tmp_path: Pa
         path, IT3Net, settings=published(), hidden=5, **parts()
     )
     assert same(predictor(batches()[0]), expected)
+
+
+def test_the_policy_of_a_checkpoint_is_followed(tmp_path: Path) -> None:
+    path = tmp_path / "it3.ckpt"
+    trainer = quiet()
+    trainer.strategy.connect(chosen(net(IT3Saves), STEP))
+    trainer.save_checkpoint(path)
+    predictor = IT3Predictor.from_checkpoint(path, IT3Saves, policy="calibrated", **parts())
+    expected = IT3Predictor(net(IT3Saves), published())(batches()[0])
+    assert same(predictor(batches()[0]), expected)
+    assert IT3Predictor.from_checkpoint(path, IT3Saves, **parts()).policy == "chosen"
+
+
+def test_a_module_without_priors_follows_the_policy_of_the_file(tmp_path: Path) -> None:
+    module, calibration, path = seeded(Saves()), Calibration(), tmp_path / "plain.ckpt"
+    trainer = quiet()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"a checkpoint with a policy, got one without: .*plain"):
+        IT3Predictor.from_checkpoint(path, Saves, policy="calibrated")
+    tent = {"objective": {"class_path": "it3_lightning.methods.Tent", "init_args": {}}, "lr": 0.1}
+    weights = fingerprint(module)
+    calibration.policy = {"name": "Tent", "weights": weights, "arguments": tent}
+    content = torch.load(path, weights_only=True)
+    content["it3"] = {"calibration": calibration.state_dict()}
+    torch.save(content, path)
+    found = IT3Predictor.from_checkpoint(path, Saves, policy="calibrated")(batches()[0])
+    settings = Settings(**{"objective": Tent(), **Tent.defaults, "lr": 0.1})
+    assert same(found, IT3Predictor(seeded(Saves()), settings)(batches()[0]))
+    assert not torch.equal(found.outputs, found.source_outputs)
 
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:

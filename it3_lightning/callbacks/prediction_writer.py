@@ -76,7 +76,7 @@ class IT3PredictionWriter(AnyPredictionWriter):
     Example::
 
         writer = IT3PredictionWriter("predictions")
-        trainer = Trainer(callbacks=[IT3TestTimeCallback(), writer])
+        trainer = Trainer(callbacks=[IT3TestTimeCallback(steps=1), writer])
         trainer.predict(model, data, return_predictions=False)
     """
 

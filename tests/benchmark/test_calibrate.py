@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.airfoil_files import write_self_noise
 from helpers.benchmark_runs import benchmark, digits, make_model
 from lightning.pytorch import Trainer
 from torch import nn
 
-from it3_lightning import ClassPrior, FeatureInjection, IT3TestTimeCallback, TestTimeCallback
+from it3_lightning import (
+    ClassPrior,
+    FeatureInjection,
+    IT3TestTimeCallback,
+    TestTimeCallback,
+    ValuePrior,
+)
 from it3_lightning.benchmark import Benchmark, Calibrated, PolicyChoice
 from it3_lightning.benchmark.calibrate import arguments_of, policies_of, show_choice
 from it3_lightning.benchmark.config import Recipe
@@ -21,9 +28,10 @@ from it3_lightning.benchmark.policy_rule import Choice, Condition, Errors, Harml
 from it3_lightning.benchmark.rows import Kind, Row
 from it3_lightning.benchmark.scoring import scored, streaming
 from it3_lightning.calibration import fingerprint
-from it3_lightning.data import TUNING_SHIFTS, DigitsDataModule
+from it3_lightning.data import TUNING_SHIFTS, AirfoilSelfNoiseDataModule, DigitsDataModule
 from it3_lightning.methods import TestTimeMethod
-from it3_lightning.tasks import IT3Classifier
+from it3_lightning.networks import MLP
+from it3_lightning.tasks import IT3Classifier, IT3Regressor
 from it3_lightning.utils.specs import built
 
 POLICIES = ("batch statistics", "evidence", "mean prediction (evidence)")
@@ -42,6 +50,17 @@ class Takes(HarmlessRule):
 
     def choose(self, errors: Errors) -> Choice:
         return replace(super().choose(errors), chosen=self.name)
+
+
+class Gains(Takes):
+    """The same, and finds nothing to say against it."""
+
+    def choose(self, errors: Errors) -> Choice:
+        found = super().choose(errors)
+        judged = {
+            n: replace(j, harm=None, doubt=None, surely=1.0) for n, j in found.judgements.items()
+        }
+        return replace(found, judgements=judged)
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +330,43 @@ def test_an_unknown_policy_and_a_wrong_checkpoint_are_refused(tmp_path: Path) ->
 def test_wrong_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PolicyChoice(**wrong)
+
+
+# Values: what is tried within their range says nothing of what lies beyond it
+
+
+def values(root: Path, **settings: Any) -> Any:
+    """Sound levels of which the highest are held out, under perturbations that change no target."""
+    return AirfoilSelfNoiseDataModule(
+        root, column="level", train_size=200, val_size=60, test_size=60, **settings
+    )
+
+
+def make_regressor() -> IT3Regressor:
+    return IT3Regressor(
+        MLP(5, 1, hidden=(8,)), prior=ValuePrior(), conditioning=FeatureInjection("network.layer0")
+    )
+
+
+@pytest.mark.parametrize(
+    ("beyond_size", "in_range", "chosen"),
+    [(0, False, "source"), (0, True, "second prediction"), (50, False, "second prediction")],
+    ids=["not tried beyond", "cannot leave the range", "tried beyond"],
+)
+def test_values_are_adapted_only_where_a_shift_beyond_their_range_was_tried(
+    beyond_size: int, in_range: bool, chosen: str, tmp_path: Path
+) -> None:
+    policies = {"policies": ["second prediction"], "streams": ["equal"], "batch_sizes": [20]}
+    choice = PolicyChoice(**policies, in_range=in_range, rule=Gains(name="second prediction"))  # type: ignore[arg-type]
+    settings = benchmark(tmp_path / "run", recipe=Recipe(distance="l1"), metric="test_mae")
+    data = values(write_self_noise(tmp_path).parent, beyond_size=beyond_size)
+    found = choice.run(settings, make_regressor, data)
+    assert found.policy["name"] == chosen
+    shifts = {condition.shift for condition in found.errors.source}
+    assert ("beyond" in shifts) == bool(beyond_size)
+    if chosen == "source":
+        assert "second prediction gains most" in found.words()
+        assert "no tuning shift has values beyond it" in found.words()
 
 
 CLEAN, FOG = (Condition(shift, "equal", 100) for shift in ("clean", "fog"))

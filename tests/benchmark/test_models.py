@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer, seed_everything
 from it3_lightning import ClassPrior, DualPass, FeatureInjection, RandomNoise
 from it3_lightning.benchmark import Results, Row, Tuning, models
 from it3_lightning.benchmark.config import Recipe
-from it3_lightning.benchmark.models import about
+from it3_lightning.benchmark.models import about, models_of, posthoc_model
 from it3_lightning.data import DigitsDataModule
 from it3_lightning.networks import MLP, SmallCNN
 from it3_lightning.tasks import Classifier, IT3Classifier
@@ -159,6 +159,24 @@ def test_kept_models_are_states_alone_and_a_damaged_file_trains_again(tmp_path: 
     with pytest.warns(UserWarning, match=r"seed_0\.ckpt is damaged .* It is made again"):
         again = benchmark(tmp_path).run(make_model, digits())
     assert [r.score for r in again.records] == [r.score for r in first.records]
+
+
+def test_the_post_hoc_model_alone_is_that_of_all_trainings_bit_for_bit(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def model(folder: str) -> IT3Classifier:
+        settings = benchmark(tmp_path / folder)
+        return posthoc_model(settings, 0, make_model, digits(), said.append, {"a": 1})  # type: ignore[return-value]
+
+    alone, again = model("alone"), model("alone")
+    assert said == ["seed 0: training, ordinary", "seed 0: training, post-hoc"]
+    settings, given = benchmark(tmp_path / "all"), (make_model, digits(), said.append, {"a": 1})
+    every = models_of(settings, 0, *given)["post-hoc"]
+    for other in (again, every, model("all")):
+        for name, value in alone.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value), name
+    assert not (tmp_path / "alone" / "models" / "seed_0.ckpt").exists()
+    assert said.count("seed 0: training, joint") == 1
 
 
 def by_hand(epochs: int) -> IT3Classifier:

@@ -1,4 +1,4 @@
-"""Shows what the default at test time did before, and what it does by the rule of ``it3 calibrate``.
+"""Shows what the default at test time did, and what the rule of ``it3 calibrate`` makes of it.
 
 ``python tests/benchmarks/harm.py configs/boston.yaml --seeds 0 1 2 --streams equal unequal`` trains
 the post-hoc model of a configuration for each seed, lets the rule choose on its validation samples
@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
 
 from it3_lightning.benchmark.calibrate import policies_of
 from it3_lightning.benchmark.config import BenchmarkSettings

@@ -116,9 +116,66 @@ def test_a_policy_for_other_weights_is_refused(tmp_path: Path) -> None:
             predicted(module, callback)
 
 
+# What nobody said
+
+
+def test_without_settings_the_policy_of_the_checkpoint_is_followed() -> None:
+    callback = IT3TestTimeCallback()
+    found = predicted(with_policy(STEP), callback)
+    assert torch.equal(found, predicted(net(), adapting()))
+    assert callback.summary.policy == "chosen"
+    assert str(callback.summary).startswith("calibrated policy 'chosen': 12 samples, ")
+
+
+def test_without_settings_and_a_policy_nothing_is_adapted_and_the_run_says_so() -> None:
+    callback, module = IT3TestTimeCallback(), net()
+    with pytest.warns(UserWarning, match=r"Nothing was adapted\. No policy has been chosen"):
+        found = predicted(module, callback)
+    assert torch.equal(found, predicted(net()))
+    measured = IT3TestTimeCallback(steps=0)
+    predicted(net(), measured)
+    assert torch.equal(callback.summary.distances[0], measured.summary.distances[0])
+    assert str(callback.summary).startswith("12 samples, 0 moved the weights")
+    assert callback.summary.policy == ""
+
+
+def test_without_settings_a_policy_for_other_weights_is_not_followed() -> None:
+    module = with_policy(STEP)
+    with torch.no_grad():
+        module.net.head.bias += 1e-3
+    plain = predicted(module)
+    with pytest.warns(UserWarning, match="'chosen' was chosen for other weights than these"):
+        assert torch.equal(predicted(module, IT3TestTimeCallback()), plain)
+
+
+def test_a_callback_without_settings_follows_each_module_and_forgets_the_former() -> None:
+    callback = IT3TestTimeCallback()
+    predicted(with_policy(STEP), callback)
+    with pytest.warns(UserWarning, match="Nothing was adapted"):
+        assert torch.equal(predicted(net(), callback), predicted(net()))
+    assert callback.summary.policy == ""
+    assert torch.equal(predicted(with_policy(STEP), callback), predicted(net(), adapting()))
+
+
+@pytest.mark.parametrize(
+    "said", [{"steps": 1}, {"norm_stats": "source"}, {"prediction": "second"}, {"measure": False}]
+)
+def test_any_argument_that_says_how_to_adapt_goes_before_a_policy(said: dict[str, Any]) -> None:
+    callback = IT3TestTimeCallback(**said)
+    found = predicted(with_policy({"steps": 0, "prediction": "mean"}), callback)
+    assert torch.equal(found, predicted(net(), IT3TestTimeCallback(**said)))
+    assert (callback.settings.steps, callback.summary.policy) == (1, "")
+
+
+def test_arguments_that_do_not_say_how_to_adapt_leave_it_to_the_policy() -> None:
+    callback = IT3TestTimeCallback(stages=["predict"], independent_ranks=True)
+    assert torch.equal(predicted(with_policy(STEP), callback), predicted(net(), adapting()))
+
+
 def test_what_says_how_to_adapt_beside_a_policy_is_refused() -> None:
     for given, name in (
         ({"lr": 0.1}, "lr"),
+        ({"steps": 1}, "steps"),
         ({"objective": Tent()}, "method"),
         ({"gate": 0.9}, "gate"),
         ({"grad_clip": 1.0}, "grad_clip"),

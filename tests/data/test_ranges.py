@@ -228,3 +228,39 @@ def test_bad_settings_are_refused_by_the_constructor(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+# --- samples beyond the range, set apart for choosing
+
+
+def targets(data: Any) -> dict[str, Tensor]:
+    loaders = zip(data.test_names, data.test_dataloader(), strict=True)
+    return {name: torch.cat([batch[1] for batch in loader])[:, 0] for name, loader in loaders}
+
+
+def test_samples_beyond_the_range_are_set_apart_of_every_level(tmp_path: Path) -> None:
+    root = write_self_noise(tmp_path).parent
+    all_of_them = targets(AirfoilSelfNoiseDataModule(root, column="level"))
+    data = AirfoilSelfNoiseDataModule(root, column="level", beyond_size=50)
+    left = targets(data)
+    data.evaluate_on, data.shifts = "validation", data.tuning_shifts
+    found = targets(data)
+    assert [*found] == ["clean", "missing", "gain", "beyond"]
+    assert len(found["beyond"]) == 50
+    assert found["beyond"].min() > found["clean"].max()
+    for level in data.LEVELS:
+        apart = torch.isin(all_of_them[level], found["beyond"])
+        assert int(apart.sum()) == 10
+        assert torch.equal(left[level].sort()[0], all_of_them[level][~apart].sort()[0])
+    for name in ("clean", "noise"):
+        assert torch.equal(left[name], all_of_them[name])
+
+
+def test_by_default_none_are_set_apart(tmp_path: Path) -> None:
+    root = write_self_noise(tmp_path).parent
+    data = AirfoilSelfNoiseDataModule(root)
+    assert data.tuning_shifts == data.TUNING_SHIFTS
+    with pytest.raises(ValueError, match="Unknown shift 'beyond'"):
+        AirfoilSelfNoiseDataModule(root, shifts=["beyond"])
+    with pytest.raises(ValueError, match="beyond_size"):
+        AirfoilSelfNoiseDataModule(root, beyond_size=-1)

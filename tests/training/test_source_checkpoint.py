@@ -14,7 +14,7 @@ from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from it3_lightning import IT3Mixin, IT3Predictor
+from it3_lightning import IT3Mixin, IT3Predictor, Settings
 
 
 @pytest.fixture
@@ -142,12 +142,12 @@ def test_a_checkpoint_written_before_the_source_was_loaded_says_so(plain: LitNet
         "before.ckpt", **parts(source_checkpoint="plain.ckpt"), weights_only=True
     )
     with pytest.raises(MisconfigurationException, match="has not loaded its source_checkpoint"):
-        IT3Predictor(model)
+        IT3Predictor(model, Settings())
     quiet().fit(model, loader())
     assert differing(model, plain) == []
     saved(model, "after.ckpt")
     again = IT3Net.load_from_checkpoint("after.ckpt", **parts(), weights_only=True)
-    assert differing(IT3Predictor(again).module, plain) == []
+    assert differing(IT3Predictor(again, Settings()).module, plain) == []
 
 
 @pytest.mark.parametrize("run", ["fit", "test", "predict"])
