@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -134,8 +135,7 @@ class PolicyChoice:
                 scores = SampleErrors(settings, model, data, seed, own, self.batches, progress)
                 errors = scores.of(rows, streams, self.batch_sizes)
                 choice = self.rule.choose(errors)
-                covered = self.in_range or _beyond_range(model, data)
-                if not covered:
+                if not self.in_range and not _beyond_range(model, data):
                     choice = replace(choice, chosen=None)
                 chosen = next(r for r in rows if r.name == (choice.chosen or _SOURCE))
                 scores.see_source(chosen)
@@ -145,7 +145,7 @@ class PolicyChoice:
             path = folder / "calibrated.ckpt" if self.ckpt_path is None else Path(self.ckpt_path)
             _keep(settings, model, path, new=self.ckpt_path is None)
         unit, decimals = unit_of(model.it3_parts()[0]), settings.decimals
-        return Calibrated(unit, decimals, errors, choice, policy, self.rule, path, covered)
+        return Calibrated(unit, decimals, errors, choice, policy, self.rule, path)
 
     def _rows(self, recipe: Recipe, kind: Kind, model: IT3Mixin, inputs: Any) -> list[Row]:
         """Return the source, and the policies that are asked for.
@@ -254,10 +254,12 @@ def _beyond_range(model: IT3Mixin, data: ShiftedData) -> bool:
     if not isinstance(model.it3_parts()[0], ValuePrior):
         return True
     clean, *shifted = (
-        torch.cat([model.it3_target(batch).flatten(1) for batch in loader])
+        torch.cat([target.reshape(len(target), -1) for target in map(model.it3_target, loader)])
         for loader in data.test_dataloader()
     )
-    low, high = clean.amin(0), clean.amax(0)
+    told = clean.isfinite()
+    low, high = (clean.where(told, end) for end in (math.inf, -math.inf))
+    low, high = low.amin(0), high.amax(0)
     shares = [((own < low) | (own > high)).any(1).float().mean() for own in shifted]
     return any(share > 0.5 for share in shares)
 
@@ -326,7 +328,6 @@ class Calibrated:
         policy: the chosen one as plain data, as it stands in the checkpoint.
         rule: that chose.
         path: of the checkpoint.
-        covered: whether the shifts go beyond the range of values, where there is one.
     """
 
     unit: str
@@ -336,7 +337,6 @@ class Calibrated:
     policy: Mapping[str, Any]
     rule: HarmlessRule
     path: Path
-    covered: bool = True
 
     def yaml(self) -> str:
         """Return the lines to put into a configuration."""

@@ -20,8 +20,6 @@ class Summary:
     """Running totals over the batches of a run.
 
     Attributes:
-        policy: which of ``it3 calibrate`` was followed, by its name; empty where settings say how
-            to adapt, or nobody chose.
         samples: samples seen.
         skipped: of them, those that got the source prediction.
         reasons: how many samples were skipped for which reason.
@@ -40,6 +38,8 @@ class Summary:
             source weights, on the CPU; NaN where they were not measured. With
             :class:`~it3_lightning.Idempotence` a score of how unlike the training data a sample is:
             the larger, the more (Durasov et al., ZigZag, TMLR 2024). Of this process's samples.
+        policy: which of ``it3 calibrate`` was followed, by its name; empty where settings say how
+            to adapt, or nobody chose.
         latest: the adaptation to the last batch, without its weights and answers.
 
     >>> from it3_lightning.engine import Settings, adapt
@@ -52,7 +52,6 @@ class Summary:
     [tensor([1., 4.])]
     """
 
-    policy: str = ""
     samples: int = 0
     skipped: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -63,6 +62,7 @@ class Summary:
     batches: int = 0
     forwards: int = 0
     backwards: int = 0
+    policy: str = ""
     latest: Adaptation | None = field(default=None, repr=False)
     _source: tuple[float, int] = (0.0, 0)
     _adapted: tuple[float, int] = (0.0, 0)

@@ -77,12 +77,14 @@ class Policy:
         """Return what holds where nobody said how to adapt: the policy that was chosen, or none.
 
         Without a policy nothing is known of what adaptation does to this module, so it measures
-        distances and adapts nothing.
+        distances, unless they depend on the other samples, and adapts nothing.
         """
         try:
             return cls.of(module)
         except MisconfigurationException as error:
-            return cls(Settings(steps=0), doubt=f"Nothing was adapted. {error} {_SAY}")
+            alone = getattr(getattr(module, "it3_prior", None), "context", None) is None
+            still = Settings(steps=0, measure=alone)
+            return cls(still, doubt=f"Nothing was adapted. {error} {_SAY}")
 
 
 _CHOOSE = (
