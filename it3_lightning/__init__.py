@@ -38,6 +38,7 @@ from it3_lightning.conditioning import (
     ForwardArgument,
     InputConcat,
 )
+from it3_lightning.data import ShiftedLoaders
 from it3_lightning.engine import Adaptation, BatchAdapter, Settings, adapt
 from it3_lightning.engine.restore import Snapshot
 from it3_lightning.engine.selection import select
@@ -116,6 +117,7 @@ __all__ = [
     "RandomNoise",
     "Rotation",
     "Settings",
+    "ShiftedLoaders",
     "Snapshot",
     "TTTPlusPlus",
     "Tent",

@@ -35,6 +35,8 @@ WITHOUT_FILES = ["--trainer.logger=false", "--trainer.enable_checkpointing=false
 def data_arguments(config: str, images: Path) -> list[str]:
     if config in ROADS:
         return ["--data.shifts=[contrast]", *road_arguments(config, images)]
+    if config == "image_folders":
+        return ["--data.shifts=[night]", *vision_arguments(config, images)]
     if config in SMALL_NETWORKS:
         return ["--data.shifts=[contrast]", *vision_arguments(config, images)]
     tables, root = images / "tables", f"--data.root={images}"

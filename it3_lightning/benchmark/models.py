@@ -51,6 +51,7 @@ _MODES: Mapping[Training, Train] = MappingProxyType(
 _NO_SETTINGS = ("seeds", "output", "threads", "higher_is_better", "decimals")  # change no score
 _SET_BY_RUN = ("seed", "stream")
 _TRAINED_BY = ("epochs", "posthoc_epochs", "pretrained", "joint", "posthoc", "precision")
+_LEARNT = ("train", "validation")  # contents that models depend on
 _NOT_TRAINED_ON = (
     *("evaluate_on", "shifts", "severity", "eval_batch_size", "num_workers", "beyond_size"),
 )
@@ -374,7 +375,7 @@ def about(
     Args:
         benchmark: settings.
         model: whose layers, sizes and settings.
-        data: whose public attributes.
+        data: whose public attributes and content.
         configuration: what else the model was made from.
     """
     heads = [spec(head) for head in benchmark.heads if benchmark.methods]
@@ -384,7 +385,9 @@ def about(
         "configuration": configuration,
         "checkpoint": _digest(benchmark.ckpt_path),
     }
-    attributes = {"class": type(data).__name__, **_plain_attributes(data)}
+    content = _content(data, benchmark.seeds[0])
+    attributes = {"class": type(data).__name__, **_plain_attributes(data), "content": content}
+    learnt = {name: each for name, each in content.items() if name in _LEARNT}
     settings = {
         "benchmark": {k: v for k, v in own.items() if k not in _NO_SETTINGS},
         "data": attributes,
@@ -392,7 +395,10 @@ def about(
     }
     training = {
         "benchmark": {k: own[k] for k in _TRAINED_BY},
-        "data": {k: v for k, v in attributes.items() if k not in _NOT_TRAINED_ON},
+        "data": {
+            **{k: v for k, v in attributes.items() if k not in _NOT_TRAINED_ON},
+            "content": learnt,
+        },
         "versions": {"it3_lightning": version("it3_lightning"), "torch": torch.__version__},
         **shared,
     }
@@ -457,6 +463,17 @@ def _without_address(value: Any) -> str:
 
 def _digest(path: str | None) -> str | None:
     return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _content(data: ShiftedData, seed: int) -> dict[str, Any]:
+    """Return what tells the samples of a seed from others."""
+    before = data.seed, data.stream
+    data.seed, data.stream = seed, "equal"
+    try:
+        data.prepare_data()
+        return dict(data.content())
+    finally:
+        data.seed, data.stream = before
 
 
 def _plain_attributes(data: ShiftedData) -> dict[str, Any]:

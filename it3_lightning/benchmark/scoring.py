@@ -218,12 +218,15 @@ def score_in(scores: Mapping[str, Any], metric: str) -> float:
 
 def _check_followed(data: ShiftedData, name: str, value: str, other: str) -> None:
     """Refuse data whose clean samples are the same whatever a setting says."""
-    own = data.test_dataloader()[0]
+    own, shifts = data.test_dataloader()[0], data.shifts
     setattr(data, name, other)
+    if name == "evaluate_on":  # shifts to tune on may be other samples, with none to test on
+        data.shifts = data.reporting_shifts or shifts
     try:
         ignored = _same(own, data.test_dataloader()[0])
     finally:
         setattr(data, name, value)
+        data.shifts = shifts
     if ignored:
         raise ValueError(
             f"Expected other test samples with {name}={value!r} than with {name}={other!r}, got "

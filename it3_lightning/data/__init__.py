@@ -22,6 +22,7 @@ from it3_lightning.data.image_sets import (
 )
 from it3_lightning.data.imagenet import ImageNetCDataModule
 from it3_lightning.data.images import ImageFiles, Images, ImageSet, ShiftedImages
+from it3_lightning.data.loaders import ImageFolders, ShiftedLoaders
 from it3_lightning.data.ranges import AirfoilSelfNoiseDataModule
 from it3_lightning.data.road_files import RoadsDataModule
 from it3_lightning.data.roads import (
@@ -71,6 +72,7 @@ __all__ = [
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageFiles",
+    "ImageFolders",
     "ImageNetCDataModule",
     "ImageSet",
     "Images",
@@ -81,6 +83,7 @@ __all__ = [
     "Shift",
     "ShiftedData",
     "ShiftedImages",
+    "ShiftedLoaders",
     "ShiftedMasks",
     "ShiftedTables",
     "TabularShift",

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from it3_lightning.data.contents import digest, yielded
 from it3_lightning.data.sampling import (
     Chained,
     DrawSampler,
@@ -151,6 +152,23 @@ class ShiftedData(_AnyDataModule):
         if self.severity != "all":
             return {name: (name, self.severity) for name in self.shifts}
         return {f"{name}/{level}": (name, level) for name in self.shifts for level in SEVERITIES}
+
+    def content(self) -> Mapping[str, Any]:
+        """Return what tells the samples from others that the same settings may come to.
+
+        A fingerprint by ``"train"``, ``"validation"``, ``"test"``, see
+        :func:`~it3_lightning.data.contents.digest`, and ``"loaders"`` where these are a subclass's
+        own: of what they yield. A benchmark refuses a folder of other samples to train or to
+        validate on, and scores other samples again. A subclass may return names of its own.
+        """
+        self.setup("fit")
+        found: dict[str, Any] = {name: digest(each) for name, each in self._splits.items()}
+        kind = type(self)
+        if kind.train_dataloader is not ShiftedData.train_dataloader:
+            found["train"] = yielded(self.train_dataloader())
+        if kind.test_dataloader is not ShiftedData.test_dataloader:
+            found["loaders"] = [yielded(loader) for loader in self.test_dataloader()]
+        return found
 
     # Hooks of a subclass
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from it3_lightning.data.base import ShiftedData, reading
+from it3_lightning.data.contents import digest
 from it3_lightning.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, Corruption
 from it3_lightning.data.sampling import Batch, Samples, Views, chosen, seeded
 from it3_lightning.data.shifts import SHIFTS, TUNING_SHIFTS, Severity, Shift
@@ -141,6 +142,11 @@ class ImageFiles(Images):
     def names(self) -> list[str]:
         """Paths of the files in the folder."""
         return [os.fsdecode(name) for name in self._names]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files themselves, in the order of the samples."""
+        return [self.folder / name for name in self.names]
 
     def path(self, index: int) -> Path:
         """Return the file of a sample."""
@@ -389,3 +395,10 @@ class ShiftedImages(ShiftedData):
     def groups(self, samples: Images) -> Tensor:
         """Return the labels."""
         return samples.labels
+
+    def content(self) -> Mapping[str, Any]:
+        """Return what tells the samples from others; of published corruptions their files too."""
+        found = super().content()
+        if self.corruptions != "files":
+            return found
+        return {**found, "corrupted": digest(sorted(self.corrupted_folder.iterdir()))}

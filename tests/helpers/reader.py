@@ -38,7 +38,7 @@ class LitNet(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -73,15 +73,24 @@ def reader(folder: Path) -> dict[str, Any]:
         return Trainer(**{**settings, "max_epochs": 1})
 
     data = Images()
-    parts: dict[str, Any] = {
-        "prior": ClassPrior(10),
-        "conditioning": FeatureInjection("net.layer2"),
-    }
-    for name, model in (("plain", LitNet()), ("it3", IT3Net(width=64, **parts))):
+
+    def make_model(width: int = 8) -> IT3Net:
+        conditioning = FeatureInjection("net.layer2")
+        return IT3Net(width=width, prior=ClassPrior(10), conditioning=conditioning)
+
+    for name, model in (("plain", LitNet()), ("it3", make_model(64))):
         fitting = trainer()
         fitting.fit(model, data)
         fitting.save_checkpoint(folder / f"{name}.ckpt")
     names = {name: getattr(it3_lightning, name) for name in it3_lightning.__all__}
-    own = {"LitNet": LitNet, "IT3Net": IT3Net, "Trainer": trainer, "Settings": Settings}
+    own: dict[str, Any] = {
+        "LitNet": LitNet,
+        "IT3Net": IT3Net,
+        "Trainer": trainer,
+        "Settings": Settings,
+    }
     images = torch.randn(4, 3, 8, 8)
-    return {**names, **own, "data": data, "model": model, "images": images}
+    sets = ("train_set", "val_set", "test_set", "night", "rain", "blurred")
+    drawn = {name: TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8)) for name in sets}
+    own["make_model"] = make_model
+    return {**names, **own, **drawn, "data": data, "model": model, "images": images}

@@ -144,6 +144,18 @@ def write_imagenet(
                 write_jpeg(root / part / synset / name, next(images))
 
 
+def write_image_folders(
+    root: Path, shifts: tuple[str, ...] = ("night", "rain"), each: int = 8, size: int = 40
+) -> None:
+    """Write as many images for each of three classes into each folder, no two alike."""
+    parts = ["train", "val", *(f"tests/{name}" for name in ("clean", *shifts)), "tuning/blurred"]
+    images = iter(pixels(3 * each * len(parts), size, 0))
+    for part in parts:
+        for label in ("car", "dog", "tree"):
+            for number in range(each):
+                write_jpeg(root / part / label / f"{number}.jpg", next(images))
+
+
 def write_imagenet_c(root: Path, folder: Path, names: tuple[str, ...], size: int = 48) -> None:
     """Write grey images of the names in ``val``: darker, the stronger the corruption."""
     for name in names:

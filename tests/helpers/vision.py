@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from helpers.trees import SYNSETS, write_cifar10, write_cifar10_c, write_faces, write_imagenet
+from helpers.trees import (
+    SYNSETS,
+    write_cifar10,
+    write_cifar10_c,
+    write_faces,
+    write_image_folders,
+    write_imagenet,
+)
 from it3_lightning.data import CORRUPTIONS
 
 NETWORK = "--model.network.init_args"
@@ -15,6 +22,12 @@ SMALL_NETWORKS = {
         f"{NETWORK}.name=mobilenet_v3_small",
         f"{NETWORK}.weights=none",
         f"{LAYER}=network.model.features.0.0",
+        *SMALL_IMAGES,
+    ],
+    "image_folders": [
+        f"{NETWORK}.name=mobilenet_v3_small",
+        f"{NETWORK}.weights=none",
+        f"{LAYER}=network.model.features.5",
         *SMALL_IMAGES,
     ],
     "imagenet_c_resnet50": [
@@ -35,7 +48,7 @@ SMALL_NETWORKS = {
 
 def vision_arguments(config: str, folder: Path) -> list[str]:
     """Return the arguments of a configuration, after writing its data once into a folder."""
-    root = folder / config.split("_")[0]
+    root = folder / config.removesuffix("_resnet50").removesuffix("_vit")
     if not root.is_dir():
         write_data(config, root)
     return [f"--data.root={root}", *SMALL_SIZES, *SMALL_NETWORKS[config]]
@@ -48,5 +61,7 @@ def write_data(config: str, root: Path) -> None:
         write_cifar10_c(root / "CIFAR-10-C", CORRUPTIONS)
     elif config == "utkface":
         write_faces(root / "UTKFace", [1 + number * 7 % 89 for number in range(200)], 32)
+    elif config == "image_folders":
+        write_image_folders(root)
     else:
         write_imagenet(root, train=6, val=3, synsets=SYNSETS, size=40)
