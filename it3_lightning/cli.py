@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from it3_lightning.benchmark import Benchmark, PolicyChoice, Tuning
 from it3_lightning.benchmark.calibrate import show_choice
-from it3_lightning.benchmark.report import overview, show, show_tuning
+from it3_lightning.benchmark.report import show, show_tuning, write_comparison
 from it3_lightning.benchmark.scoring import quiet
 from it3_lightning.data import ShiftedData
 from it3_lightning.integration.candidates import suggest_layers
@@ -260,10 +260,14 @@ def calibrate(arguments: list[str]) -> None:
 
 
 def compare(arguments: list[str]) -> None:
-    """Print what every way to predict gains in several benchmarks, as Markdown."""
+    """Print what every way to predict gains in several benchmarks, as Markdown; write a page."""
     parser = argparse.ArgumentParser("it3 compare", description=compare.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="outputs of it3 benchmark")
-    print(overview(parser.parse_args(arguments).folders))  # noqa: T201
+    page = Path("compare.html")
+    parser.add_argument("--page", type=Path, default=page, help=f"HTML to write, {page} if not set")
+    asked = parser.parse_args(arguments)
+    print(write_comparison(asked.folders, asked.page))  # noqa: T201
+    print(f"Written to {asked.page}", file=sys.stderr)  # noqa: T201
 
 
 def export(arguments: list[str]) -> None:

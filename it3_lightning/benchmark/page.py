@@ -6,6 +6,7 @@ import html
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from it3_lightning.benchmark.distance_report import as_page
 from it3_lightning.benchmark.intervals import Interval
+from it3_lightning.benchmark.pictures import STYLE, Shown, as_figures, titled
 from it3_lightning.benchmark.rendering import as_html, document
 from it3_lightning.benchmark.results import Results
 from it3_lightning.benchmark.rows import Row
@@ -68,9 +70,10 @@ def page(results: Results, verdict: Verdict = (), paste: str = "") -> str:
         f"<h1>IT3 benchmark: {html.escape(results.title)}</h1>"
         f"{_verdict(verdict, paste)}{_explained(results)}"
         f"<div class=wide>{as_html(for_page(results), sections=True)}</div>"
-        f"{_of_streams(results)}{_by_shift(results)}{_told(results)}{as_page(results)}"
+        f"{_of_streams(results)}{_by_shift(results)}{_samples(results)}{_told(results)}"
+        f"{as_page(results)}"
         f"<h2>Made with</h2>{_definitions(made_with(results))}{_settings(results)}",
-        style=_STYLE,
+        style=_STYLE + STYLE,
     )
 
 
@@ -96,6 +99,7 @@ def made_with(results: Results) -> list[tuple[str, str]]:
 
 
 _PARTS = ("prior", "conditioning")
+_SOURCE = "source"
 
 
 def _verdict(verdict: Verdict, paste: str) -> str:
@@ -153,6 +157,35 @@ def _told(results: Results) -> str:
     return f"<h2>{TOLD}</h2><div class=wide>{as_html(told, sections=True)}</div>" if told else ""
 
 
+def _samples(results: Results) -> str:
+    """Return a few samples with what the source and the row that gains most make of them."""
+    cells: dict[tuple[str, str], dict[str, Shown]] = {}
+    for (training, name, *_, shift), shown in results.shown.items():
+        cells.setdefault((training, name), {})[shift] = shown
+    images = {s: e.images for own in cells.values() for s, e in own.items() if e.images is not None}
+    stream = results.streams[0] if results.streams else ""
+    rows = [r for r in results.rows if {(r.training, r.name), (r.training, _SOURCE)} <= {*cells}]
+    gains = [(g.mean, r) for r in rows if r.settings and (g := results.gain(r, stream)) is not None]
+    if not gains:
+        return ""
+    _, row = max(gains, key=lambda pair: pair[0])
+    source, adapted = cells[row.training, _SOURCE], cells[row.training, row.name]
+    drawn = "".join(
+        titled(shift, as_figures(source[shift], adapted[shift], images.get(shift), str(number)))
+        for number, shift in enumerate(source)
+        if shift in adapted
+    )
+    if not drawn:
+        return ""
+    said = html.escape(f"{row.training}, {row.name}")
+    return (
+        f"<h2>Samples</h2><p>Some of the first batch of seed {results.seeds[0]}, stream "
+        f"{html.escape(stream)}. <em>source</em>: the prediction of the network as trained; "
+        f"<em>adapted</em>: that of {said}, which gains most under shift. They illustrate; the "
+        f"tables measure.</p>{drawn}"
+    )
+
+
 def _settings(results: Results) -> str:
     settings = results.about.get("settings")
     if not settings:
@@ -181,28 +214,62 @@ def dots(results: Results, columns: Columns) -> str:
         results: of the rows; those that gain nothing anywhere, as they take no step, are left out.
         columns: the panels.
     """
-    found = [(row, _gains(results, row, columns)) for row in results.rows]
-    shown = [(row, gains) for row, gains in found if any(g and g != _NOTHING for g in gains)]
-    half = _half(results, [gain for _, gains in shown for gain in gains if gain])
-    left = 12 + _LETTER * max((len(row.name) for row, _ in shown), default=0)
+    names = [row.training for row in results.rows]
+    lines = [
+        Line(row.training, row.name, _colour(names, row.training), _gains(results, row, columns))
+        for row in results.rows
+    ]
+    scores = [r.score for r in results.records if r.row == _SOURCE]
+    return panels(lines, list(columns), statistics.fmean(scores or [1.0]), results.decimals)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of dots.
+
+    Args:
+        training: lines of one stand below its name.
+        name: at its left.
+        colour: of the dots.
+        gains: one for each panel; ``None``: there is none.
+    """
+
+    training: str
+    name: str
+    colour: str
+    gains: Sequence[Interval | None]
+
+
+def panels(lines: Sequence[Line], titles: Sequence[str], level: float, decimals: int) -> str:
+    """Return lines of dots on one axis as SVG.
+
+    Args:
+        lines: those whose gains are all nothing are left out.
+        titles: of the panels.
+        level: the unadapted score, of which the axis shows a share at least.
+        decimals: of gains.
+    """
+    shown = [line for line in lines if any(g and g != _NOTHING for g in line.gains)]
+    half = _half(level, [gain for line in shown for gain in line.gains if gain])
+    left = 12 + _LETTER * max((len(line.name) for line in shown), default=0)
     parts, y, before = [], float(_LINE), ""
     parts += [
         _text(left + (place + 0.5) * _PANEL, y, title, "middle", bold=True)
-        for place, title in enumerate(columns)
+        for place, title in enumerate(titles)
     ]
-    for row, gains in shown:
-        if row.training != before:
+    for line in shown:
+        if line.training != before:
             y += 1.3 * _LINE
-            parts.append(_text(4, y, row.training, bold=True))
-        before, y = row.training, y + _LINE
-        parts.append(_text(10, y, row.name))
-        for place, gain in enumerate(gains):
+            parts.append(_text(4, y, line.training, bold=True))
+        before, y = line.training, y + _LINE
+        parts.append(_text(10, y, line.name))
+        for place, gain in enumerate(line.gains):
             if gain is not None:
                 centre = left + (place + 0.5) * _PANEL
-                parts.append(_dot(gain, centre, y - 4, half, _colour(results, row), results))
+                parts.append(_dot(gain, centre, y - 4, half, line.colour, decimals))
     bottom = y + 0.6 * _LINE
-    parts += [_axis(left + place * _PANEL, bottom, half) for place in range(len(columns))]
-    width, height = left + len(columns) * _PANEL + 4, bottom + 1.5 * _LINE
+    parts += [_axis(left + place * _PANEL, bottom, half) for place in range(len(titles))]
+    width, height = left + len(titles) * _PANEL + 4, bottom + 1.5 * _LINE
     return (
         f"<div class='plot dots'><svg xmlns='http://www.w3.org/2000/svg' width='{width:.0f}' "
         f"height='{height:.0f}' viewBox='0 0 {width:.0f} {height:.0f}'>{''.join(parts)}</svg></div>"
@@ -220,21 +287,18 @@ def _gains(results: Results, row: Row, columns: Columns) -> list[Interval | None
     return found
 
 
-def _half(results: Results, gains: Sequence[Interval]) -> float:
+def _half(level: float, gains: Sequence[Interval]) -> float:
     """Return the end of the axis: as far as gains reach, but neither too little nor too much."""
-    scores = [r.score for r in results.records if r.row == "source"]
-    least = _SHARE * abs(statistics.fmean(scores or [1.0])) or 1.0
+    least = _SHARE * abs(level) or 1.0
     reach = max((max(-each.low, each.high) for each in gains), default=0.0)
     half = min(max(1.08 * reach, least), _MOST * least)
     unit = 10.0 ** (math.floor(math.log10(half)) - 1)
     return math.ceil(half / unit - 1e-9) * unit  # two digits
 
 
-def _dot(
-    gain: Interval, centre: float, y: float, half: float, colour: str, results: Results
-) -> str:
+def _dot(gain: Interval, centre: float, y: float, half: float, colour: str, decimals: int) -> str:
     """Return a dot with its interval; beyond the axis, a number at its end."""
-    style, scale = f".{results.decimals}f", 0.46 * _PANEL / half
+    style, scale = f".{decimals}f", 0.46 * _PANEL / half
     said = f"<title>{gain:{style}}</title>"
     if abs(gain.mean) > half:
         sign = math.copysign(1, gain.mean)
@@ -272,9 +336,67 @@ def _text(x: float, y: float, text: str, anchor: str = "start", *, bold: bool = 
     )
 
 
-def _colour(results: Results, row: Row) -> str:
-    names = dict.fromkeys(each.training for each in results.rows)
-    others = [name for name in names if name not in _COLOURS]
-    if row.training in _COLOURS:
-        return _COLOURS[row.training]
-    return _OTHERS[others.index(row.training) % len(_OTHERS)]
+def _colour(trainings: Sequence[str], training: str) -> str:
+    """Return the colour of a training among others."""
+    others = [name for name in dict.fromkeys(trainings) if name not in _COLOURS]
+    if training in _COLOURS:
+        return _COLOURS[training]
+    return _OTHERS[others.index(training) % len(_OTHERS)]
+
+
+def comparison(
+    tables: Mapping[str, Sequence[Sequence[str]]], read: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Return one HTML page of several benchmarks that needs nothing else.
+
+    Args:
+        tables: rows of cells by training, the head first.
+        read: content of ``results.json`` by the name of its benchmark.
+    """
+    shown = "".join(
+        f"<h2>{html.escape(training)}</h2><div class=wide>{as_html(rows)}</div>"
+        for training, rows in tables.items()
+    )
+    drawn = "".join(
+        f"<h3>{html.escape(name)}: {html.escape(str(found['metric']))}</h3>{_dots_of(found)}"
+        for name, found in read.items()
+    )
+    return document(
+        COMPARISON,
+        f"<h1>{COMPARISON}</h1><p>A table for each training, a line for each benchmark and stream. "
+        "Unadapted ways have their scores on the shifted samples, others their gain over the "
+        "strongest unadapted way of the same model; a gain is an improvement. ± are standard "
+        f"deviations over seeds.</p>{shown}<h2>Gain by benchmark</h2>"
+        f"<p>{_CAPTION.replace('All panels have', 'Each benchmark has')}</p>{drawn}",
+        style=_STYLE,
+    )
+
+
+COMPARISON = "IT3 comparison"
+
+
+def _dots_of(found: Mapping[str, Any]) -> str:
+    """Return the gains in saved results, a panel for each stream."""
+    table = found["table"]
+    streams = [name for name, each in table[0].items() if isinstance(each, Mapping)]
+    streams = [name for name in streams if "gain" in table[0][name]]
+    trainings = [entry["training"] for entry in table]
+    lines = [
+        Line(
+            entry["training"],
+            entry["row"],
+            _colour(trainings, entry["training"]),
+            [_saved_gain(entry.get(stream)) for stream in streams],
+        )
+        for entry in table
+    ]
+    sources = [e[s]["shifted"]["mean"] for e in table for s in streams if s in e]
+    return panels(lines, streams, statistics.fmean(sources or [1.0]), found.get("decimals", 1))
+
+
+def _saved_gain(cell: Mapping[str, Any] | None) -> Interval | None:
+    if cell is None or cell["gain"] is None:
+        return None
+    mean = cell["gain"]["mean"]
+    known = cell.get("interval")
+    return Interval(**known) if known else Interval(mean, mean, mean)

@@ -14,7 +14,7 @@ from rich.table import Table
 from it3_lightning.benchmark.advice import advice, callback_yaml, lines
 from it3_lightning.benchmark.distance_report import as_text, picture
 from it3_lightning.benchmark.intervals import Cell
-from it3_lightning.benchmark.page import page
+from it3_lightning.benchmark.page import COMPARISON, comparison, page
 from it3_lightning.benchmark.rendering import as_markdown, console
 from it3_lightning.benchmark.results import Results
 from it3_lightning.benchmark.tables import (
@@ -144,8 +144,33 @@ def overview(folders: Sequence[Path]) -> str:
         FileNotFoundError: a folder holds no ``results.json``.
         ValueError: it is damaged, or of another program.
     """
+    return _compared(_read(folders))
+
+
+def write_comparison(folders: Sequence[Path], file: Path) -> str:
+    """Write the tables of :func:`overview`, and gains as dots, as one HTML page; return the tables.
+
+    Args:
+        folders: see :func:`overview`.
+        file: to write; a comparison of before is replaced.
+
+    Raises:
+        FileExistsError: there is another file.
+    """
+    read = _read(folders)
+    if file.exists() and f"<title>{COMPARISON}</title>" not in file.read_text(errors="replace"):
+        raise FileExistsError(
+            f"Expected a new file, or a comparison of before, got another that would be written "
+            f"over: {file}. Give another name as --page."
+        )
+    write(file, comparison({name: _ways(read, name) for name in _trainings(read)}, read))
+    return _compared(read)
+
+
+def _read(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Return the results in folders by their names."""
     paths = list(dict.fromkeys(folder.absolute() for folder in folders))
-    return _compared({_name_among(paths, path): _results_in(path) for path in paths})
+    return {_name_among(paths, path): _results_in(path) for path in paths}
 
 
 def _name_among(paths: Sequence[Path], path: Path) -> str:
@@ -158,11 +183,14 @@ def _name_among(paths: Sequence[Path], path: Path) -> str:
 
 
 def _compared(read: dict[str, dict[str, Any]]) -> str:
-    trainings = _in_order(entry["training"] for found in read.values() for entry in found["table"])
     return "\n\n".join(
         f"**{training}**\n\n{as_markdown(_ways(read, training), left=(0,))}"
-        for training in trainings
+        for training in _trainings(read)
     )
+
+
+def _trainings(read: dict[str, dict[str, Any]]) -> list[str]:
+    return _in_order(entry["training"] for found in read.values() for entry in found["table"])
 
 
 def _results_in(folder: Path) -> dict[str, Any]:

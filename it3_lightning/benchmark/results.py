@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from it3_lightning.benchmark.distance_lines import Distances, lines
 from it3_lightning.benchmark.intervals import Cell, Interval, Values, resampled
+from it3_lightning.benchmark.pictures import Shown
 from it3_lightning.benchmark.rows import FEWER, Row
 from it3_lightning.data import mean_corruption_error
 from it3_lightning.data.shifts import SEVERITIES
@@ -95,6 +96,7 @@ class Results:
         samples: scores of single samples ``(N,)``, of which the scores of records are the means, by
             training, row, stream, seed and shift; as far as there are any.
         percent: whether scores are 100 times these means.
+        shown: a few samples of the first seed and stream, by the same names.
     """
 
     metric: str
@@ -108,6 +110,7 @@ class Results:
     baseline_errors: Mapping[str, float] | None = None
     samples: dict[_Cell, NDArray[Any]] = field(default_factory=dict, repr=False)
     percent: bool = False
+    shown: dict[_Cell, Shown] = field(default_factory=dict, repr=False)
     _index: _Index = field(default_factory=lambda: _Index([], 0), init=False, repr=False)
 
     @property

@@ -94,6 +94,8 @@ class Benchmark(BenchmarkSettings):
                         found = scoring.samples(row, seed, stream, batches=most)
                         names = row.training, row.name, stream, seed
                         results.samples |= {(*names, shift): s for shift, s in found.items()}
+                        some = {} if most else scoring.shown(row, seed, stream)
+                        results.shown |= {(*names, shift): s for shift, s in some.items()}
                     told, distances = self._distances(seed, rows, scoring)
                     results.separations += told
                     results.distances += distances

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_calibration_error
 
 from it3_lightning.benchmark.kept import kept
+from it3_lightning.benchmark.pictures import Shown, as_plain, from_plain, shown_of
 from it3_lightning.integration.isolation import patched
 from it3_lightning.integration.module import outputs_in
 from it3_lightning.priors import ClassPrior, LabelsPrior, MaskPrior, Prior, ValuePrior
@@ -39,10 +40,14 @@ class Seen:
 
     def __init__(self) -> None:
         self._parts: dict[int, dict[str, list[Tensor]]] = {}
+        self.shown: dict[int, Shown | None] = {}
 
     def add(self, model: IT3Mixin, returned: Any, batch: Any, loader: int) -> None:
         """Score the samples of a batch by what ``forward`` returned."""
         outputs, target = outputs_in(model, returned).detach(), model.it3_target(batch)
+        if loader not in self.shown:
+            inputs = model.it3_inputs(batch)
+            self.shown[loader] = shown_of(model.it3_parts()[0], inputs, outputs, target)
         parts = self._parts.setdefault(loader, {})
         for name, scores in _scored(model.it3_parts()[0], outputs, target).items():
             parts.setdefault(name, []).append(scores.cpu())
@@ -102,10 +107,12 @@ def noting(model: IT3Mixin, *, alone: bool) -> Iterator[Seen]:
         yield seen
 
 
-def keep_samples(file: Path, fingerprint: str, scores: Mapping[str, Scores]) -> None:
-    """Write the scores of samples by shift, right or wrong as single bits."""
+def keep_samples(
+    file: Path, fingerprint: str, scores: Mapping[str, Scores], shown: Mapping[str, Shown]
+) -> None:
+    """Write the scores of samples by shift, right or wrong as single bits, and those to show."""
     found = {shift: _packed(each) for shift, each in scores.items()}
-    content = {"fingerprint": fingerprint, "samples": found}
+    content = {"fingerprint": fingerprint, "samples": found, "shown": as_plain(shown)}
     write(file, lambda stream: torch.save(content, stream))
 
 
@@ -116,6 +123,15 @@ def kept_samples(file: Path, fingerprint: str) -> dict[str, Scores] | None:
         return {shift: _unpacked(*each) for shift, each in content["samples"].items()}
 
     return kept(file, fingerprint, read, load_plain)
+
+
+def kept_shown(file: Path, fingerprint: str) -> dict[str, Shown]:
+    """Return the samples to show that were written; none by a former version."""
+
+    def read(content: dict[str, Any]) -> dict[str, Shown]:
+        return from_plain(content.get("shown", {}))
+
+    return kept(file, fingerprint, read, load_plain) or {} if file.is_file() else {}
 
 
 @contextmanager

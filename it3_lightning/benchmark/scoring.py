@@ -25,9 +25,16 @@ from it3_lightning.benchmark.config import BenchmarkSettings, stream_and_size
 from it3_lightning.benchmark.kept import kept, rebuilt
 from it3_lightning.benchmark.models import MakeModel, Models, further_model, models_of, with_priors
 from it3_lightning.benchmark.peers import training_of
+from it3_lightning.benchmark.pictures import Shown, shown_shifts
 from it3_lightning.benchmark.results import Record
 from it3_lightning.benchmark.rows import Row, Training
-from it3_lightning.benchmark.sample_scores import Scores, keep_samples, kept_samples, noting
+from it3_lightning.benchmark.sample_scores import (
+    Scores,
+    keep_samples,
+    kept_samples,
+    kept_shown,
+    noting,
+)
 from it3_lightning.callbacks.test_time import TestTimeCallback
 from it3_lightning.data import ShiftedData
 from it3_lightning.engine.selection import select
@@ -108,7 +115,8 @@ class Scoring:
             model = self.model(seed, row.training)
             with streaming(self.data, seed, stream):
                 found = scored(self.settings, row, model, self.data, stream, batches)
-            keep_samples(self._of_samples(seed, key), scores.fingerprint, found[1])
+            shown = found[2] if (seed, stream) == self._shows else {}
+            keep_samples(self._of_samples(seed, key), scores.fingerprint, found[1], shown)
             scores.add(key, found[0])
         self.progress.advance()
         return [replace(record, row=row.name) for record in scores.records[key]]
@@ -122,6 +130,19 @@ class Scoring:
         :meth:`records` for the arguments.
         """
         return self._kept_samples(seed, self._key(row.on(stream), stream, batches)) or {}
+
+    @property
+    def _shows(self) -> tuple[int, str] | None:
+        """Seed and stream of which some samples are shown; none where settings are chosen."""
+        first = self.settings.seeds[0], self.settings.streams[0]
+        return first if self.folder == "." else None
+
+    def shown(self, row: Row, seed: int, stream: str) -> dict[str, Shown]:
+        """Return a few samples by shift, of a row that has been scored, on all batches."""
+        if (seed, stream) != self._shows:
+            return {}
+        file = self._of_samples(seed, self._key(row.on(stream), stream, None))
+        return kept_shown(file, self._files[seed].fingerprint)
 
     def _kept_samples(self, seed: int, key: str) -> dict[str, Scores] | None:
         """Return the scores of samples; ``None`` where their file is damaged."""
@@ -283,10 +304,11 @@ def scored(
     data: ShiftedData,
     stream: str,
     batches: int | None = None,
-) -> tuple[list[Record], dict[str, Scores]]:
-    """Return a record for each loader of the data, and the scores of its samples by shift.
+) -> tuple[list[Record], dict[str, Scores], dict[str, Shown]]:
+    """Return a record for each loader of the data, and by shift scores of its samples, and some.
 
-    There are no scores of samples where the metric is not their mean.
+    There are no scores of samples where the metric is not their mean. Images are those of the rows
+    that leave the network alone.
 
     Args:
         settings: of the Trainer and of the metric.
@@ -314,11 +336,14 @@ def scored(
     adapts = row.settings is not None and row.settings.steps > 0
     chosen = select(model, row.settings.parameters) if adapts and row.settings else {}
     forwards, backwards = _passes(row, callback)
-    records, samples = [], {}
+    records, samples, shown = [], {}, {}
+    wanted = shown_shifts(data.test_names)
     for loader, (shift, found) in enumerate(zip(data.test_names, logged, strict=True)):
         score = score_in(found, settings.metric)
         if (each := seen.matching(loader, score)) is not None:
             samples[shift] = each
+        if shift in wanted and (some := seen.shown.get(loader)) is not None:
+            shown[shift] = some if own is None else replace(some, images=None)
         records.append(
             Record(
                 row.training,
@@ -334,7 +359,7 @@ def scored(
                 seen.calibration_error(loader),
             )
         )
-    return records, samples
+    return records, samples, shown
 
 
 def _passes(row: Row, callback: TestTimeCallback | None) -> tuple[float, float]:

@@ -105,7 +105,7 @@ def test_errors_are_those_of_the_benchmark_on_validation_samples(
     for stream in SMALL["streams"]:
         for name in POLICIES:
             with streaming(data, 0, f"{stream}/20"):
-                records, _ = scored(benchmark(folder), rows[name], model, data, stream)
+                records, *_ = scored(benchmark(folder), rows[name], model, data, stream)
             assert [record.shift for record in records] == ["clean", *TUNING_SHIFTS]
             for record in records:
                 errors = found.errors.policies[name][Condition(record.shift, stream, 20)]

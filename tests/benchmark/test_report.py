@@ -259,11 +259,31 @@ def test_folders_of_one_name_are_named_by_as_many_above_as_tell_them_apart(
     assert [(line[0], line[-1]) for line in lines] == list(zip(names, gains, strict=True))
 
 
-def test_the_command_prints_the_tables(
-    folders: list[Path], capsys: pytest.CaptureFixture[str]
+def test_the_command_prints_the_tables_and_writes_a_page_of_them(
+    folders: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    main(["compare", *map(str, folders)])
-    assert capsys.readouterr().out.strip() == overview(folders)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # a comparison of before is replaced
+        main(["compare", *map(str, folders)])
+        said = capsys.readouterr()
+        assert said.out.strip() == overview(folders)
+        assert said.err == "Written to compare.html\n"
+    shown = (tmp_path / "compare.html").read_text()
+    for own in cells(overview(folders).split("**post-hoc**")[1].strip())[2:]:
+        assert "".join(f"<td>{cell}</td>" for cell in own) in shown
+    dots = shown[shown.index("Gain by benchmark") :]
+    assert [dots.count(f"<title>{gain}") for gain in ("1.0", "-1.0", "0.013")] == [1, 1, 1]
+    assert dots.count("<svg") == len(folders)
+
+
+def test_a_page_is_written_over_no_other_file(folders: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "mine.html").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"would be written over: .*mine\.html.*--page"):
+        main(["compare", *map(str, folders), "--page", str(tmp_path / "mine.html")])
+    assert (tmp_path / "mine.html").read_text() == "mine"
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:

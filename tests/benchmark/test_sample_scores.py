@@ -222,7 +222,7 @@ def test_tokens_and_labels_have_the_share_that_is_right_and_ignored_samples_none
 def test_scores_are_kept_as_bits_or_numbers(tmp_path: Path) -> None:
     random, file = np.random.default_rng(0), tmp_path / "samples" / "one.pt"
     given = {"clean": random.random(5001) > 0.5, "fog": random.random(7).astype(np.float32)}
-    keep_samples(file, "{}", given)
+    keep_samples(file, "{}", given, {})
     found = kept_samples(file, "{}")
     assert found is not None
     assert found.keys() == given.keys()
