@@ -53,7 +53,8 @@ _SET_BY_RUN = ("seed", "stream")
 _TRAINED_BY = ("epochs", "posthoc_epochs", "pretrained", "joint", "posthoc", "precision")
 _LEARNT = ("train", "validation")  # contents that models depend on
 _NOT_TRAINED_ON = (
-    *("evaluate_on", "shifts", "severity", "eval_batch_size", "num_workers", "beyond_size"),
+    *("evaluate_on", "shifts", "severity", "concentration", "eval_batch_size", "num_workers"),
+    "beyond_size",
 )
 
 

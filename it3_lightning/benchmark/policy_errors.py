@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from it3_lightning.benchmark.kept import kept
 from it3_lightning.benchmark.policy_rule import Condition, Errors, by_family
 from it3_lightning.benchmark.rows import Row
 from it3_lightning.benchmark.sample_scores import errors_of
-from it3_lightning.benchmark.scoring import Progress, see_source, streaming
+from it3_lightning.benchmark.scoring import Progress, see_source, seen_by, streaming
 from it3_lightning.calibration import fingerprint
 from it3_lightning.data import ShiftedData
 from it3_lightning.integration.isolation import patched
@@ -40,7 +40,7 @@ class SampleErrors:
         model: that all policies are of.
         data: with the samples to test on.
         seed: of the split, shifts and streams.
-        about: plain data, what else the samples depend on.
+        about: settings of the data, as plain data.
         batches: the most of each loader.
         progress: is told.
     """
@@ -49,17 +49,20 @@ class SampleErrors:
     model: IT3Mixin
     data: ShiftedData
     seed: int
-    about: Any
+    about: Mapping[str, Any]
     batches: int
     progress: Progress
     _known: dict[str, dict[str, _Scores]] = field(default_factory=dict, init=False)
 
     @cached_property
-    def _depends_on(self) -> str:
-        """All that an error depends on besides its policy, its stream and its size of batches."""
+    def _weights(self) -> str:
+        return fingerprint(self.model)
+
+    def _depends_on(self, stream: str) -> str:
+        """Return all that an error depends on besides its policy and its size of batches."""
         parts = {
-            "weights": fingerprint(self.model),
-            "about": self.about,
+            "weights": self._weights,
+            "about": seen_by(stream, self.about),
             "seed": self.seed,
             "batches": self.batches,
             "accelerator": self.settings.accelerator,
@@ -101,7 +104,7 @@ class SampleErrors:
         """Return the errors of a row in one stream, from the file where it has them."""
         file = Path(self.settings.output) / "calibration" / f"{stream}_{size}.pt"
         if file.name not in self._known:
-            read = kept(file, self._depends_on, lambda c: dict(c["rows"]), load_plain)
+            read = kept(file, self._depends_on(stream), lambda c: dict(c["rows"]), load_plain)
             self._known[file.name] = read or {}
         known, key = self._known[file.name], repr(replace(row, name="", published=False))
         if key not in known:
@@ -109,7 +112,7 @@ class SampleErrors:
             self.see_source(row)
             with streaming(self.data, self.seed, f"{stream}/{size}"):
                 known[key] = self._scored(row)
-            content = {"fingerprint": self._depends_on, "rows": known}
+            content = {"fingerprint": self._depends_on(stream), "rows": known}
             write(file, partial(torch.save, content))
         return known[key]
 

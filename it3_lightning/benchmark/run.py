@@ -28,7 +28,7 @@ from it3_lightning.benchmark.rows import (
     control_trainings,
     rows_for,
 )
-from it3_lightning.benchmark.scoring import Progress, Scoring, quiet, streaming, threads
+from it3_lightning.benchmark.scoring import Progress, Scoring, quiet, seen_by, streaming, threads
 from it3_lightning.benchmark.tune import at_chosen_rates
 from it3_lightning.data import ShiftedData
 from it3_lightning.training.mixin import IT3Mixin
@@ -138,7 +138,8 @@ class Benchmark(BenchmarkSettings):
         """
         settings = scoring.facts["settings"]
         own = {name: settings["benchmark"][name] for name in _MEASURED_BY}
-        facts = {**settings, "benchmark": {**own, "stream": self.streams[0]}}
+        data = seen_by(self.streams[0], settings["data"])
+        facts = {**settings, "data": data, "benchmark": {**own, "stream": self.streams[0]}}
         fingerprint = json.dumps(facts, sort_keys=True)
         found = kept_distances(Path(self.output), seed, fingerprint)
         if found is not None:

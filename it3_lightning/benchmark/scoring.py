@@ -157,17 +157,28 @@ class Scoring:
         """Return what tells scores apart in the file: names are no part of it, and may change."""
         heads = [spec(h) for h in self.settings.heads if training_of(h) == row.training]
         plain = repr(replace(row, name="", published=False))
-        return json.dumps([plain, stream, batches, *heads])
+        strength = seen_by(stream, {"concentration": self.data.concentration})
+        return json.dumps([plain, stream, batches, *strength.values(), *heads])
 
     def _fingerprint(self) -> str:
         """Return all that a score depends on besides its row and its stream."""
         parts = {
             "training": self.facts["training"],
-            "data": self.facts["settings"]["data"],
+            "data": seen_by("", self.facts["settings"]["data"]),
             "metric": self.settings.metric,
             "accelerator": self.settings.accelerator,
         }
         return json.dumps(parts, sort_keys=True)
+
+
+def seen_by(stream: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of data that a stream depends on; its strength is that of one alone.
+
+    >>> seen_by("equal/16", {"severity": 3, "concentration": 0.1})
+    {'severity': 3}
+    """
+    own = stream.startswith("correlated")
+    return {name: value for name, value in data.items() if own or name != "concentration"}
 
 
 class _Kept:

@@ -7,6 +7,7 @@ says where samples come from and how they shift.
 from __future__ import annotations
 
 import gzip
+import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,8 @@ class ShiftedData(_AnyDataModule):
             classes, see :func:`~it3_lightning.data.correlated_stream`; ``"continual"`` has all
             shifts one after another in one loader, ``"continual"``, beside the clean one;
             ``"mixed"`` has samples of all of them side by side in every batch of one.
+        concentration: Of the correlated stream: the smaller, the fewer classes are neighbours. Of
+            2,000 samples of ten classes a batch of 100 has five or six with 0.1, three with 0.01.
         evaluate_on: ``"validation"`` has the test loaders hold the validation samples, for
             choosing settings without a look at the test samples.
         val_size: Samples to validate on; None for a tenth of those to train on, or for all that
@@ -100,6 +103,7 @@ class ShiftedData(_AnyDataModule):
     eval_batch_size: int = 100
     shifts: Sequence[str] = None  # type: ignore[assignment]  # None: those reported on
     stream: Stream = "equal"
+    concentration: float = 0.1
     evaluate_on: Split = "test"
     val_size: int | None = None
     train_size: int | None = None
@@ -214,6 +218,11 @@ class ShiftedData(_AnyDataModule):
         for name in ("num_workers", "seed"):
             check_integer(name, getattr(self, name), 0)
         check_choice("stream", self.stream, get_args(Stream))
+        if not 0 < self.concentration < math.inf:
+            raise ValueError(
+                f"Expected concentration > 0, got {self.concentration!r}. Set 0.1 for batches of "
+                "several classes, 0.01 for batches of two or three."
+            )
         if self.stream in _JOINED and not self.shifts:
             raise ValueError(f"Expected shifts for stream={self.stream!r}, got none. Name some.")
         check_choice("evaluate_on", self.evaluate_on, get_args(Split))
@@ -283,7 +292,8 @@ class ShiftedData(_AnyDataModule):
         sets = self._test_sets()
         if self.stream not in ("unequal", "correlated"):
             return [torch.arange(len(each)) for each in sets]
-        return [streamed(self.groups(each), self.stream, self.seed) for each in sets]
+        how = self.stream, self.seed, self.concentration
+        return [streamed(self.groups(each), *how) for each in sets]
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """Return the loaders of ``test_dataloader``."""

@@ -143,7 +143,7 @@ def correlated_stream(
     return (place + 0.9 * torch.rand(len(labels), generator=generator)).argsort()
 
 
-def streamed(labels: Tensor, stream: str, seed: int) -> Tensor:
+def streamed(labels: Tensor, stream: str, seed: int, concentration: float) -> Tensor:
     """Choose and order samples for a stream of unequal or correlated classes.
 
     Frequent in an unequal one are three of six or more classes, else half of them.
@@ -152,9 +152,10 @@ def streamed(labels: Tensor, stream: str, seed: int) -> Tensor:
         labels: ``(N,)`` integer classes.
         stream: ``"unequal"`` or ``"correlated"``.
         seed: See :func:`unequal_stream`, :func:`correlated_stream`.
+        concentration: See :func:`correlated_stream`.
     """
     if stream == "correlated":
-        return correlated_stream(labels, seed)
+        return correlated_stream(labels, seed, concentration=concentration)
     frequent = min(3, len(set(labels.tolist())) // 2)
     return unequal_stream(labels, seed, frequent=max(1, frequent))
 

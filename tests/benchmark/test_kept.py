@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.benchmark_runs import benchmark, digits, make_model
+from helpers.benchmark_runs import benchmark, digits, make_model, scored_rows
+from lightning.pytorch import Trainer
 
 from it3_lightning.benchmark import Record, Results, Tuning
 from it3_lightning.benchmark.distance_lines import Distances
@@ -93,6 +94,23 @@ def test_what_says_which_run_a_folder_is_of_is_refused_where_it_is_damaged(tmp_p
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(ValueError, match=r"run\.json is damaged.* Remove it if"):
             check_folder(tmp_path, {"epochs": 1})
+
+
+def test_a_correlated_stream_of_another_strength_costs_its_own_rows_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"streams": ("equal", "correlated"), "distance_samples": 0}
+    data = digits()
+    first = benchmark(tmp_path, **settings).run(make_model, data)
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained"))
+    ran = scored_rows(monkeypatch)
+    data.concentration = 0.01
+    second = benchmark(tmp_path, **settings).run(make_model, data)
+    assert ran == [(row.training, row.name) for row in second.rows if row.goes_with("correlated")]
+    changed = [a.stream for a, b in zip(first.records, second.records, strict=True) if a != b]
+    assert set(changed) == {"correlated"}
+    data.concentration = 0.1
+    assert benchmark(tmp_path, **settings).run(make_model, data).records == first.records
 
 
 GRID = Grid(shares=(), lrs=(1e-3,), forms=("published",), parameters=("all",), modes=("episodic",))

@@ -68,6 +68,20 @@ def test_a_correlated_stream_holds_every_sample_once_among_few_classes() -> None
     assert max(float(b.bincount().max()) for b in labels[even].view(-1, 100)) < 30
 
 
+def test_the_fewer_classes_are_neighbours_the_smaller_the_concentration() -> None:
+    counts = []
+    for concentration in (1.0, 0.01):
+        data = DigitsDataModule(shifts=[], stream="correlated", concentration=concentration)
+        data.test_size = 500
+        batches = [y for _, y in data.test_dataloader()[0]]
+        assert [len(y) for y in batches] == [100] * 5
+        counts.append(sum(len(y.unique()) for y in batches) / 5)
+    assert counts[0] > 9
+    assert counts[1] < 6
+    with pytest.raises(ValueError, match="concentration > 0, got 0"):
+        DigitsDataModule(concentration=0)
+
+
 def test_correlated_loaders_hold_all_samples_in_the_same_order_under_every_shift() -> None:
     data = DigitsDataModule(shifts=("contrast", "fog"), severity=4, stream="correlated")
     clean, contrast, fog = (torch.cat([y for _, y in d]) for d in data.test_dataloader())
