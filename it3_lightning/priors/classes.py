@@ -232,11 +232,14 @@ def counted(target: Tensor, ignore_index: int | None) -> Tensor | None:
 
 
 _RARE = 0.02  # of the frequency that classes have on average: less is all the same
-_CONCENTRATION = 0.3  # of class frequencies: of ten classes, three or four share most of a batch
+_CONCENTRATIONS = 0.01, 10.0  # of class frequencies: from a single class to nearly equal ones
 
 
 def random_weights(prior: Tensor) -> Tensor:
     """Return for each sample the mean weight of its classes, drawn from a Dirichlet distribution.
+
+    Its concentration is drawn too, log-uniformly from 0.01 to 10, so that batches of any kind come
+    about as often: of one class, of a few, of all.
 
     Args:
         prior: shares of classes, ``(B, C, ...)``; of one map, the second of two classes.
@@ -249,8 +252,9 @@ def random_weights(prior: Tensor) -> Tensor:
     """
     shares = prior.reshape(*prior.shape[:2], -1).mean(2)
     shares = both(shares) if shares.shape[1] == 1 else shares
-    frequencies = torch.full_like(shares[0], _CONCENTRATION)
-    return shares @ torch.distributions.Dirichlet(frequencies).sample() + 1e-6
+    low, high = map(math.log, _CONCENTRATIONS)
+    concentration = torch.full_like(shares[0], torch.empty(()).uniform_(low, high).exp().item())
+    return shares @ torch.distributions.Dirichlet(concentration).sample() + 1e-6
 
 
 _OR = ", or ignore_index to the label that the loss ignores"

@@ -1,6 +1,7 @@
 """The training loss against the same written out by hand: passes, steps, batches."""
 
 import functools
+import math
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -251,7 +252,8 @@ def redrawn() -> list[int]:
     """Draw samples of Y as the first step does: by Dirichlet weights of their classes."""
     torch.manual_seed(7)
     torch.rand(())
-    frequencies = torch.distributions.Dirichlet(torch.full((3,), 0.3)).sample()
+    strength = torch.empty(()).uniform_(math.log(0.01), math.log(10.0)).exp().item()
+    frequencies = torch.distributions.Dirichlet(torch.full((3,), strength)).sample()
     rows: list[int] = torch.multinomial(frequencies[Y] + 1e-6, 6, replacement=True).tolist()
     return rows
 
