@@ -234,7 +234,7 @@ def _control(
     if name.endswith(CONTEXT):
         _give_context(model)
     if name.endswith((CONTEXT, UNEQUAL)):
-        used = replace(label, own_share=1.0, unequal_share=0.5)
+        used = replace(label, own_share=1.0, unequal_share=0.75)
         model.it3_dual_pass = replace(used, norm_stats="batch") if batch_norms(model) else used
     model.load_state_dict(network_weights(base.state_dict()))
     return model, settings.posthoc_epochs

@@ -143,7 +143,7 @@ def correlated_stream(
     return (place + 0.9 * torch.rand(len(labels), generator=generator)).argsort()
 
 
-def streamed(labels: Tensor, stream: str, seed: int, concentration: float) -> Tensor:
+def streamed(labels: Tensor, stream: str, seed: int, concentration: float = 0.1) -> Tensor:
     """Choose and order samples for a stream of unequal or correlated classes.
 
     Frequent in an unequal one are three of six or more classes, else half of them.

@@ -29,11 +29,11 @@ class ClassPrior(Prior):
             prior.
         context: ``"batch"``: beside its own prior each sample sees the mean of its batch's, which
             for first predictions says how frequent the classes are in this batch. The second pass
-            learns how far to trust it; train it with ``DualPass(own_share=1.0, unequal_share=0.5)``
-            on batches about as large as those at test time, and with their ``norm_stats``. A
-            sample's second prediction then depends on the others of its batch, and so on batch
-            size, order, padding, and the number of processes; samples that are not finite have no
-            part in it. Not with ``scope="sample"``.
+            learns how far to trust it; train it with ``DualPass(own_share=1.0,
+            unequal_share=0.75)`` on batches about as large as those at test time, and with their
+            ``norm_stats``. A sample's second prediction then depends on the others of its batch,
+            and so on batch size, order, padding, and the number of processes; samples that are not
+            finite have no part in it. Not with ``scope="sample"``.
             ``"stream"``: the mean along the stream, its own and those of earlier batches, for
             batches of one or a few samples and ``scope="sample"``: a prediction depends on those
             before it. Each dataloader begins anew; batches that are skipped do not count.
