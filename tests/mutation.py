@@ -346,6 +346,8 @@ class Mutation:
         functions = [thing for thing in gc.get_objects() if type(thing) is FunctionType]
         for source in self.sources:
             source.find(functions)
+            if not source.functions:
+                pytest.exit(f"Expected a file that the tests import, name it too: {source.file}", 1)
         gc.freeze()  # what lies in memory now stays shared with the forks
         tests = self._reached(session)
         failed = [test.name for test in tests if not test.passes]
@@ -431,6 +433,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = folder
         options = "-q -s --no-header -p no:cacheprovider --override-ini addopts=--doctest-modules"
+        options += " --assert=plain"  # others would change the code of files that are named
         how: dict[str, Any] = {"sample": given.sample, "seed": given.seed}
         again = given.again and given.again.read_text()
         plugin = Mutation(given.files, **how, seconds=given.seconds, again=again)
