@@ -255,6 +255,8 @@ def noted(module: nn.Module) -> Marks:
         for name, value in vars(owner).items() if id(owner) not in own else ():
             if name not in _OF_TORCH and name != "forward":
                 marks += ((each, (name, mark)) for each, mark in _marks(value, _DEPTH))
+        if isinstance(owner, torch.jit.ScriptModule):
+            marks += _script_marks(owner)
     return marks
 
 
@@ -277,6 +279,13 @@ def _marks(value: Any, depth: int) -> Iterator[tuple[Any, Any]]:
         yield value, len(inside)
         for item in inside:
             yield from _marks(item, depth - 1)
+
+
+def _script_marks(module: Any) -> Marks:
+    """Note what a scripted module keeps on itself: it lies outside of Python, which gets copies."""
+    names = module._concrete_type.get_attributes()
+    leaves = tree_leaves([getattr(module, name) for name in names])
+    return [(leaf, leaf._version) if isinstance(leaf, Tensor) else (None, leaf) for leaf in leaves]
 
 
 def _inside(value: Any) -> list[Any]:

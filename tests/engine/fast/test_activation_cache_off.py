@@ -494,6 +494,41 @@ def test_scripted_parts_are_run() -> None:
     assert adaptation.cache_hits > 0  # the modules after it
 
 
+class Scripted(nn.Module):
+    """Scales by what it keeps, in a number or in a list."""
+
+    seen: list[int]
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.counts = kind == "number"
+        self.calls, self.seen = 0, [1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts:
+            self.calls += 1
+        else:
+            self.seen.append(2)
+        return x * (self.calls + len(self.seen))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["number", "list"])
+def test_scripted_parts_with_a_state_end_the_cache(kind: str) -> None:
+    def run_with(exact: bool) -> list[Adaptation]:
+        scripted: Any = torch.jit.script(Scripted(kind))
+        net = Outer(scripted).double().eval()
+        drawn(net.net)
+        adapter = adapter_of(net, {"net.trunk.1": "output"}, steps=2, parameters=["net.*"])
+        if not exact:
+            adapter.network.cache = NoCache()
+        return [adaptation for adaptation, _ in run(adapter, stream(2))]
+
+    for found, expected in zip(run_with(True), run_with(False), strict=True):
+        assert found.cache_hits == 0
+        assert equal(found.outputs, expected.outputs)
+
+
 @needs_fast_paths
 def test_tied_weights_and_nested_networks() -> None:
     for body in (Tied(), LastOutput(nn.GRU(4, 8, batch_first=True))):
