@@ -76,6 +76,8 @@ class Idempotence(TestTimeMethod):
 
     def loss(self, passes: Passes) -> Objective:
         """Evaluate the distance between the first and the second prediction."""
+        if passes.valid is None:  # a subclass may know of none
+            return self(passes.y0, passes.second)
         return self(passes.y0, passes.second, passes.valid)
 
     def __call__(self, y0: Tensor, second: SecondPass, valid: Tensor | None = None) -> Objective:

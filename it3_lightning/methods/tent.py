@@ -45,6 +45,8 @@ class Entropy(TestTimeMethod):
 
     def loss(self, passes: Passes) -> Objective:
         """Evaluate the entropy of the first prediction."""
+        if passes.valid is None:  # a subclass may know of none
+            return self(passes.y0, passes.second)
         return self(passes.y0, passes.second, passes.valid)
 
     def __call__(self, y0: Tensor, second: SecondPass, valid: Tensor | None = None) -> Objective:

@@ -182,4 +182,5 @@ def _moments_of(values: Tensor, dim: int) -> Tensor:
 def _spread_of(moments: Tensor) -> Tensor:
     """Return the standard deviations of the channels."""
     number, _, squares = moments
-    return (squares / number.clamp_min(1)).sqrt()
+    spread: Tensor = (squares / number.clamp_min(1)).sqrt()
+    return spread

@@ -302,7 +302,7 @@ def test_no_reliable_sample_leaves_weights_and_optimizer_alone() -> None:
     (moved,) = by_engine(net, BATCHES[:1], optimizer="adam", reset="never")
 
     class Moody(Idempotence):
-        def __call__(self, y0: Tensor, second: Any) -> Any:
+        def __call__(self, y0: Tensor, second: Any, valid: Any = None) -> Any:
             given = Idempotence("l2", 1.0 if unmoved else None)
             return given(y0, second)
 
