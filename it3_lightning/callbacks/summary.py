@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -24,8 +26,8 @@ class Summary:
         skipped: of them, those that got the source prediction.
         reasons: how many samples were skipped for which reason.
         moved: samples that moved the weights.
-        milliseconds: time of the steps: adaptation, measuring, choice of the backend, and the
-            module's own step.
+        milliseconds: time of the steps: adaptation, measuring, choice of the backend, the module's
+            own step, and taking note and logging of all that.
         batches: seen.
         forwards: forward passes for adapting and measuring, views and iterates one by one; in scope
             ``"sample"`` those of each sample.
@@ -156,9 +158,9 @@ def _mean(total: tuple[float, int]) -> float:
     return total[0] / total[1] if total[1] else float("nan")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recorder:
-    """Takes note of the adaptation to each batch.
+    """Takes note of the adaptation to each batch, and of the time: its own and its logs' as well.
 
     Args:
         module: whose step runs; logs.
@@ -173,14 +175,15 @@ class Recorder:
     settings: Settings
     adapter: Adapter
     logs: bool
+    _late: float = field(default=0.0, init=False)  # seconds that logging the last time has taken
 
-    def __call__(self, adaptation: Adaptation, loader: int, seconds: float) -> None:
+    def __call__(self, adaptation: Adaptation, loader: int, started: float) -> None:
         """Add an adaptation to the summary, and log it.
 
         Args:
             adaptation: to a batch.
             loader: which dataloader the batch comes from.
-            seconds: that the whole step took.
+            started: when the step of the batch did, by ``time.perf_counter``.
         """
         if adaptation.reason is not None and adaptation.reason not in self.summary.reasons:
             what = "a batch" if self.settings.scope == "batch" else "a sample"
@@ -190,19 +193,30 @@ class Recorder:
             if not self.summary.backend:
                 rank_zero_info(f"IT3 takes {selection}")
             self.summary.backend = str(selection)
-        self.summary.add(adaptation, loader, seconds)
+        self.summary.add(adaptation, loader, 0.0)
         if self.logs:
-            self._log(adaptation, seconds)
+            self._log(adaptation)
+        now = time.perf_counter()
+        milliseconds = 1000 * (now - started + self._late)
+        self.summary.milliseconds += milliseconds
+        if self.logs:
+            self._log_mean("ms_per_sample", milliseconds, adaptation)
+        self._late = time.perf_counter() - now
 
-    def _log(self, adaptation: Adaptation, seconds: float) -> None:
+    def _log_mean(self, name: str, total: float | Tensor, adaptation: Adaptation) -> None:
+        """Log a mean over samples, given their sum in a batch."""
+        size, ranks = adaptation.skipped.numel(), self.module.trainer.world_size
+        given: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": ranks > 1}
+        self.module.log(f"it3/{name}", total / max(size, 1), batch_size=size * ranks, **given)
+
+    def _log(self, adaptation: Adaptation) -> None:
         """Log means over samples, and the number of skipped ones.
 
         Every process logs the same keys at every batch, or reducing them over processes would wait
         for ever: a distance that is not known counts with weight 0. Lightning rounds the mean of
         the processes' weights down, so they are multiples of the number of processes.
         """
-        size, ranks = adaptation.skipped.numel(), self.module.trainer.world_size
-        weight, least = size * ranks, max(size, 1)
+        ranks = self.module.trainer.world_size
         log = partial(self.module.log, on_step=False, on_epoch=True, sync_dist=ranks > 1)
         distances = {
             "source": adaptation.distance_source,
@@ -214,11 +228,10 @@ class Recorder:
             mean = 0.0 if known is None or count == 0 else known.sum() / count
             log(f"it3/distance_{name}", mean, batch_size=count * ranks)
         counted = adaptation.reliable
-        moved = 0.0 if counted is None else counted.float().sum() / least
-        log("it3/moved", moved, batch_size=weight)
+        moved = 0.0 if counted is None else counted.float().sum()
+        self._log_mean("moved", moved, adaptation)
         gated = adaptation.gated
         if self.settings.gate is not None or gated is not None:
-            within = 0.0 if gated is None else gated.float().sum() / least
-            log("it3/gated", within, batch_size=weight)
-        log("it3/skipped", float(adaptation.skipped.sum()), reduce_fx="sum", batch_size=weight)
-        log("it3/ms_per_sample", 1000 * seconds / least, batch_size=weight)
+            self._log_mean("gated", 0.0 if gated is None else gated.float().sum(), adaptation)
+        skipped, weight = float(adaptation.skipped.sum()), adaptation.skipped.numel() * ranks
+        log("it3/skipped", skipped, reduce_fx="sum", batch_size=weight)

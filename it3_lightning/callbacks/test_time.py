@@ -55,8 +55,8 @@ class TestTimeCallback(AnyCallback):
     ``it3/distance_source``, ``it3/distance_adapted``, ``it3/moved`` (share of samples that moved
     the weights), ``it3/skipped`` (their number), ``it3/gated`` (share within the gate, where there
     is one) and ``it3/ms_per_sample`` (milliseconds a sample of the whole step: adaptation,
-    measuring, choice of the backend, the module's own step); all of them also in :attr:`summary`,
-    in ``predict`` too.
+    measuring, choice of the backend, the module's own step, these logs); all of them also in
+    :attr:`summary`, in ``predict`` too.
     Methods that need no prior run on any LightningModule as it is.
 
     Where no argument says how to adapt, it does as ``it3 calibrate`` chose for this module, as with
@@ -468,7 +468,7 @@ class AdaptedStep:
         output, adaptation = self._runner.run(self._inputs_of(batch), step)
         if on_cuda:
             torch.cuda.synchronize(device)
-        self._record(adaptation, loader, time.perf_counter() - start)
+        self._record(adaptation, loader, start)
         return output
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassPrecision, MulticlassRecall
 
-from it3_lightning.callbacks import test_time
+from it3_lightning.callbacks import summary, test_time
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +103,7 @@ def test_the_time_is_that_of_all_passes(
 ) -> None:
     clock = SimpleNamespace(now=0.0)
     clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(summary, "time", clock)
 
     class Slow(IT3Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -136,12 +137,33 @@ def test_no_sample_is_said_to_have_moved_weights_that_are_the_sources(
     assert logged["it3/moved"] == 0
 
 
+def test_the_time_of_logging_is_logged_but_for_the_last_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    for module in (summary, test_time):
+        monkeypatch.setattr(module, "time", clock)
+
+    class Slow(IT3Net):
+        def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+            clock.now += 10.0 if name == "it3/ms_per_sample" else 1.0
+            super().log(name, *args, **kwargs)
+
+    callback = adapting()
+    (logged,) = quiet(callbacks=[callback]).test(net(Slow), loader(), verbose=False)
+    each = 1 + 2 + 1 + 1 + 10  # loss, distances, moved, skipped, time; of three batches
+    assert clock.now == 3 * each
+    assert callback.summary.milliseconds == pytest.approx(1000 * (3 * each - 10))
+    assert logged["it3/ms_per_sample"] == pytest.approx(1000 * (3 * each - 10) / 12)
+
+
 def test_summary_holds_what_was_logged() -> None:
     callback = adapting()
     (logged,) = quiet(callbacks=[callback]).test(net(), loader(), verbose=False)
-    summary = callback.summary
-    assert (summary.samples, summary.moved, summary.skipped) == (12, 12, 0)
-    assert summary.distance_source == pytest.approx(logged["it3/distance_source"])
-    assert summary.distance_adapted == pytest.approx(logged["it3/distance_adapted"])
-    assert summary.ms_per_sample == pytest.approx(logged["it3/ms_per_sample"])
-    assert str(summary).startswith("12 samples, 12 moved the weights, 0 skipped; distance 0.")
+    found = callback.summary
+    assert (found.samples, found.moved, found.skipped) == (12, 12, 0)
+    assert found.distance_source == pytest.approx(logged["it3/distance_source"])
+    assert found.distance_adapted == pytest.approx(logged["it3/distance_adapted"])
+    assert found.ms_per_sample == pytest.approx(logged["it3/ms_per_sample"])
+    assert str(found).startswith("12 samples, 12 moved the weights, 0 skipped; distance 0.")
