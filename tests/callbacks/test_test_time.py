@@ -54,7 +54,7 @@ class Steps(Validated):
     def note(self, stage: str) -> None:
         self.seen.append((stage, head(self)))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.note("validate")
         super().validation_step(batch, batch_idx)
 

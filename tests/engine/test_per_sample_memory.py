@@ -4,6 +4,8 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -215,13 +217,13 @@ def test_what_was_faster_is_still_compared_with_the_loop(
     net = toy()
     adapted(alike(net), images(4))
     other = alike(net)
-    wrong = other._vectorised
+    wrong: Any = other._vectorised
     assert wrong is not None
 
     class Wrong:
         def __call__(self, *given: Any) -> Any:
             found = wrong(*given)
-            return per_sample.replace(found, outputs=found.outputs + 1)
+            return replace(found, outputs=found.outputs + 1)
 
         def release(self) -> None:
             """Do nothing."""
@@ -238,12 +240,13 @@ def test_what_was_faster_is_still_compared_with_the_loop(
 
 def test_no_module_lives_longer_for_what_was_measured_of_it() -> None:
     net = toy()
-    net.dense.forward = lambda x, own=net.dense: type(own).forward(own, x)
+    dense: Any = net.dense
+    dense.forward = partial(type(dense).forward, dense)
     adapter = alike(net, objective=same())
     adapted(adapter, images(4))
     assert len(per_sample._MEASURED[net]) == 1
     gone, others = weakref.ref(net), len(per_sample._MEASURED)
-    del net, adapter
+    del net, adapter, dense
     gc.collect()
     assert gone() is None
     assert len(per_sample._MEASURED) < others
@@ -289,7 +292,8 @@ def test_a_second_predictor_does_not_choose_again(times: Times) -> None:
 def test_of_other_outputs_of_a_plain_module_it_is_measured_anew(outputs: Any, times: Times) -> None:
     model = LitNet()
     method = Entropy()
-    for kind, new in (("logits", True), ("logits", False), (outputs, outputs != "logits")):
+    kinds: Any = ("logits", True), ("logits", False), (outputs, outputs != "logits")
+    for kind, new in kinds:
         callback = TestTimeCallback(method, scope="sample", outputs=kind, lr=0.01)
         quiet(callbacks=[callback]).predict(model, loader())
         assert measured(times) is new
