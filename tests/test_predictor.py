@@ -577,8 +577,8 @@ def test_a_predictor_follows_the_policy_of_its_module(asked: dict[str, Any]) -> 
 def test_settings_go_before_a_policy_that_nobody_asked_for() -> None:
     module = chosen(net(), STEP)
     for said in ({"settings": Settings(steps=2)}, {"prediction": "mean"}):
-        found = IT3Predictor(module, **said)(batches()[0])  # type: ignore[arg-type]
-        assert same(found, IT3Predictor(net(), **said)(batches()[0]))  # type: ignore[arg-type]
+        found = IT3Predictor(module, **said)(batches()[0])
+        assert same(found, IT3Predictor(net(), **said)(batches()[0]))
 
 
 def test_a_policy_that_is_missing_or_of_other_weights_is_refused() -> None:
