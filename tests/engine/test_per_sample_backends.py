@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.adapters import PUBLISHED, adapted, assert_close, sample_adapter
 from helpers.fast import needs_fast_paths
+from helpers.interrupting import process_state
 from helpers.modules import drawn, images, toy
 from helpers.reference import softmax_label
 from helpers.times import Times
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from it3_lightning.engine import Adaptation, SampleAdapter, Settings, fast, per_sample
 from it3_lightning.engine.fast import vmap
+from it3_lightning.engine.restore import _Drawn
 from it3_lightning.methods import Idempotence
 
 
@@ -208,6 +210,21 @@ def test_memory_is_measured_of_attention_as_it_runs_in_vmap() -> None:
     assert fused[:5] == [False, False, True, True, True]
     assert not any(fused[5:])
     assert torch._C._get_flash_sdp_enabled()
+
+
+@needs_fast_paths
+def test_what_watches_passes_is_taken_off_where_an_interruption_left_it_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> int:
+        _Drawn().__enter__()
+        raise KeyboardInterrupt
+
+    before = process_state()
+    monkeypatch.setattr(vmap, "bytes_kept", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapted(adapter_of(toy()), images(3))
+    assert process_state() == before
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import assert_is_reference, backend_of, by_reference, sample_adapter
 from helpers.fast import needs_fast_paths
 from helpers.memory import Live, size_of
 from helpers.modules import Conditioned, images, takes_prior, toy
@@ -179,6 +180,57 @@ def test_live_bytes_stay_within_the_memory(network: str) -> None:
             assert adaptation.outputs.shape == (5, 3)
             del adaptation
             assert live.bytes < 1000, name  # of gradients and activations nothing is kept
+
+
+# Compiled steps
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Compile for want of a compiler into what runs as it was traced; note the calls."""
+    calls, own = list[int](), torch.compile
+
+    def made(graph: Any, **given: Any) -> Any:
+        run = own(graph, backend="eager", **given)
+
+        def counted(*tensors: Tensor) -> Any:
+            calls.append(len(tensors))
+            return run(*tensors)
+
+        return counted
+
+    monkeypatch.setattr(torch, "compile", made)
+    return calls
+
+
+@needs_fast_paths
+@pytest.mark.parametrize("given", [{"steps": 1}, {"steps": 3, "anchor": "ema", "ema_decay": 0.5}])
+def test_compiled_steps_equal_the_reference(given: dict[str, Any], compiled: list[int]) -> None:
+    net, steps = toy(), given["steps"]
+    adapter = sample_adapter(net, compile=True, **given)
+    kinds = min(steps, 2)  # the first step and those after it, each tried as it is compiled
+    # a batch of another size runs as it is written
+    for size, calls in ((3, kinds + steps), (3, steps), (2, 0), (3, steps)):
+        compiled.clear()
+        records = by_reference(net, images(size), lr=0.01, optimizer="adam", **given)
+        found = adapted(adapter, images(size))
+        assert_is_reference(found, records, 1e-10)
+        assert len(compiled) == calls
+        assert found.forwards == 2 * steps + 2
+    assert backend_of(adapter) == "vectorised"
+
+
+@needs_fast_paths
+def test_what_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError("no compiler\nis here")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.warns(
+        UserWarning, match=r"cannot be compiled here \(OSError: no compiler is here\)"
+    ):
+        found = adapted(sample_adapter(toy(), compile=True), images(3))
+    assert_is_reference(found, by_reference(toy(), images(3), lr=0.01, optimizer="adam"), 1e-10)
 
 
 @needs_fast_paths

@@ -5,6 +5,7 @@ import warnings
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch._dynamo import eval_frame
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 from it3_lightning.engine import Forward, SampleAdapter
+from it3_lightning.engine.fast import vmap
 from it3_lightning.engine.fast.vmap import release_switches, uncompiled
 from it3_lightning.methods import Objective
 
@@ -69,6 +71,27 @@ def test_no_operation_runs_sample_by_sample(kind: str, monkeypatch: pytest.Monke
         adapter = sample_adapter(net, enters=KINDS[kind].enters, steps=2)
         adapted(adapter, inputs)
         assert backend_of(adapter) == "vectorised"
+
+
+@needs_fast_paths
+@pytest.mark.parametrize("large", [1, 1 << 20])
+def test_passes_of_large_weights_are_counted_by_the_sample(
+    large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vmap, "_LARGE", large)
+    adapter = two_steps(toy())
+    for _ in range(2):
+        answered = 4 if large == 1 else 1  # one by one: to read the weights takes the time
+        assert adapted(adapter, images(4)).forwards == 2 * 2 + answered + 1
+
+
+@needs_fast_paths
+def test_the_time_is_that_of_adapting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = two_steps(toy())
+    adapted(adapter, images(4))
+    times = iter([10.0, 12.5])
+    monkeypatch.setattr(vmap, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert adapted(adapter, images(4)).seconds == 2.5
 
 
 # What torch.func cannot take goes through the loop, with one warning that says why
@@ -332,6 +355,21 @@ def test_compiled_code_runs_as_written_until_the_outermost_user_is_done() -> Non
         assert stance() == "force_eager"  # this thread still needs it
     assert other == ["force_eager"]
     assert stance() == before
+
+
+def test_compiled_code_runs_again_where_turning_it_off_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, off = eval_frame._stance, vmap._COMPILED.off
+
+    def interrupted(holder: object) -> bool:
+        off(holder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vmap._COMPILED, "off", interrupted)
+    with pytest.raises(KeyboardInterrupt), uncompiled():
+        pass
+    assert eval_frame._stance == before
 
 
 def run_within() -> str:
