@@ -151,8 +151,9 @@ class NoisyDigits(LitDigits):
 
 def trainer(**args: Any) -> Trainer:
     """Return a Trainer that says nothing."""
-    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    return Trainer(**dict.fromkeys(off, False), accelerator="cpu", **args)
+    names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    off: dict[str, Any] = dict.fromkeys(names, False)
+    return Trainer(**off, accelerator="cpu", **args)
 
 
 def tested(model: LightningModule, tests: dict[str, DataLoader[Any]], **settings: Any) -> Tensor:

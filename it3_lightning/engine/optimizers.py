@@ -399,8 +399,9 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     >>> norm_of([torch.tensor([3.0]), torch.tensor([4.0])])
     tensor(5.)
     """
-    norms = torch._foreach_norm(tensors)
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    norms = torch._foreach_norm(list(tensors))
+    found: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return found
 
 
 def _in_a_row(weights: list[Tensor]) -> bool:

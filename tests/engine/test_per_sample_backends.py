@@ -217,7 +217,7 @@ def test_what_watches_passes_is_taken_off_where_an_interruption_left_it_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> int:
-        _Drawn().__enter__()
+        _Drawn().__enter__()  # type: ignore[no-untyped-call]
         raise KeyboardInterrupt
 
     before = process_state()

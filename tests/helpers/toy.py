@@ -110,11 +110,11 @@ class Raises(Idempotence):
 
     batches = 0
 
-    def __call__(self, y0: Tensor, second: SecondPass) -> Objective:
+    def __call__(self, y0: Tensor, second: SecondPass, valid: Tensor | None = None) -> Objective:
         type(self).batches += 1
         if type(self).batches > 3:
             raise ValueError("engine")
-        return super().__call__(y0, second)
+        return super().__call__(y0, second, valid)
 
 
 def parts(**args: Any) -> dict[str, Any]:

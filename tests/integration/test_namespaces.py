@@ -320,7 +320,7 @@ class Says(LitNet):
     def it3_sample_dims(self, inputs: Any) -> Any:
         return {"pixels": 3}  # (1, 4, 4, B)
 
-    def it3_valid(self, inputs: Any) -> None:
+    def it3_valid(self, inputs: Any) -> Tensor | None:
         return None  # all count
 
     def it3_forward(self, inputs: Any) -> Tensor:
