@@ -1,6 +1,7 @@
 """The context of a batch, beside each sample's prior: against the same in plain torch."""
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,8 @@ def test_post_hoc_training_sees_the_context_of_the_samples_drawn() -> None:
     dual = DualPass(unequal_share=1.0, norm_stats="batch", own_share=0.5, perturb_prior=False)
     torch.manual_seed(7)
     torch.rand(())
-    frequencies = torch.distributions.Dirichlet(torch.full((3,), 0.3)).sample()
+    strength = torch.empty(()).uniform_(math.log(0.01), math.log(10.0)).exp().item()
+    frequencies = torch.distributions.Dirichlet(torch.full((3,), strength)).sample()
     rows = torch.multinomial(frequencies[Y] + 1e-6, 6, replacement=True)
     chosen = (torch.rand(6) < 0.5)[:, None]
 
