@@ -188,10 +188,10 @@ def test_live_bytes_stay_within_the_memory(network: str) -> None:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Compile for want of a compiler into what runs as it was traced; note the calls."""
-    calls, own = list[int](), torch.compile
+    calls, own = list[int](), partial(torch.compile, backend="eager")
 
     def made(graph: Any, **given: Any) -> Any:
-        run = own(graph, backend="eager", **given)
+        run: Any = own(graph, **given)
 
         def counted(*tensors: Tensor) -> Any:
             calls.append(len(tensors))
