@@ -87,7 +87,7 @@ class Views(NamedTuple):
     def split(self, sizes: Sequence[int]) -> Iterator[Views]:
         """Yield the views of so many tokens, one piece after the other."""
         pieces = (torch.split(view, sizes, -2) for view in self)  # type: ignore[arg-type]
-        return map(Views._make, zip(*pieces, strict=True))
+        return (Views(*piece) for piece in zip(*pieces, strict=True))
 
 
 class InnerNorm(nn.Module):
