@@ -56,6 +56,7 @@ def data_arguments(config: str, images: Path) -> list[str]:
         "csv": [f"--data.path={tables / 'houses.csv'}", "--data.shifts=[gaussian_noise]"],
         "digits": ["--data.shifts=[contrast]"],
         "fashion_mnist": [root, "--data.shifts=[contrast]"],
+        "first": ["--data.shifts=[contrast]"],
         "mnist": [root, "--data.shifts=[contrast]"],
     }[config]
 
