@@ -159,5 +159,6 @@ def _parts(held: Any) -> Iterable[Any]:
     own = getattr(held, "__dict__", None)
     if own is None or (callable(held) and not isinstance(held, Dataset)):
         return [re.sub(r" at 0x[0-9a-f]+", "", repr(held))]
-    files = [Path(file) for file in getattr(held, "files", ())]
+    paths = getattr(held, "paths", None)  # of files that are read later
+    files = [each for each in paths if isinstance(each, Path)] if isinstance(paths, list) else []
     return [*files, *(part for key in sorted(own) for part in (key, own[key]))]

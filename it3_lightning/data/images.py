@@ -144,7 +144,7 @@ class ImageFiles(Images):
         return [os.fsdecode(name) for name in self._names]
 
     @property
-    def files(self) -> list[Path]:
+    def paths(self) -> list[Path]:
         """The files themselves, in the order of the samples."""
         return [self.folder / name for name in self.names]
 

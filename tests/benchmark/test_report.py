@@ -275,7 +275,7 @@ def test_the_command_prints_the_tables_and_writes_a_page_of_them(
     for own in cells(overview(folders).split("**post-hoc**")[1].strip())[2:]:
         assert "".join(f"<td>{cell}</td>" for cell in own) in shown
     dots = shown[shown.index("Gain by benchmark") :]
-    assert [dots.count(f"<title>{gain}") for gain in ("1.0", "-1.0", "0.013")] == [1, 1, 1]
+    assert [dots.count(f"<title>{gain}") for gain in ("+1.0", "-1.0", "+0.013")] == [1, 1, 1]
     assert dots.count("<svg") == len(folders)
 
 

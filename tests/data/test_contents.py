@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.data_modules import CASES, Case, write_all
 from helpers.trees import write_image_folders
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
@@ -93,6 +94,29 @@ def test_a_file_counts_by_size_and_time(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b" ")
     assert digest(folder) != before[0]
     assert digest(files) != before[1]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_data_module_has_the_same_fingerprint_of_the_same_samples(
+    case: Case, root: Path
+) -> None:
+    before, again, other = (case.module(root, seed=seed).content() for seed in (0, 0, 1))
+    assert {"train", "validation", "test"} <= before.keys()
+    assert before == again
+    assert before["train"] != other["train"]  # another split
+
+
+def test_an_attribute_of_that_name_need_be_no_path() -> None:
+    class Named:
+        def __init__(self) -> None:
+            self.paths, self.files = torch.arange(3), 3
+
+    assert digest(Named()) == digest(Named())
 
 
 def test_what_is_yielded_counts_and_random_views_are_those_of_a_seed() -> None:
