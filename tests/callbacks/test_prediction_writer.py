@@ -286,6 +286,7 @@ def test_a_configuration_names_it(tmp_path: Path) -> None:
     file.write_text(
         "trainer:\n  callbacks:\n"
         "    - class_path: it3_lightning.IT3TestTimeCallback\n"
+        "      init_args: {steps: 1}\n"
         "    - class_path: it3_lightning.IT3PredictionWriter\n"
         f"      init_args: {{output_dir: {tmp_path / 'out'}, scores: true}}\n"
     )

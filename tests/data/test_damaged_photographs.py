@@ -16,7 +16,7 @@ Damage = Callable[[Path], object]
 def fit(config: str, folder: Path, damage: Damage | None = None) -> None:
     arguments = vision_arguments(config, folder)
     if damage is not None:
-        damage(folder / config.split("_")[0])
+        damage(Path(arguments[0].removeprefix("--data.root=")))
     quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     folders = [f"--trainer.default_root_dir={folder}", "--trainer.max_epochs=1"]
     main(["fit", f"--config={CONFIGS / config}.yaml", *quiet, *folders, *arguments])

@@ -15,7 +15,7 @@ from helpers.toy import IT3Net, LitNet, loader, parts, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from it3_lightning import IT3Predictor
+from it3_lightning import IT3Predictor, Settings
 from it3_lightning.benchmark.distances import kept_distances
 from it3_lightning.benchmark.kept import check_folder, kept, mark_folder
 from it3_lightning.benchmark.report import overview
@@ -31,7 +31,9 @@ def weights(module: torch.nn.Module) -> dict[str, list[float]]:
 
 
 def predictor(file: Path) -> Any:
-    return weights(IT3Predictor.from_checkpoint(file, IT3Net, **parts()).module)
+    return weights(
+        IT3Predictor.from_checkpoint(file, IT3Net, settings=Settings(), **parts()).module
+    )
 
 
 def source(file: Path) -> Any:

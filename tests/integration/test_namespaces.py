@@ -24,6 +24,7 @@ from it3_lightning import (
     IT3TestTimeCallback,
     RandomNoise,
     Rotation,
+    Settings,
     Tent,
     TestTimeCallback,
     ValuePrior,
@@ -163,7 +164,9 @@ def test_a_source_checkpoint_of_the_other_namespace_is_taken_and_served(tmp_path
     assert torch.equal(model.net[0].weight, source.net[0].weight)
     runs.save_checkpoint(str(tmp_path / "both.ckpt"))
     parts: Any = {"prior": ClassPrior(3), "conditioning": FeatureInjection("net.1")}
-    predictor = IT3Predictor.from_checkpoint(tmp_path / "both.ckpt", IT3Old, **parts)
+    predictor = IT3Predictor.from_checkpoint(
+        tmp_path / "both.ckpt", IT3Old, settings=Settings(), **parts
+    )
     inputs = next(iter(data()))[0]
     assert torch.equal(predictor(inputs).source_outputs, model.eval()(inputs))
     assert bool((predictor(inputs).distance > 0).all())
