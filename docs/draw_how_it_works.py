@@ -8,10 +8,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 NETWORK, FROZEN, VALUE, LOSS = "#dbe7fb", "#e6e6e6", "#ffffff", "#fbe3dc"
 
 
+@plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "it3"})
 def draw(path: Path) -> None:
     """Draw the figure into an SVG file."""
-    plt.rcParams["svg.fonttype"] = "none"
-    plt.rcParams["svg.hashsalt"] = "it3"
     figure, axes = plt.subplots(figsize=(9, 2.9))
     axes.set_xlim(0, 82)
     axes.set_ylim(3, 30)

@@ -1,9 +1,12 @@
 """What all tests share: one thread, and small data in the real on-disk formats."""
 
 import gzip
+import logging
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from helpers.airfoil_files import write_polars, write_self_noise
@@ -11,6 +14,17 @@ from helpers.tables import write_tables
 from torch import Tensor
 
 torch.set_num_threads(1)  # in networks this small, threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Let logs and figures be again as they were: scripts that tests run set both."""
+    logs = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels = [log.level for log in logs]
+    with matplotlib.rc_context():
+        yield
+    for log, level in zip(logs, levels, strict=True):
+        log.setLevel(level)
 
 
 def write_idx(path: Path, values: Tensor) -> None:

@@ -1,12 +1,9 @@
 """The examples in cells run, and print what their pages show: the same words, other figures."""
 
-import logging
 import re
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -27,17 +24,6 @@ def faster(text: str) -> str:
     return changed
 
 
-@pytest.fixture
-def as_before() -> Iterator[None]:
-    """Let logs and figures be again as they were before an example."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    with matplotlib.rc_context():
-        yield
-    log.setLevel(level)
-
-
-@pytest.mark.usefixtures("as_before")
 @pytest.mark.parametrize("name", sorted(CELLS["PAGES"]))
 def test_an_example_prints_what_its_page_shows(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
