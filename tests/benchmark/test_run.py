@@ -33,6 +33,14 @@ def test_a_finished_seed_is_not_run_again(
     assert again.records == results.records
 
 
+def test_another_seed_goes_into_the_same_folder(tmp_path: Path) -> None:
+    first = benchmark(tmp_path, rows="main").run(make_model, digits())
+    both = benchmark(tmp_path, rows="main", seeds=(1, 0)).run(make_model, digits())
+    alone = benchmark(tmp_path, rows="main", seeds=(1,)).run(make_model, digits())
+    assert [r for r in both.records if r.seed == 0] == first.records
+    assert [r for r in both.records if r.seed == 1] == alone.records != []
+
+
 def test_a_row_of_other_settings_is_run_again_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
