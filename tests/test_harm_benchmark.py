@@ -2,10 +2,11 @@
 
 import statistics
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
-from harm import BEFORE, Found, gain, lines, over_seeds, told
+from harm import BEFORE, Found, gain, lines, main, over_seeds, told
 
 from it3_lightning.benchmark.policy_rule import Condition, Errors
 
@@ -50,3 +51,24 @@ def test_the_table_has_what_was_the_default_and_what_the_rule_chose() -> None:
     assert f"| {worst:+.1f} ±" in before
     assert "| **by the rule**: no adaptation | +0.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 0.0" in rule
     assert told(["source", "evidence", "source"]) == "no adaptation (2), evidence (1)"
+
+
+def test_a_configuration_is_calibrated_and_its_test_samples_are_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--data.train_size=80", "--data.test_size=40", "--data.shifts=[contrast]"]
+    short = [
+        "--benchmark.epochs=1",
+        "--benchmark.posthoc_epochs=1",
+        f"--benchmark.output={tmp_path}",
+    ]
+    asked = ["--calibrate.batch_sizes=[40]", "--calibrate.streams=[equal]", "--calibrate.batches=1"]
+    main(["configs/digits.yaml", "--seeds", "0", "1", "--size", "40", *sizes, *short, *asked])
+    *told_of, before, still, second, rule = capsys.readouterr().out.strip().splitlines()
+    chosen = [line for line in told_of if line.startswith("<!-- digits, seed")]
+    assert [line.split(":")[0] for line in chosen] == [f"<!-- digits, seed {n}" for n in (0, 1)]
+    assert before.startswith("| digits | ")
+    assert "| one step |" in before
+    assert "| batch statistics |" in still
+    assert "| one step, batch statistics |" in second
+    assert "| **by the rule**: " in rule

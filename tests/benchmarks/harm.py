@@ -25,7 +25,7 @@ from typing import Any
 
 from it3_lightning.benchmark.calibrate import policies_of
 from it3_lightning.benchmark.config import BenchmarkSettings
-from it3_lightning.benchmark.models import with_priors
+from it3_lightning.benchmark.models import about, with_priors
 from it3_lightning.benchmark.policy_errors import SampleErrors
 from it3_lightning.benchmark.policy_rule import Condition, Errors, upper_limit
 from it3_lightning.benchmark.rows import Kind, Row
@@ -76,7 +76,8 @@ def run(config: str, seed: int, streams: Sequence[str], size: int, arguments: li
         rows += [known[chosen]] * (chosen not in [row.name for row in rows])
         test = replace(settings, output=str(folder / "test"))
         with Progress(len(rows) * len(streams)) as progress:
-            given = test, model, asked.data, seed, found.title(), choice.batches, progress
+            data = about(settings, model, asked.data, asked.configuration)["settings"]["data"]
+            given = test, model, asked.data, seed, data, choice.batches, progress
             return Found(chosen, SampleErrors(*given).of(rows, streams, [size]))
 
 
@@ -146,7 +147,7 @@ def told(chosen: Sequence[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts.items())
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the rows of one configuration."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config")
@@ -155,7 +156,7 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", default=["equal"])
     parser.add_argument("--size", type=int, default=100, help="of the batches that are tested on")
     parser.add_argument("--decimals", type=int, default=1)
-    asked, further = parser.parse_known_args()
+    asked, further = parser.parse_known_args(arguments)
     found = [run(asked.config, s, asked.streams, asked.size, further) for s in asked.seeds]
     for line in lines(asked.title or Path(asked.config).stem, found, asked.decimals):
         print(line)  # noqa: T201
