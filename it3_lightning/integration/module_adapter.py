@@ -153,14 +153,19 @@ class ContextStream:
         try:
             with self._adapter.adapted(inputs, answer) as adaptation:
                 yield adaptation
+            if adaptation.outputs is not None:
+                self._carried = self._followed(adaptation.outputs, adaptation.skipped)
         finally:
             vars(self._prior).pop("carried", None)
-        if adaptation.outputs is None:
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            first = self._prior.from_output(adaptation.outputs)
-            good = first.isfinite().all(1) & ~adaptation.skipped.to(first.device)
-            self._carried = self._carried.followed(first[good], self._prior.window)
+
+    @torch.no_grad()
+    def _followed(self, outputs: Tensor, skipped: Tensor) -> Carried:
+        """Return what is carried on, with the first predictions of a batch that are good."""
+        with torch.inference_mode(False):
+            first = self._prior.from_output(outputs)
+            good = first.isfinite().all(1) & ~skipped.to(first.device)
+            rows = self._prior.context_rows(first[good])
+            return self._carried.followed(rows, self._prior.window)
 
 
 def in_precision(

@@ -17,7 +17,7 @@ from torch import Tensor
 from it3_lightning.methods.base import Objective, Passes, TestTimeMethod
 from it3_lightning.methods.tent import Entropy
 from it3_lightning.methods.terms import check_classes
-from it3_lightning.priors.classes import unrounded
+from it3_lightning.priors.classes import adjusted, unrounded
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,6 @@ class LabelShiftEM(TestTimeMethod):
         for _ in range(self.iterations):
             if (found - before).abs().max() <= 1e-6:
                 break
-            found, before = _adjusted(p, found / source).mean(0), found
+            found, before = adjusted(p, found / source).mean(0), found
         found = torch.lerp(found, source, self.shrinkage)
-        return _adjusted(p, found / source)
-
-
-def _adjusted(p: Tensor, ratio: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(p * ratio, p=1, dim=1)
+        return adjusted(p, found / source)

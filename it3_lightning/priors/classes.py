@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from it3_lightning.priors.positions import SeriesLayout, channels_first, laid_out_as
-from it3_lightning.priors.prior import Context, Neutral, Prior
+from it3_lightning.priors.prior import Context, Neutral, Prior, finite
 
 OutputKind = Literal["logits", "probabilities"]
+Frequencies = Literal["mean", "em"]
 
 
 class ClassPrior(Prior):
@@ -37,6 +38,10 @@ class ClassPrior(Prior):
             ``"stream"``: the mean along the stream, its own and those of earlier batches, for
             batches of one or a few samples and ``scope="sample"``: a prediction depends on those
             before it. Each dataloader begins anew; batches that are skipped do not count.
+        frequencies: what a context is the mean of. ``"mean"``: the predictions as they are;
+            ``"em"``: the predictions adjusted to the frequencies that EM finds in them (Saerens et
+            al., 2002), which lie further apart. In a stream earlier samples count as they were
+            adjusted then.
         layout: ``"BC"``: each sample has one label. ``"BTC"``, ``"BCT"``: each is a sequence of
             labels (tokens), and outputs have their classes last or first. A prior of tokens enters
             where a layer has tokens, too.
@@ -64,9 +69,12 @@ class ClassPrior(Prior):
         neutral_value: float = -1.0,
         ignore_index: int | None = None,
         context: Context | None = None,
+        frequencies: Frequencies = "mean",
         layout: SeriesLayout = "BC",
         window: int = 30,
     ) -> None:
+        if frequencies not in get_args(Frequencies):
+            raise ValueError(f"Expected frequencies 'mean' or 'em', got {frequencies!r}.")
         if layout not in get_args(SeriesLayout) or (context is not None and layout != "BC"):
             raise ValueError(
                 "Expected layout 'BC', 'BTC' or 'BCT', and 'BC' with a context, got "
@@ -80,7 +88,7 @@ class ClassPrior(Prior):
             context=context,
             window=window,
         )
-        self._window = window
+        self._window, self.frequencies = window, frequencies
         if num_classes < 2:
             raise ValueError(f"Expected at least 2 classes, got {num_classes}.")
         check_outputs(outputs)
@@ -151,6 +159,24 @@ class ClassPrior(Prior):
         random = F.one_hot(other, self.channels).movedim(-1, 1).to(prior.dtype)
         return share * prior + (1 - share) * random
 
+    def context_of(self, prior: Tensor) -> Tensor:
+        r"""Return how frequent the classes are, ``(1, C)`` or ``(B, C)``.
+
+        By EM, from equal ones: :math:`\pi \leftarrow \bar z`,
+        :math:`z_b \propto p_b \circ \pi`, with the mean of :meth:`Prior.context_of`.
+        """
+        if self.frequencies == "mean":
+            return super().context_of(prior)
+        rows, counts = finite(prior)
+        found = prior.new_full((1, self.channels), 1 / self.channels)
+        for _ in range(_ITERATIONS):
+            found = self.mean_of(adjusted(rows, found), counts)
+        return found
+
+    def context_rows(self, prior: Tensor) -> Tensor:
+        """Return the predictions ``(B, C)`` that the context is the mean of."""
+        return prior if self.frequencies == "mean" else adjusted(prior, self.context_of(prior))
+
     def as_context(self, context: Tensor) -> Tensor:
         r"""Return frequencies as :math:`\log \frac{C m + 0.02}{1.02}`, 0 where all are the same.
 
@@ -165,8 +191,9 @@ class ClassPrior(Prior):
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         own = {"num_classes": self.channels, "outputs": self.outputs}
-        context = {"context": self.context, "window": self._window, "layout": self.layout}
-        return {**own, **super().init_args(), "ignore_index": self.ignore_index, **context}
+        context = {"context": self.context, "frequencies": self.frequencies, "window": self._window}
+        other = {"ignore_index": self.ignore_index, "layout": self.layout}
+        return {**own, **super().init_args(), **other, **context}
 
     def _single(self, output: Tensor) -> bool:
         """Whether an output is that of class 1 of two classes alone."""
@@ -231,6 +258,20 @@ def counted(target: Tensor, ignore_index: int | None) -> Tensor | None:
     return None if bool(found.all()) else found
 
 
+def adjusted(p: Tensor, ratio: Tensor) -> Tensor:
+    """Return predictions ``(B, C)`` by Bayes' rule under other class frequencies.
+
+    Args:
+        p: predictions.
+        ratio: by what the frequency of each class is multiplied, ``(C,)`` or ``(B, C)``.
+
+    >>> adjusted(torch.tensor([[0.5, 0.5]]), torch.tensor([3.0, 1.0]))
+    tensor([[0.7500, 0.2500]])
+    """
+    return F.normalize(p * ratio, p=1, dim=1)
+
+
+_ITERATIONS = 20  # of EM
 _RARE = 0.02  # of the frequency that classes have on average: less is all the same
 _CONCENTRATIONS = 0.01, 10.0  # of class frequencies: from a single class to nearly equal ones
 

@@ -188,15 +188,26 @@ class Prior(nn.Module, ABC):
         Where each sample has weights of its own, ``(B, K)``: of each as if it had come alone.
         Differentiable; gradients flow from each sample to all. Of no such prior: zeros.
         """
-        finite = prior.isfinite().all(1, keepdim=True)
-        total, count = torch.where(finite, prior, 0.0), finite.to(prior.dtype)
-        carried = self.carried
+        return self.mean_of(*finite(prior))
+
+    def mean_of(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Return the mean of rows ``(B, K)`` and of what a stream has carried, as in a context.
+
+        Args:
+            rows: 0 where they do not count.
+            counts: ``(B, 1)``, 1 where they do.
+        """
+        total, count, carried = rows, counts, self.carried
         if carried is None or not carried.alone:
             total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)
         if carried is not None and carried.mean is not None:
-            before = carried.before(self.window, 1 if carried.alone else prior.shape[0])
-            total, count = total + before * carried.mean.to(prior), count + before
+            before = carried.before(self.window, 1 if carried.alone else rows.shape[0])
+            total, count = total + before * carried.mean.to(rows), count + before
         return total / count.clamp_min(1)
+
+    def context_rows(self, prior: Tensor) -> Tensor:
+        """Return what the context is the mean of, ``(B, K)``, sample by sample."""
+        return prior
 
     def as_context(self, context: Tensor) -> Tensor:
         """Return a context, ``(B, K)``, as the network sees it; 0 where it says nothing."""
@@ -255,3 +266,9 @@ class Prior(nn.Module, ABC):
     def init_args(self) -> dict[str, Any]:
         """Return the constructor's arguments, for checkpoints and YAML."""
         return {"neutral": self.neutral, "neutral_value": self.neutral_value}
+
+
+def finite(prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Return priors ``(B, K)`` with zeros for those that are not finite, and which are, as 1."""
+    found = prior.isfinite().all(1, keepdim=True)
+    return torch.where(found, prior, 0.0), found.to(prior.dtype)

@@ -65,6 +65,18 @@ def beside(prior: Tensor, rows: Tensor | None = None) -> Tensor:
     return torch.cat([prior, logs(mean).expand(len(prior), -1)], 1)
 
 
+def em(rows: Tensor, mean: Tensor | None = None, before: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return frequencies and adjusted rows by EM, where a mean counts as samples before."""
+    frequencies = torch.full((3,), 1 / 3)
+    for _ in range(20):
+        joint = rows * frequencies
+        adjusted = joint / joint.sum(1, keepdim=True)
+        total = adjusted.sum(0) + (0 if mean is None else before * mean)
+        frequencies = total / (len(rows) + before)
+    joint = rows * frequencies
+    return frequencies, joint / joint.sum(1, keepdim=True)
+
+
 def predict(model: Any, x: Tensor, prior: Tensor | None) -> Tensor:
     """Predict by the embedder that is given both, and no code of the context's."""
     if prior is None:
@@ -103,6 +115,27 @@ def test_context_is_the_mean_of_the_finite_priors_with_gradients_to_each() -> No
     torch.testing.assert_close(same, torch.zeros(5, 3), rtol=0, atol=1e-15)
     assert prior.context_of(rows[[1, 3]]).tolist() == [[0.0, 0.0, 0.0]]
     assert prior.joined(rows[:0]).shape == (0, 6)
+
+
+def test_context_by_em_is_the_frequencies_that_em_finds_in_the_finite_priors() -> None:
+    prior = ClassPrior(3, context="batch", frequencies="em")
+    rows = torch.tensor([[2.0, 1.0, 1.0], [5.0, 4.0, 1.0], [1.0, 1.0, 4.0], [6.0, 3.0, 1.0]])
+    rows = torch.cat([rows / rows.sum(1, keepdim=True), torch.full((1, 3), torch.nan)])
+    rows.requires_grad_()
+    found, (frequencies, adjusted) = prior.context_of(rows), em(rows[:4])
+    torch.testing.assert_close(found, frequencies[None])
+    assert found.max() > rows[:4].mean(0).max() + 0.05
+    torch.testing.assert_close(prior.context_rows(rows)[:4], adjusted)
+    gradients = [torch.autograd.grad(each, rows)[0][:4] for each in (found[0, 0], frequencies[0])]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(prior.joined(rows[:4])[:, 3:], logs(frequencies).expand(4, 3))
+    assert prior.context_of(rows[4:]).tolist() == [[0.0, 0.0, 0.0]]
+    assert ClassPrior(3, context="batch").context_rows(rows) is rows
+
+
+def test_unknown_frequencies_are_refused() -> None:
+    with pytest.raises(ValueError, match="Expected frequencies 'mean' or 'em', got 'map'"):
+        ClassPrior(3, context="batch", frequencies="map")  # type: ignore[arg-type]
 
 
 def test_a_prior_without_a_context_is_as_wide_as_its_classes() -> None:
@@ -393,20 +426,25 @@ def test_context_is_copied_with_its_module() -> None:
 # Along a stream
 
 
-def streaming(window: int = 5, **args: Any) -> Any:
-    return net(prior=ClassPrior(3, context="stream", window=window), **args).eval()
+def streaming(window: int = 5, frequencies: Any = "mean", **args: Any) -> Any:
+    prior = ClassPrior(3, context="stream", window=window, frequencies=frequencies)
+    return net(prior=prior, **args).eval()
 
 
 class Stream:
     """The running mean in plain torch: of a batch, or of each sample by itself."""
 
-    def __init__(self, window: int, *, alone: bool) -> None:
-        self.window, self.alone = window, alone
+    def __init__(self, window: int, *, alone: bool, by_em: bool = False) -> None:
+        self.window, self.alone, self.by_em = window, alone, by_em
         self.mean, self.count = torch.zeros(3), 0
 
     def beside(self, prior: Tensor) -> Tensor:
         size = 1 if self.alone else len(prior)
         before = min(self.count, max(self.window - size, 0))
+        if self.by_em:
+            parts = prior.split(1) if self.alone else [prior]  # type: ignore[no-untyped-call]
+            found = torch.stack([em(part, self.mean, before)[0] for part in parts])
+            return torch.cat([prior, logs(found).expand(len(prior), -1)], 1)
         own = prior if self.alone else prior.sum(0, keepdim=True)
         context = (before * self.mean + own) / (before + size)
         return torch.cat([prior, logs(context).expand(len(prior), -1)], 1)
@@ -422,6 +460,11 @@ class Stream:
         return outputs
 
     def follow(self, first: Tensor) -> None:
+        if self.by_em:
+            size = 1 if self.alone else len(first)
+            before = min(self.count, max(self.window - size, 0))
+            parts = first.split(1) if self.alone else [first]  # type: ignore[no-untyped-call]
+            first = torch.cat([em(part, self.mean, before)[1] for part in parts])
         before = min(self.count, max(self.window - len(first), 0))
         self.mean = (before * self.mean + first.sum(0)) / (before + len(first))
         self.count += len(first)
@@ -465,12 +508,13 @@ def expected_along(
     ],
 )
 @pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("frequencies", ["mean", "em"])
 def test_the_context_of_a_stream_is_a_running_mean(
-    scope: Any, backend: Any, size: int, steps: int
+    scope: Any, backend: Any, size: int, steps: int, frequencies: Any
 ) -> None:
-    model = streaming()
+    model = streaming(frequencies=frequencies)
     batches = list(torch.split(samples()[0], size))
-    stream = Stream(5, alone=scope == "sample")
+    stream = Stream(5, alone=scope == "sample", by_em=frequencies == "em")
     outputs, distances = expected_along(model, batches, stream, steps=steps)
     settings = {"scope": scope, "backend": backend, "steps": steps}
     predictor = IT3Predictor(

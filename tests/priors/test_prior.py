@@ -489,6 +489,7 @@ def test_values_may_be_perturbed_by_nothing() -> None:
     [
         ClassPrior(3, outputs="probabilities", neutral="uniform", ignore_index=-100),
         ClassPrior(3, context="batch"),
+        ClassPrior(3, context="stream", frequencies="em", window=7),
         ValuePrior(2, noise=0.5, neutral="constant", neutral_value=-50.0),
         MaskPrior(4, outputs="probabilities", neutral="none"),
     ],
