@@ -35,6 +35,7 @@ Kept = list[tuple[Tensor, Tensor]]
 """What the first dense layer puts out, and labels, batch by batch."""
 Show = Callable[[Tensor], Tensor]
 _PRIOR = ClassPrior(10, context="batch")
+_EM = ClassPrior(10, context="batch", frequencies="em")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Recipe:
         name: in the table.
         equal: share of batches as they come.
         concentration: of the class weights of the others: bounds of a log-uniform draw.
-        steps: batches.
+        longer: how many times as many batches.
         iterated: share of batches that see their second prediction, not their first.
         show: what of the first predictions is seen as context.
     """
@@ -53,14 +54,9 @@ class Recipe:
     name: str
     equal: float
     concentration: tuple[float, float]
-    steps: int = STEPS
+    longer: int = 1
     iterated: float = 0.0
     show: Show = _PRIOR.context_of
-
-
-def em(prior: Tensor) -> Tensor:
-    """Return the class frequencies that EM finds."""
-    return LabelShiftEM(iterations=20).adjusted(prior).mean(0, keepdim=True)
 
 
 ANY = (0.01, 10.0)
@@ -69,9 +65,9 @@ RECIPES = (
     Recipe("half equal, 0.01 to 10", 0.5, ANY),
     Recipe("a quarter equal, 0.01 to 10", 0.25, ANY),
     Recipe("none equal, 0.01 to 10", 0.0, ANY),
-    Recipe("a quarter equal, twice as long", 0.25, ANY, 2 * STEPS),
+    Recipe("a quarter equal, twice as long", 0.25, ANY, 2),
     Recipe("a quarter equal, half iterated", 0.25, ANY, iterated=0.5),
-    Recipe("a quarter equal, context by EM", 0.25, ANY, show=em),
+    Recipe("a quarter equal, context by EM", 0.25, ANY, show=_EM.context_of),
 )
 
 
@@ -112,11 +108,13 @@ def load(folder: Path, seed: int, training: str) -> SmallCNN:
 
 
 @torch.no_grad()
-def training_batches(network: SmallCNN, data: FashionMNISTDataModule, recipe: Recipe) -> Kept:
+def training_batches(
+    network: SmallCNN, data: FashionMNISTDataModule, recipe: Recipe, steps: int
+) -> Kept:
     """Return the batches of a recipe."""
     noise, found = RandomNoise(0.2, low=0.0, high=1.0), Kept()
     low, high = map(math.log, recipe.concentration)
-    while len(found) < recipe.steps:
+    while len(found) < recipe.longer * steps:
         for x, y in data.train_dataloader():
             if torch.rand(()) >= recipe.equal:
                 strength = torch.empty(()).uniform_(low, high).exp().item()
@@ -124,7 +122,7 @@ def training_batches(network: SmallCNN, data: FashionMNISTDataModule, recipe: Re
                 rows = torch.multinomial(weights[y] + 1e-6, len(y), replacement=True)
                 x, y = x[rows], y[rows]
             found.append((network.dense1(network.features(noise(x))), y))
-    return found[: recipe.steps]
+    return found[: recipe.longer * steps]
 
 
 @torch.no_grad()
@@ -196,11 +194,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--training", default="perturbed", choices=["perturbed", "ordinary"])
     parser.add_argument("--batches", type=int, default=20, help="of 100 images, of each shift")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training, of 128 images")
+    parser.add_argument("--validation", type=int, default=5000, help="images to judge on")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     network = load(given.folder, given.seed, given.training)
     data = FashionMNISTDataModule(
-        root=given.root, seed=given.seed, shifts=TUNING_SHIFTS, evaluate_on="validation"
+        root=given.root,
+        seed=given.seed,
+        shifts=TUNING_SHIFTS,
+        evaluate_on="validation",
+        val_size=given.validation,
     )
     judged = tuning_batches(network, data, given.batches)
     line("gain over batch statistics", [f"{name}: clean | shifts" for name in judged])
@@ -215,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     row("EM of class frequencies", lambda kept: LabelShiftEM().adjusted(plain(network, kept)))
     for recipe in RECIPES:
         torch.manual_seed(given.seed)
-        batches = training_batches(network, data, recipe)
+        batches = training_batches(network, data, recipe, given.steps)
         learnt, show = trained(network, batches, recipe, given.seed), recipe.show
 
         def second(kept: Tensor, learnt: Conditioning = learnt, show: Show = show) -> Tensor:
