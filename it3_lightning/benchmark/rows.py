@@ -295,8 +295,15 @@ def control_rows(recipe: Recipe, kind: Kind, trainings: Sequence[Training]) -> I
             yield Row(training, "default objective, online", steps, company=company)
 
 
-def asked_for(rows: list[Row], which: Literal["main", "all"] | Sequence[str]) -> list[Row]:
-    """Return the rows of the short table, all, or those of patterns with their unadapted ones.
+def asked_for(
+    rows: list[Row], which: Literal["main", "all"] | Sequence[str], always: Sequence[Row] = ()
+) -> list[Row]:
+    """Return the rows of the short table, all, or those of patterns; each with its unadapted ones.
+
+    Args:
+        rows: there are.
+        which: ``"main"``, ``"all"``, or patterns of *training: row*.
+        always: rows among them that stay, whatever is asked for.
 
     Raises:
         ValueError: no row goes with a pattern.
@@ -307,16 +314,17 @@ def asked_for(rows: list[Row], which: Literal["main", "all"] | Sequence[str]) ->
     """
     if which == "all":
         return rows
-    if which == "main":
-        return [row for row in rows if row.main]
     names = {f"{row.training}: {row.name}": row for row in rows}
-    for pattern in which:
-        if not fnmatch.filter(names, pattern):
+    found = {name for name, row in names.items() if any(row is other for other in always)}
+    if which == "main":
+        found |= {name for name, row in names.items() if row.main}
+    for pattern in () if which == "main" else which:
+        if not (some := fnmatch.filter(names, pattern)):
             raise ValueError(unknown("row", pattern, names))
-    found = {name for pattern in which for name in fnmatch.filter(names, pattern)}
+        found |= {*some}
     trainings = {names[name].training for name in found}
-    beside = {f"{t}: {name}" for t in trainings for name in ("source", "batch statistics")}
-    return [row for name, row in names.items() if name in found | beside]
+    found |= {f"{t}: {name}" for t in trainings for name in ("source", "batch statistics")}
+    return [row for row in rows if f"{row.training}: {row.name}" in found]
 
 
 def _different(rows: list[Row], kind: Kind) -> list[Row]:

@@ -68,8 +68,8 @@ class Benchmark(BenchmarkSettings):
             controls = control_trainings(self, kind)
             if self.controls:
                 rows += control_rows(self.recipe, kind, controls)
-            rows = asked_for(rows, self.rows)
-            rows = _with(rows, self._peers(probe, kind, data, again=PERTURBED in controls))
+            others = self._peers(probe, kind, data, again=PERTURBED in controls)
+            rows = asked_for(_with(rows, others), self.rows, others)
             moving = [r for r in rows if r.published and r.settings and r.settings.steps]
             moving = [row for row in moving if row.training != PERTURBED]
             results = Results(

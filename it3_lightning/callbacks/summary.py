@@ -17,6 +17,9 @@ from it3_lightning.engine import Adaptation, Settings
 from it3_lightning.integration.module_adapter import Adapter
 
 
+_ROSE = 1.05  # times what a distance was: more is no rounding
+
+
 @dataclass
 class Summary:
     """Running totals over the batches of a run.
@@ -121,10 +124,12 @@ class Summary:
     def __str__(self) -> str:
         reasons = "".join(f", {count} for {reason}" for reason, count in self.reasons.items())
         policy = f"calibrated policy {self.policy!r}: " if self.policy else ""
+        rose = self.distance_adapted > _ROSE * self.distance_source
         return (
             f"{policy}{self.samples} samples, {self.moved} moved the weights, "
             f"{f'{self.gated} within the gate, ' * (self.gated > 0)}{self.skipped} skipped"
-            f"{reasons}; distance {self.distance_source:.4g} -> {self.distance_adapted:.4g}; "
+            f"{reasons}; distance {self.distance_source:.4g} -> {self.distance_adapted:.4g}"
+            f"{' (it rose: take a smaller lr, or fewer steps)' * rose}; "
             f"{self.ms_per_sample:.3g} ms a sample"
         )
 

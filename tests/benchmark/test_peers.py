@@ -175,6 +175,21 @@ def test_other_methods_cost_their_own_scores_alone(
     ]
 
 
+@pytest.mark.parametrize("pattern", ["joint: mean*", "ordinary: LabelShift*"])
+def test_methods_stay_beside_rows_of_patterns_and_may_be_named(
+    pattern: str, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"rates": (), "distance_samples": 0, "methods": ["LabelShiftEM"]}
+    found = benchmark(tmp_path, rows=[pattern], **given).run(make_model, digits())
+    still = ["source", "batch statistics"]
+    expected = [("ordinary", name) for name in [*still, "LabelShiftEM"]]
+    if "joint" in pattern:
+        expected += [("joint", name) for name in [*still, "mean prediction"]]
+    assert {(row.training, row.name) for row in found.rows} == set(expected)
+    assert len(found.rows) == len(expected)
+    assert found.gain(found.rows[-1], "equal") is not None
+
+
 def test_single_images_have_the_statistics_of_the_source() -> None:
     row = Row("ordinary", "Tent", Settings(objective=Tent(), norm_stats="batch"))
     alone, pair = row.on("equal/1").settings, row.on("equal/2").settings

@@ -167,3 +167,13 @@ def test_summary_holds_what_was_logged() -> None:
     assert found.distance_adapted == pytest.approx(logged["it3/distance_adapted"])
     assert found.ms_per_sample == pytest.approx(logged["it3/ms_per_sample"])
     assert str(found).startswith("12 samples, 12 moved the weights, 0 skipped; distance 0.")
+
+
+@pytest.mark.parametrize(("lr", "rose"), [(1e-3, False), (100.0, True)])
+def test_the_summary_says_that_steps_went_too_far(lr: float, rose: bool) -> None:
+    callback = adapting(lr=lr)
+    quiet(callbacks=[callback]).predict(net(), loader())
+    found = callback.summary
+    assert (found.distance_adapted > 1.05 * found.distance_source) is rose
+    assert ("it rose: take a smaller lr, or fewer steps" in str(found)) is rose
+    assert "rose" not in str(summary.Summary())
