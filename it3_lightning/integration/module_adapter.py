@@ -45,7 +45,7 @@ Adapter = BatchAdapter | SampleAdapter
 
 _NO_COMPANY = (
     "scope='sample' adapts to each sample as if it had come alone, and the prior has "
-    "context='batch', the mean of its batch. Use scope='batch', or a module whose prior was "
+    "context='batch', of its whole batch. Use scope='batch', or a module whose prior was "
     "trained without a context."
 )
 

@@ -28,20 +28,19 @@ class ClassPrior(Prior):
         neutral_value: see :class:`Prior`.
         ignore_index: the label that the loss ignores, such as -100: such samples see the neutral
             prior.
-        context: ``"batch"``: beside its own prior each sample sees the mean of its batch's, which
-            for first predictions says how frequent the classes are in this batch. The second pass
-            learns how far to trust it; train it with ``DualPass(own_share=1.0,
-            unequal_share=0.75)`` on batches about as large as those at test time, and with their
-            ``norm_stats``. A sample's second prediction then depends on the others of its batch,
-            and so on batch size, order, padding, and the number of processes; samples that are not
-            finite have no part in it. Not with ``scope="sample"``.
-            ``"stream"``: the mean along the stream, its own and those of earlier batches, for
+        context: ``"batch"``: beside its own prior each sample sees how frequent the classes are in its
+            batch, as its first predictions say. The second pass learns how far to trust it; train
+            it with ``DualPass(own_share=1.0, unequal_share=0.75)`` on batches about as large as
+            those at test time, and with their ``norm_stats``. A sample's second prediction then
+            depends on the others of its batch, and so on batch size, order, padding, and the number
+            of processes; samples that are not finite have no part in it. Not with
+            ``scope="sample"``.
+            ``"stream"``: the same along the stream, of its own and those of earlier batches, for
             batches of one or a few samples and ``scope="sample"``: a prediction depends on those
             before it. Each dataloader begins anew; batches that are skipped do not count.
-        frequencies: what a context is the mean of. ``"mean"``: the predictions as they are;
-            ``"em"``: the predictions adjusted to the frequencies that EM finds in them (Saerens et
-            al., 2002), which lie further apart. In a stream earlier samples count as they were
-            adjusted then.
+        frequencies: how a context tells them: ``"em"``, by EM in the first predictions (Saerens et
+            al., 2002; in a stream earlier samples count as they were adjusted then); ``"mean"``,
+            by the mean of the first predictions, which errors draw together.
         layout: ``"BC"``: each sample has one label. ``"BTC"``, ``"BCT"``: each is a sequence of
             labels (tokens), and outputs have their classes last or first. A prior of tokens enters
             where a layer has tokens, too.
@@ -69,7 +68,7 @@ class ClassPrior(Prior):
         neutral_value: float = -1.0,
         ignore_index: int | None = None,
         context: Context | None = None,
-        frequencies: Frequencies = "mean",
+        frequencies: Frequencies = "em",
         layout: SeriesLayout = "BC",
         window: int = 30,
     ) -> None:

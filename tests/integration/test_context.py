@@ -51,8 +51,22 @@ def double() -> Iterator[None]:
         yield
 
 
+class Estimate:
+    """Of what the contexts of this file are the mean: see the fixture."""
+
+    by: Any = "mean"
+
+
+@pytest.fixture(params=["mean", "em"])
+def estimate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let the contexts of a test be means, and then by EM."""
+    monkeypatch.setattr(Estimate, "by", request.param)
+    return str(request.param)
+
+
 def module(kind: Any = IT3Net, **args: Any) -> Any:
-    return net(kind, prior=ClassPrior(3, context="batch"), **args)
+    prior = ClassPrior(3, context="batch", frequencies=Estimate.by)
+    return net(kind, prior=prior, **args)
 
 
 def logs(frequencies: Tensor) -> Tensor:
@@ -61,7 +75,8 @@ def logs(frequencies: Tensor) -> Tensor:
 
 def beside(prior: Tensor, rows: Tensor | None = None) -> Tensor:
     """Join the mean of the rows, by default of all, to each: its logarithm."""
-    mean = (prior if rows is None else rows).mean(0)
+    rows = prior if rows is None else rows
+    mean = rows.mean(0) if Estimate.by == "mean" else em(rows)[0]
     return torch.cat([prior, logs(mean).expand(len(prior), -1)], 1)
 
 
@@ -98,7 +113,7 @@ def softmax(outputs: Tensor) -> Tensor:
 
 
 def test_context_is_the_mean_of_the_finite_priors_with_gradients_to_each() -> None:
-    prior = ClassPrior(3, context="batch")
+    prior = ClassPrior(3, context="batch", frequencies="mean")
     rows = torch.rand(5, 3)
     rows[1, 2], rows[3, 0] = torch.nan, torch.inf
     rows.requires_grad_()
@@ -130,12 +145,13 @@ def test_context_by_em_is_the_frequencies_that_em_finds_in_the_finite_priors() -
     torch.testing.assert_close(*gradients)
     torch.testing.assert_close(prior.joined(rows[:4])[:, 3:], logs(frequencies).expand(4, 3))
     assert prior.context_of(rows[4:]).tolist() == [[0.0, 0.0, 0.0]]
-    assert ClassPrior(3, context="batch").context_rows(rows) is rows
+    assert ClassPrior(3, context="batch", frequencies="mean").context_rows(rows) is rows
 
 
 def test_unknown_frequencies_are_refused() -> None:
     with pytest.raises(ValueError, match="Expected frequencies 'mean' or 'em', got 'map'"):
         ClassPrior(3, context="batch", frequencies="map")  # type: ignore[arg-type]
+    assert ClassPrior(3, context="batch").frequencies == "em"
 
 
 def test_a_prior_without_a_context_is_as_wide_as_its_classes() -> None:
@@ -195,7 +211,8 @@ def test_every_conditioning_sees_the_context_beside_the_prior() -> None:
 # Training
 
 
-def test_training_shows_the_mean_of_the_first_predictions() -> None:
+@pytest.mark.usefixtures("estimate")
+def test_training_shows_the_context_of_the_first_predictions() -> None:
     dual = DualPass(perturb_prior=False, perturb_inputs=lambda x: x + 1, third_pass=True)
 
     def loss(f: Any) -> Tensor:
@@ -207,6 +224,7 @@ def test_training_shows_the_mean_of_the_first_predictions() -> None:
     agree(step_once(module(dual_pass=dual), (X, Y)), by_hand(module(), loss))
 
 
+@pytest.mark.usefixtures("estimate")
 def test_post_hoc_training_sees_the_context_of_the_samples_drawn() -> None:
     dual = DualPass(unequal_share=1.0, norm_stats="batch", own_share=0.5, perturb_prior=False)
     torch.manual_seed(7)
@@ -244,6 +262,7 @@ def test_single_pass_shows_the_context_to_those_that_see_a_prior() -> None:
 # Test time
 
 
+@pytest.mark.usefixtures("estimate")
 @pytest.mark.parametrize("norm_stats", ["source", "batch"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_steps_and_predictions_are_those_of_plain_torch(norm_stats: Any, optimizer: Any) -> None:
@@ -273,6 +292,7 @@ def test_steps_and_predictions_are_those_of_plain_torch(norm_stats: Any, optimiz
     torch.testing.assert_close(torch.cat(batches), torch.cat([r.outputs for r in records]))
 
 
+@pytest.mark.usefixtures("estimate")
 @pytest.mark.parametrize("prediction", ["second", "mean"])
 def test_second_predictions_see_the_context_of_their_batch(prediction: Any) -> None:
     model = module().eval()
@@ -296,6 +316,7 @@ def test_a_prediction_does_not_depend_on_other_batches() -> None:
     assert torch.equal(second[0], together[1])
 
 
+@pytest.mark.usefixtures("estimate")
 def test_a_sample_that_is_not_finite_has_no_part_in_the_context() -> None:
     images, labels = samples(5)
     images[2, 0, 1, 1] = torch.nan
@@ -342,6 +363,7 @@ def test_samples_within_the_gate_stay_in_the_context(norm_stats: Any) -> None:
         torch.testing.assert_close(found.outputs, predict(source, images, None))
 
 
+@pytest.mark.usefixtures("estimate")
 def test_the_gate_is_calibrated_in_the_company_of_the_batch() -> None:
     class Validated(IT3Net):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -602,7 +624,8 @@ def test_training_for_a_stream_sees_as_many_samples_as_count_there() -> None:
         label = beside(ONE_HOT, own[:4])
         return F.cross_entropy(f(X, None), Y) + F.cross_entropy(f(X, label), Y)
 
-    model = net(prior=ClassPrior(3, context="stream", window=4), dual_pass=dual)
+    prior = ClassPrior(3, context="stream", frequencies="mean", window=4)
+    model = net(prior=prior, dual_pass=dual)
     agree(step_once(model, (X, Y)), by_hand(module(), loss))
 
 
