@@ -72,7 +72,7 @@ def check_trainer(
         )
     if context == "batch" and any(size == 1 for size in _batch_sizes(trainer)):
         raise MisconfigurationException(
-            "context='batch' of the prior is that of several samples, and a dataloader has "
+            "context='batch' of the prior is of several samples, and a dataloader has "
             "batch_size=1. Use batches about as large as those in training, or a module whose "
             "prior was trained without a context."
         )

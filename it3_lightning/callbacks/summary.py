@@ -16,7 +16,6 @@ from torch import Tensor
 from it3_lightning.engine import Adaptation, Settings
 from it3_lightning.integration.module_adapter import Adapter
 
-
 _ROSE = 1.05  # times what a distance was: more is no rounding
 
 

@@ -403,7 +403,7 @@ def test_single_samples_have_no_batch(steps: int) -> None:
 
 
 def test_batches_of_one_have_no_company() -> None:
-    with pytest.raises(MisconfigurationException, match=r"mean of several samples.*batch_size=1"):
+    with pytest.raises(MisconfigurationException, match=r"is of several samples.*batch_size=1"):
         quiet(callbacks=[adapting()]).predict(module(), loader(batch=1))
 
 
