@@ -30,8 +30,8 @@ class ClassPrior(Prior):
             prior.
         context: ``"batch"``: beside its own prior each sample sees how frequent the classes are in
             its batch, as its first predictions say. The second pass learns how far to trust it;
-            train it with ``DualPass(own_share=1.0, unequal_share=0.75)`` on batches about as large as
-            those at test time, and with their ``norm_stats``. A sample's second prediction then
+            train it with ``DualPass(own_share=1.0, unequal_share=0.75)`` on batches about as large
+            as those at test time, and with their ``norm_stats``. A sample's second prediction then
             depends on the others of its batch, and so on batch size, order, padding, and the number
             of processes; samples that are not finite have no part in it. Not with
             ``scope="sample"``.
