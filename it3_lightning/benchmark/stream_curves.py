@@ -37,8 +37,8 @@ _EDGES: Mapping[str, int] = MappingProxyType({"left": 40, "right": 8, "top": 6, 
 _CAPTION = (
     "Rows that carry weights along the stream, and in black the unadapted row that they are "
     "compared with: the score of the last samples (a tenth of the stream, 500 at most), mean over "
-    "seeds and {of}, each of which begins anew. What only rises or falls with the black line "
-    "is the stream itself; what leaves it later on is what adaptation has come to."
+    "seeds and shifts, each of which begins anew but in a continual or mixed stream. What rises or "
+    "falls with the black line is the stream itself; what leaves it is what adaptation has come to."
 )
 
 
@@ -141,10 +141,8 @@ def along_streams(results: Results) -> str:
             )
     if not parts:
         return ""
-    of = "shifts" if len(results.shifts) > 2 else "the shift"
     return (
-        f"<h2>Along the stream: {html.escape(results.title)}</h2>"
-        f"<p>{_CAPTION.format(of=of)}</p>{''.join(parts)}"
+        f"<h2>Along the stream: {html.escape(results.title)}</h2><p>{_CAPTION}</p>{''.join(parts)}"
     )
 
 
