@@ -18,6 +18,8 @@ from it3_lightning.benchmark.pictures import STYLE, Shown, as_figures, titled
 from it3_lightning.benchmark.rendering import as_html, document
 from it3_lightning.benchmark.results import Results
 from it3_lightning.benchmark.rows import Row
+from it3_lightning.benchmark.stream_curves import STYLE as CURVES
+from it3_lightning.benchmark.stream_curves import along_streams
 from it3_lightning.benchmark.tables import BY_STREAM, TOLD, by_stream, for_page, separation
 
 Verdict = Sequence[tuple[str, str]]
@@ -70,10 +72,10 @@ def page(results: Results, verdict: Verdict = (), paste: str = "") -> str:
         f"<h1>IT3 benchmark: {html.escape(results.title)}</h1>"
         f"{_verdict(verdict, paste)}{_explained(results)}"
         f"<div class=wide>{as_html(for_page(results), sections=True)}</div>"
-        f"{_of_streams(results)}{_by_shift(results)}{_samples(results)}{_told(results)}"
-        f"{as_page(results)}"
+        f"{_of_streams(results)}{_by_shift(results)}{along_streams(results)}"
+        f"{_samples(results)}{_told(results)}{as_page(results)}"
         f"<h2>Made with</h2>{_definitions(made_with(results))}{_settings(results)}",
-        style=_STYLE + STYLE,
+        style=_STYLE + STYLE + CURVES,
     )
 
 
