@@ -459,7 +459,7 @@ def _described(model: IT3Mixin) -> dict[str, Any]:
 
 def _without_address(value: Any) -> str:
     """Return a representation that is the same in every process."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _digest(path: str | None) -> str | None:

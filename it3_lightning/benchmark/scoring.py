@@ -115,7 +115,8 @@ class Scoring:
             model = self.model(seed, row.training)
             with streaming(self.data, seed, stream):
                 found = scored(self.settings, row, model, self.data, stream, batches)
-            shown = found[2] if (seed, stream) == self._shows else {}
+            whose = self._shows is not None and stream == self._shows[1]
+            shown = found[2] if whose else {}  # of every seed: another may come first later
             keep_samples(self._of_samples(seed, key), scores.fingerprint, found[1], shown)
             scores.add(key, found[0])
         self.progress.advance()
@@ -252,8 +253,7 @@ def _check_followed(data: ShiftedData, name: str, value: str, other: str) -> Non
     """Refuse data whose clean samples are the same whatever a setting says."""
     own, shifts = data.test_dataloader()[0], data.shifts
     setattr(data, name, other)
-    if name == "evaluate_on":  # shifts to tune on may be other samples, with none to test on
-        data.shifts = data.reporting_shifts or shifts
+    data.shifts = ()  # of one way to evaluate they may be none of the other's
     try:
         ignored = _same(own, data.test_dataloader()[0])
     finally:

@@ -158,7 +158,7 @@ def _parts(held: Any) -> Iterable[Any]:
         return [part for file, label in held.samples for part in (Path(file), label)]
     own = getattr(held, "__dict__", None)
     if own is None or (callable(held) and not isinstance(held, Dataset)):
-        return [re.sub(r" at 0x[0-9a-f]+", "", repr(held))]
+        return [re.sub(r" at 0x[0-9a-fA-F]+", "", repr(held))]
     paths = getattr(held, "paths", None)  # of files that are read later
     files = [each for each in paths if isinstance(each, Path)] if isinstance(paths, list) else []
     return [*files, *(part for key in sorted(own) for part in (key, own[key]))]

@@ -34,7 +34,7 @@ from it3_lightning.utils.messages import unknown
 Source = DataLoader[Any] | Dataset[Any]
 _NAME = re.compile(r"\w[\w.-]*(/[1-5])?")
 _TAKEN = ("train", "validation", "continual", "mixed")  # by other sets and streams
-_TARGETS = ("target", "targets", "label", "labels", "y")
+_TARGETS = ("target", "targets", "label", "labels", "y", "mask", "masks", "class")
 _FIRST = 32  # samples of two sets that are compared
 _BATCH = 100  # samples read at once
 _CLEAN = "clean"
@@ -106,7 +106,9 @@ class ShiftedLoaders(ShiftedData):
             ("eval_batch_size", clean, 100),
         ):
             if getattr(self, name) is None:
-                setattr(self, name, source.batch_size if isinstance(source, DataLoader) else plain)
+                setattr(
+                    self, name, _batch_size(source) if isinstance(source, DataLoader) else plain
+                )
         if self.num_workers is None:
             self.num_workers = clean.num_workers if isinstance(clean, DataLoader) else 0
         if self.shifts is None and self.evaluate_on == "validation":
@@ -128,9 +130,9 @@ class ShiftedLoaders(ShiftedData):
         """Refuse settings that these samples cannot follow."""
         super().check()
         loader = isinstance(self.train, DataLoader) and self.train
-        if loader and (self.train_size is not None or self.batch_size != loader.batch_size):
+        if loader and (self.train_size is not None or self.batch_size != _batch_size(loader)):
             raise ValueError(
-                f"Expected train_size=None and batch_size={loader.batch_size}, those of the "
+                f"Expected train_size=None and batch_size={_batch_size(loader)}, those of the "
                 f"DataLoader to train on, got {self.train_size} and {self.batch_size}. Give its "
                 "Dataset instead, or another DataLoader."
             )
@@ -210,7 +212,10 @@ class ShiftedLoaders(ShiftedData):
         if is_known(own.source):
             first = yielded(own.__getitems__(own.first) for _ in range(1))
             return digest(own.source, own.collate, first)
-        return yielded(self._loader(own, _BATCH))
+        one, two = (yielded(own.__getitems__(own.first) for _ in range(1)) for _ in range(2))
+        if one != two:  # a generator of its own draws, which no fingerprint tells from another
+            return digest(type(own.source).__qualname__, len(own))
+        return yielded(map(own.__getitems__, own.batches))
 
 
 class ImageFolders(ShiftedLoaders):
@@ -307,12 +312,17 @@ class Held(Dataset[Any]):
         """Places of the first samples."""
         return list(range(min(_FIRST, len(self))))
 
+    @property
+    def batches(self) -> list[list[int]]:
+        """Places of all samples, in batches."""
+        starts = range(0, len(self), _BATCH)
+        return [list(range(start, min(start + _BATCH, len(self)))) for start in starts]
+
     @cached_property
     def targets(self) -> Tensor:
         """The targets of all samples, ``(N,)`` or ``(N, 1)``, read once."""
-        ends = range(0, len(self), _BATCH)
-        parts = [list(range(start, min(start + _BATCH, len(self)))) for start in ends]
-        return torch.cat([torch.as_tensor(target_in(self.__getitems__(each))) for each in parts])
+        found = [target_in(self.__getitems__(each)) for each in self.batches]
+        return torch.cat([torch.as_tensor(each) for each in found])
 
     @cached_property
     def has_groups(self) -> bool:
@@ -347,6 +357,14 @@ class Held(Dataset[Any]):
                 "second time. Leave random transforms out, which are for training, or draw them "
                 "once."
             )
+
+
+def _batch_size(source: Source, plain: int = 1) -> int:
+    """Return the samples in a batch; 1 where a loader puts batches together in a way of its own."""
+    if not isinstance(source, DataLoader):
+        return plain
+    own = getattr(source.batch_sampler, "batch_size", None)
+    return source.batch_size or (own if isinstance(own, int) else 1)
 
 
 def target_in(batch: Any) -> Any:

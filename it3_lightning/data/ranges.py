@@ -108,6 +108,11 @@ class RangedData(ShiftedData, ABC):
         """Refuse settings out of their range, before any data is read."""
         super().check()
         check_integer("beyond_size", self.beyond_size, 0)
+        if 0 < self.beyond_size < len(self.LEVELS):
+            raise ValueError(
+                f"Expected beyond_size=0, or at least {len(self.LEVELS)}, as many of each level, "
+                f"got {self.beyond_size}."
+            )
         if self.severity is not None:
             raise ValueError(
                 f"Expected no severity, got {self.severity!r}: levels are shifts of their own, and "

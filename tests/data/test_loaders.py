@@ -5,16 +5,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.trees import write_image_folders
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+)
 
 import it3_lightning
 from it3_lightning.data import ImageFolders, ShiftedLoaders
 from it3_lightning.data.loaders import target_in
 from it3_lightning.data.sampling import Rows, correlated_stream
+from it3_lightning.integration.batches import TARGET_NAMES
 
 DRAWS = torch.Generator()
 
@@ -279,6 +289,46 @@ def test_random_samples_to_train_on_are_fine_and_leave_the_random_state() -> Non
     found = data.content()
     assert torch.equal(torch.random.get_rng_state(), before)
     assert module(train=Mapped(rows(0), noisy)).content() == found
+
+
+class Drawing(Dataset[Any]):
+    """Draws by a generator of its own."""
+
+    def __init__(self) -> None:
+        self.draws = np.random.default_rng()
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        return torch.tensor([row + self.draws.random()]), row % 3
+
+
+def test_samples_to_train_on_that_draw_by_themselves_are_the_same_data_again() -> None:
+    one, two = (module(train=Drawing()).content() for _ in range(2))
+    assert one == two
+    assert module(train=Subset(Drawing(), range(30))).content() != one
+
+
+def test_workers_do_not_change_the_fingerprint_of_random_samples() -> None:
+    noisy_ones = [
+        DataLoader(Mapped(rows(0), noisy), 10, shuffle=True, num_workers=count) for count in (0, 1)
+    ]
+    assert module(train=noisy_ones[0]).content() == module(train=noisy_ones[1]).content()
+
+
+def test_batches_put_together_in_a_way_of_their_own_are_trained_on() -> None:
+    batches = BatchSampler(RandomSampler(rows(0)), 8, drop_last=False)
+    for given, size in ((batches, 8), ([[0, 1], [2]], 1)):
+        train = DataLoader(rows(0), batch_sampler=given)
+        data = module(train=train)
+        assert data.train_dataloader() is train
+        assert data.batch_size == size
+
+
+@pytest.mark.parametrize("name", TARGET_NAMES)
+def test_targets_are_found_under_the_names_that_a_module_finds_them(name: str) -> None:
+    assert target_in({"image": torch.zeros(2, 1), name: torch.ones(2)}).tolist() == [1, 1]
 
 
 def test_content_tells_every_set_apart() -> None:

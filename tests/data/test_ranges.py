@@ -265,3 +265,5 @@ def test_by_default_none_are_set_apart(tmp_path: Path) -> None:
         AirfoilSelfNoiseDataModule(root, shifts=["beyond"])
     with pytest.raises(ValueError, match="beyond_size"):
         AirfoilSelfNoiseDataModule(root, beyond_size=-1)
+    with pytest.raises(ValueError, match=r"Expected beyond_size=0, or at least 5.*got 4"):
+        AirfoilSelfNoiseDataModule(root, beyond_size=4)
