@@ -40,12 +40,16 @@ long_run = pytest.mark.skipif(
 
 
 def started(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the helper as a script; what hangs is ended, and fails."""
+    """Run the helper as a script; what hangs is ended, and fails.
+
+    A seed that another test has set with ``seed_everything`` is none of its business.
+    """
     paths = os.pathsep.join((str(HERE), str(HERE.parent)))
+    environment = {k: v for k, v in os.environ.items() if k != "PL_GLOBAL_SEED"}
     return subprocess.run(
         [sys.executable, str(HERE / "helpers" / "distributed_run.py"), *arguments],
         cwd=HERE,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**environment, "PYTHONPATH": paths},
         check=False,
         timeout=600,
         capture_output=True,

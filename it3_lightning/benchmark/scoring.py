@@ -253,7 +253,8 @@ def _check_followed(data: ShiftedData, name: str, value: str, other: str) -> Non
     """Refuse data whose clean samples are the same whatever a setting says."""
     own, shifts = data.test_dataloader()[0], data.shifts
     setattr(data, name, other)
-    data.shifts = ()  # of one way to evaluate they may be none of the other's
+    if name == "evaluate_on":  # shifts to tune on may be other samples, with none to test on
+        data.shifts = data.reporting_shifts or shifts
     try:
         ignored = _same(own, data.test_dataloader()[0])
     finally:

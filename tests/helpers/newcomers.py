@@ -224,7 +224,7 @@ class TwoHeads(pl.LightningModule):
 
 def two_targets() -> DataLoader[Any]:
     """Serve images, each with a class and a value."""
-    return loader([(x, (i % 4, float(i))) for i, x in enumerate(images())])
+    return loader([(x, (i % 4, torch.tensor(float(i)))) for i, x in enumerate(images())])
 
 
 class MultiLabelTask(ClassificationTask):
