@@ -131,12 +131,12 @@ class PolicyChoice:
                     known = facts["training"]
                     model = posthoc_model(settings, seed, make_model, data, say, known)
                 mark_folder(folder, facts["training"])
-                asked = self.in_range or _beyond_range(model, data)
+                tried = self.in_range or _beyond_range(model, data)
                 own = facts["settings"]["data"]
                 scores = SampleErrors(settings, model, data, seed, own, self.batches, progress)
                 errors = scores.of(rows, streams, self.batch_sizes)
                 choice = self.rule.choose(errors)
-                if not asked:
+                if not tried:
                     choice = replace(choice, chosen=None)
                 chosen = next(r for r in rows if r.name == (choice.chosen or _SOURCE))
                 scores.see_source(chosen)

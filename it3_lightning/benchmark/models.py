@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -39,7 +38,7 @@ from it3_lightning.training.auxiliary import with_auxiliary
 from it3_lightning.training.dual_pass import DualPass, called, partly
 from it3_lightning.training.mixin import IT3Mixin, Train
 from it3_lightning.utils.files import load_plain, write
-from it3_lightning.utils.specs import spec
+from it3_lightning.utils.specs import spec, without_address
 
 MakeModel = Callable[[], LightningModule]
 Say = Callable[[str], None]
@@ -442,7 +441,7 @@ def _versions() -> dict[str, str]:
 
 def _plain(values: Any) -> Any:
     """Return the values as a JSON file gives them back."""
-    return json.loads(json.dumps(values, default=_without_address))
+    return json.loads(json.dumps(values, default=without_address))
 
 
 def _described(model: IT3Mixin) -> dict[str, Any]:
@@ -451,15 +450,10 @@ def _described(model: IT3Mixin) -> dict[str, Any]:
     return {
         "layers": repr(model),
         "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
-        "attributes": {k: _without_address(v) for k, v in attributes.items()},
-        "hparams": {k: _without_address(v) for k, v in dict(model.hparams).items()},
+        "attributes": {k: without_address(v) for k, v in attributes.items()},
+        "hparams": {k: without_address(v) for k, v in dict(model.hparams).items()},
         "parts": [spec(model.it3_prior), spec(model.it3_conditioning)],
     }
-
-
-def _without_address(value: Any) -> str:
-    """Return a representation that is the same in every process."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _digest(path: str | None) -> str | None:

@@ -316,9 +316,10 @@ def asked_for(
         return rows
     names = {f"{row.training}: {row.name}": row for row in rows}
     found = {name for name, row in names.items() if any(row is other for other in always)}
+    patterns = which
     if which == "main":
-        found |= {name for name, row in names.items() if row.main}
-    for pattern in () if which == "main" else which:
+        patterns, found = (), found | {name for name, row in names.items() if row.main}
+    for pattern in patterns:
         if not (some := fnmatch.filter(names, pattern)):
             raise ValueError(unknown("row", pattern, names))
         found |= {*some}

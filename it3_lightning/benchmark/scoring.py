@@ -115,8 +115,7 @@ class Scoring:
             model = self.model(seed, row.training)
             with streaming(self.data, seed, stream):
                 found = scored(self.settings, row, model, self.data, stream, batches)
-            whose = self._shows is not None and stream == self._shows[1]
-            shown = found[2] if whose else {}  # of every seed: another may come first later
+            shown = found[2] if stream == self._shows else {}
             keep_samples(self._of_samples(seed, key), scores.fingerprint, found[1], shown)
             scores.add(key, found[0])
         self.progress.advance()
@@ -133,14 +132,13 @@ class Scoring:
         return self._kept_samples(seed, self._key(row.on(stream), stream, batches)) or {}
 
     @property
-    def _shows(self) -> tuple[int, str] | None:
-        """Seed and stream of which some samples are shown; none where settings are chosen."""
-        first = self.settings.seeds[0], self.settings.streams[0]
-        return first if self.folder == "." else None
+    def _shows(self) -> str | None:
+        """Stream of which some samples are kept, of every seed; none where settings are chosen."""
+        return self.settings.streams[0] if self.folder == "." else None
 
     def shown(self, row: Row, seed: int, stream: str) -> dict[str, Shown]:
         """Return a few samples by shift, of a row that has been scored, on all batches."""
-        if (seed, stream) != self._shows:
+        if (seed, stream) != (self.settings.seeds[0], self._shows):
             return {}
         file = self._of_samples(seed, self._key(row.on(stream), stream, None))
         return kept_shown(file, self._files[seed].fingerprint)

@@ -59,7 +59,8 @@ class Panel:
 
 def carries(row: Row) -> bool:
     """Whether a row carries weights, or what its method has seen, from batch to batch."""
-    return row.settings is not None and row.settings.reset not in ("batch", "weights", 1)
+    settings = row.settings
+    return settings is not None and not settings.episodic and settings.reset != "weights"
 
 
 def running_mean(scores: NDArray[Any], window: int, step: int) -> Curve:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Iterable, Mapping, Set
 from itertools import islice
 from pathlib import Path
@@ -21,6 +20,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
+
+from it3_lightning.utils.specs import without_address
 
 _BYTES = 16
 _MOST = 10_000  # batches
@@ -158,7 +159,7 @@ def _parts(held: Any) -> Iterable[Any]:
         return [part for file, label in held.samples for part in (Path(file), label)]
     own = getattr(held, "__dict__", None)
     if own is None or (callable(held) and not isinstance(held, Dataset)):
-        return [re.sub(r" at 0x[0-9a-fA-F]+", "", repr(held))]
+        return [without_address(held)]
     paths = getattr(held, "paths", None)  # of files that are read later
     files = [each for each in paths if isinstance(each, Path)] if isinstance(paths, list) else []
     return [*files, *(part for key in sorted(own) for part in (key, own[key]))]

@@ -29,12 +29,12 @@ from it3_lightning.data.base import ShiftedData, Split, check_equal
 from it3_lightning.data.contents import digest, is_known, places, yielded
 from it3_lightning.data.sampling import Samples, chosen, whole_batch
 from it3_lightning.data.tables import tenths
+from it3_lightning.utils import TARGET_NAMES
 from it3_lightning.utils.messages import unknown
 
 Source = DataLoader[Any] | Dataset[Any]
 _NAME = re.compile(r"\w[\w.-]*(/[1-5])?")
 _TAKEN = ("train", "validation", "continual", "mixed")  # by other sets and streams
-_TARGETS = ("target", "targets", "label", "labels", "y", "mask", "masks", "class")
 _FIRST = 32  # samples of two sets that are compared
 _BATCH = 100  # samples read at once
 _CLEAN = "clean"
@@ -106,9 +106,7 @@ class ShiftedLoaders(ShiftedData):
             ("eval_batch_size", clean, 100),
         ):
             if getattr(self, name) is None:
-                setattr(
-                    self, name, _batch_size(source) if isinstance(source, DataLoader) else plain
-                )
+                setattr(self, name, _batch_size(source, plain))
         if self.num_workers is None:
             self.num_workers = clean.num_workers if isinstance(clean, DataLoader) else 0
         if self.shifts is None and self.evaluate_on == "validation":
@@ -209,13 +207,12 @@ class ShiftedLoaders(ShiftedData):
         return {}
 
     def _content(self, own: Held) -> str:
+        first = own.read([own.first])
         if is_known(own.source):
-            first = yielded(own.__getitems__(own.first) for _ in range(1))
             return digest(own.source, own.collate, first)
-        one, two = (yielded(own.__getitems__(own.first) for _ in range(1)) for _ in range(2))
-        if one != two:  # a generator of its own draws, which no fingerprint tells from another
+        if first != own.read([own.first]):  # a generator of its own draws: never the same again
             return digest(type(own.source).__qualname__, len(own))
-        return yielded(map(own.__getitems__, own.batches))
+        return own.read(own.batches)
 
 
 class ImageFolders(ShiftedLoaders):
@@ -318,6 +315,10 @@ class Held(Dataset[Any]):
         starts = range(0, len(self), _BATCH)
         return [list(range(start, min(start + _BATCH, len(self)))) for start in starts]
 
+    def read(self, batches: Sequence[Sequence[int]]) -> str:
+        """Return a fingerprint of batches of samples, at their places."""
+        return yielded(map(self.__getitems__, batches))
+
     @cached_property
     def targets(self) -> Tensor:
         """The targets of all samples, ``(N,)`` or ``(N, 1)``, read once."""
@@ -372,7 +373,7 @@ def target_in(batch: Any) -> Any:
     if isinstance(batch, tuple | list):
         return batch[1]
     if isinstance(batch, Mapping):
-        return next((batch[name] for name in _TARGETS if name in batch), None)
+        return next((batch[name] for name in TARGET_NAMES if name in batch), None)
     return getattr(batch, "y", None)
 
 

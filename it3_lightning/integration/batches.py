@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from it3_lightning.engine.trees import opened
+from it3_lightning.utils import TARGET_NAMES
 from it3_lightning.utils.graphs import is_graph, label_of, relabelled, unlabelled
 
 TRANSFORMERS = (
@@ -25,7 +26,6 @@ INPUT_NAMES = (
     *TRANSFORMERS[:5],
 )
 MASKS = ("attention_mask", "pixel_mask")  # of these: 1 where there is something, 0 for padding
-TARGET_NAMES = ("target", "targets", "label", "labels", "y", "mask", "masks", "class")
 
 
 def inputs_of(batch: Any) -> Any:

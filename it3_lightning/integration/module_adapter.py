@@ -158,10 +158,9 @@ class ContextStream:
         finally:
             vars(self._prior).pop("carried", None)
 
-    @torch.no_grad()
     def _followed(self, outputs: Tensor, skipped: Tensor) -> Carried:
         """Return what is carried on, with the first predictions of a batch that are good."""
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             first = self._prior.from_output(outputs)
             good = first.isfinite().all(1) & ~skipped.to(first.device)
             rows = self._prior.context_rows(first[good])

@@ -5,6 +5,7 @@ Checkpoints hold plain data only, so that they load with ``weights_only=True``.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -32,6 +33,15 @@ def spec(value: Any) -> Any:
     if not isinstance(value, Described) or isinstance(value, type):
         return value
     return {"class_path": public_path(type(value)), "init_args": value.init_args()}
+
+
+def without_address(value: Any) -> str:
+    """Return a representation that is the same in every process.
+
+    >>> without_address([object()])
+    '[<object object>]'
+    """
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def built(value: Any, kind: type[T]) -> T | None:

@@ -39,6 +39,8 @@ def test_another_seed_goes_into_the_same_folder(tmp_path: Path) -> None:
     alone = benchmark(tmp_path, rows="main", seeds=(1,)).run(make_model, digits())
     assert [r for r in both.records if r.seed == 0] == first.records
     assert [r for r in both.records if r.seed == 1] == alone.records != []
+    for found, seed in ((first, 0), (both, 1), (alone, 1)):  # of the first one samples are shown
+        assert {key[3] for key in found.shown} == {seed}
 
 
 def test_a_row_of_other_settings_is_run_again_and_no_other(

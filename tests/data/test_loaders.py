@@ -24,7 +24,7 @@ import it3_lightning
 from it3_lightning.data import ImageFolders, ShiftedLoaders
 from it3_lightning.data.loaders import target_in
 from it3_lightning.data.sampling import Rows, correlated_stream
-from it3_lightning.integration.batches import TARGET_NAMES
+from it3_lightning.utils import TARGET_NAMES
 
 DRAWS = torch.Generator()
 
